@@ -1,0 +1,1499 @@
+"""The one shared file: run -> data -> augmentations -> backbones -> k-NN, in the order in which data flows.
+
+A method script imports this file and nothing else of ours. What makes a method (its losses, heads, targets, loop)
+stands in its script; what stands here is the same for all of them:
+
+  run            arguments, processes, gathering with gradient, schedules, checkpoints, log, stopping and resuming
+  data           image sets and the loader: step -> this rank's rows of the global batch
+  augmentations  batched ops with per-sample parameters, which they return
+  backbones      every encoder that `load_backbone` can rebuild from a checkpoint
+  k-NN           features of a data set, and the vote of the neighbours
+
+One rule holds everywhere: a run is defined by its *global* batch. Data order and augmentation parameters are drawn on
+the CPU from (seed, step); W processes take contiguous rows of what one process would take, so they train the same model.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import hashlib
+import io
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+import zipfile
+from datetime import timedelta
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from PIL import Image, ImageOps
+from timm.models.vision_transformer import VisionTransformer
+from torchvision.utils import save_image
+from tqdm import tqdm
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Run: arguments
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class RunArgs:
+    """The arguments that every method script has. Values in force: these defaults, then what the method's variant
+    needs, then the recipe, then the flags given by hand."""
+
+    data: str = "blocks"
+    """data set: blocks (rendered on the spot), or imagefolder with --data-dir"""
+    data_dir: str | None = None
+    """where the data set lies; an image folder is train/ with val/ or test/, or any tree of images"""
+    recipe: str | None = None
+    """named set of hyper-parameters; defaults to the name of the data set"""
+    arch: str = "vit_small"
+    """encoder: vit_pico, vit_tiny, vit_small or vit_base"""
+    img_size: int = 224
+    """side of the (square) training images in pixels"""
+    patch_size: int = 16
+    """side of a ViT patch in pixels; must divide --img-size"""
+    epochs: int = 100
+    """passes over the data; the schedules follow it; 0 writes the untrained encoder"""
+    batch_size: int = 2048
+    """images per step over all processes together"""
+    lr: float = 3e-4
+    """base learning rate per 256 images: the peak is lr x batch_size / 256"""
+    max_steps: int | None = None
+    """stop after this many steps (schedules still follow --epochs)"""
+    seed: int = 0
+    """seed of weights, data order and augmentations"""
+    out: str | None = None
+    """run directory; default runs/<script>-<variant>-<data>-s<seed>"""
+    resume: bool = False
+    """continue the run in --out (start it when there is none)"""
+    overwrite: bool = False
+    """start afresh although --out already holds a checkpoint"""
+    workers: int | None = None
+    """loader processes for image folders; default: as many as this process has cores, at most 8; results do not depend on it"""
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+    """auto takes CUDA, then MPS, then the CPU"""
+    amp: Literal["auto", "off"] = "auto"
+    """auto is bfloat16 autocast on CUDA and float32 elsewhere"""
+    compile: bool = False
+    """torch.compile the encoder (worth its minutes on a GPU)"""
+    save_every: int = 1000
+    """steps between checkpoints; one is written at the end in any case"""
+    log_every: int = 50
+    """steps between lines of log.jsonl; the first 20 steps are logged each"""
+
+
+RANGES = dict(img_size="[1, inf)", patch_size="[1, inf)", epochs="[0, inf)", batch_size="[2, inf)", lr="[0, inf)",
+              max_steps="[1, inf)", seed="[0, 4294967296)", workers="[0, inf)", save_every="[1, inf)", log_every="[1, inf)")
+
+
+def die(message, code=2):
+    """End the program with one line on stderr and exit code `code` (2: a user's mistake, 1: a run that failed).
+
+    Every rank may call it for the same mistake: rank 0 prints, the others give it the time to, because torchrun kills
+    all processes as soon as one ends.
+    """
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(3)
+    raise SystemExit(code)
+
+
+def parse(Args, values_in_force, argv=None, description=None):
+    """Command line -> Args, in two passes: the first reads the choices (--base, --data, --recipe ...), from which
+    `values_in_force(first) -> dict` looks up defaults; the second parses over those, so `--help` shows what would run."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    speak = int(os.environ.get("RANK", 0)) == 0  # tyro's own error box comes from one rank
+    try:
+        first, _ = tyro.cli(Args, args=argv, return_unknown_args=True, add_help=False, console_outputs=speak)
+        args = tyro.cli(Args, args=argv, default=Args(**values_in_force(first)), description=description, console_outputs=speak)
+    except SystemExit as e:
+        if e.code and not speak:
+            die("the command line")
+        raise
+    for name, value in vars(args).items():
+        if value == "":
+            die(f"--{name.replace('_', '-')}: is empty (an unset shell variable?); give a value or leave the flag out")
+    return args
+
+
+def check_ranges(args, ranges):
+    """Refuse numbers outside `ranges`: a dict of field -> interval such as "[0, 1)". None and NaN: skipped and refused."""
+    for name, interval in ranges.items():
+        value = getattr(args, name)
+        low, high = (float(v) for v in interval[1:-1].split(","))
+        for v in value if isinstance(value, (tuple, list)) else [value]:
+            above = v is None or (v >= low if interval[0] == "[" else v > low)
+            below = v is None or (v <= high if interval[-1] == "]" else v < high)
+            if not (above and below):
+                die(f"--{name.replace('_', '-')} {v}: must lie in {interval}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Run: processes
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def start(device="auto"):
+    """Join the process group when torchrun started us; return the torch.device of this process. Gloo carries CPU
+    tensors (flags, float64 tests), NCCL those on GPUs."""
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available() or device == "mps" and not torch.backends.mps.is_available():
+        die(f"--device {device}: this machine has none; use --device auto")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        if device == "mps":
+            die("--device mps: several processes need CUDA or the CPU; use --device cpu")
+        if device == "cuda" and local_rank >= torch.cuda.device_count():
+            die(f"--nproc_per_node: process {local_rank} has no GPU, this machine has {torch.cuda.device_count()}")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=timedelta(minutes=10))
+    if device == "cuda":
+        torch.cuda.set_device(local_rank)
+        torch.set_float32_matmul_precision("high")
+        return torch.device("cuda", local_rank)
+    return torch.device(device)
+
+
+def rng(*key):
+    """A CPU generator that depends on `key` alone, such as (seed, step): no generator state ever needs saving."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=7).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+
+
+def seed_everything(*key):
+    """Reseed torch's global generators (weights, drop-path) from `key`."""
+    torch.manual_seed(rng(*key).initial_seed())
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        out = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(out, x.contiguous())
+        return torch.cat(out)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.contiguous()
+        dist.all_reduce(grad)
+        return grad.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+class _AllReduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    backward = staticmethod(lambda ctx, grad: _AllReduce.apply(grad))
+
+
+def gather(x):
+    """(b, ...) on each of W ranks -> (W b, ...) on all, in the order of ranks; the gradient is summed over ranks.
+
+    If each rank's loss is a mean over its own rows, `average_gradients` then gives the gradient of the global mean.
+    """
+    return _Gather.apply(x) if world_size() > 1 else x
+
+
+def all_reduce(x):
+    """Sum over ranks; the gradient is summed over ranks too."""
+    return _AllReduce.apply(x) if world_size() > 1 else x
+
+
+@torch.no_grad()
+def average_gradients(parameters):
+    """Replace every gradient by its mean over ranks, in one collective. This is all of DistributedDataParallel that a
+    model of this size needs: modules stay unwrapped, and any of their methods may be called."""
+    if world_size() > 1:
+        grads = [p.grad for p in parameters if p.grad is not None]
+        flat = torch.cat([g.flatten() for g in grads])  # (total,)
+        dist.all_reduce(flat)
+        flat = (flat / world_size()).split([g.numel() for g in grads])
+        torch._foreach_copy_(grads, [f.view_as(g) for f, g in zip(flat, grads)])
+
+
+class BatchNormOverRanks(nn.modules.batchnorm._BatchNorm):
+    """Batch norm whose training statistics span all ranks, for CPUs (nn.SyncBatchNorm wants GPUs). Same state keys."""
+
+    def _check_input_dim(self, x):
+        pass
+
+    def forward(self, x):  # (b, C, ...)
+        if not self.training:
+            return super().forward(x)
+        dims, n = [0, *range(2, x.dim())], x.numel() // x.shape[1] * world_size()
+        view = lambda v: v.view(1, -1, *[1] * (x.dim() - 2))
+        mean = all_reduce(x.mean(dims)) / world_size()  # (C,)
+        centred = x - view(mean)
+        var = all_reduce((centred * centred).mean(dims)) / world_size()  # (C,) biased, as in training-mode batch norm
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * n / (n - 1), self.momentum)
+            self.num_batches_tracked += 1
+        y = centred * view((var + self.eps).rsqrt())
+        return y * view(self.weight) + view(self.bias) if self.affine else y
+
+
+def batchnorm_over_ranks(model, device):
+    """Let every batch norm of `model` span all ranks: as it is on one, SyncBatchNorm on GPUs, the class above on CPUs."""
+    if world_size() > 1 and device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if world_size() > 1:
+        for m in model.modules():
+            if isinstance(m, nn.modules.batchnorm._BatchNorm):
+                m.__class__ = BatchNormOverRanks
+    return model
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Run: schedules, moving averages
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def cosine(t, start, end):
+    """Half a cosine from `start` at t = 0 to `end` at t = 1."""
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(max(t, 0.0), 1.0)))
+
+
+def warmup_cosine(epoch, epochs, warmup, peak, end=0.0):
+    """Learning rate at a fractional `epoch`: linear from 0 to `peak` over `warmup` epochs, then half a cosine to `end`."""
+    if epoch < warmup:
+        return peak * epoch / warmup
+    return cosine((epoch - warmup) / max(epochs - warmup, 1e-9), peak, end)
+
+
+@torch.no_grad()
+def ema_update(target, online, m):
+    """target <- m target + (1 - m) online, for parameters; buffers (batch norm statistics) stay the target's own."""
+    torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), 1 - m)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Run: checkpoints
+# ----------------------------------------------------------------------------------------------------------------------
+
+FORMAT = 1
+KEYS = {"format", "method", "args", "step", "backbone", "backbone_state", "train_state"}
+
+
+def save_checkpoint(path, state):
+    """Write `state` so that a kill at any moment leaves either the old or the new file: a temporary file in the same
+    directory, flushed to the disk, then renamed over the old one (over its target, if `path` is a link)."""
+    path = Path(path).resolve()
+    tmp = path.with_name(path.name + ".tmp")
+    buffer = io.BytesIO()  # so that a full disk raises a plain OSError
+    torch.save(state, buffer)
+    try:
+        with open(tmp, "wb") as f:
+            f.write(buffer.getbuffer())
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(tmp, path)
+    except OSError:
+        tmp.unlink(missing_ok=True)
+        raise
+    if os.name == "posix":
+        fd = os.open(path.parent, os.O_RDONLY)
+        os.fsync(fd)
+        os.close(fd)
+
+
+def load_checkpoint(path):
+    """Read a checkpoint: a dict of tensors and plain values (KEYS). torch.load does not look at the checksums of the
+    zip file, so they are checked first, and nothing compressed is inflated. Anything else ends with one line, exit 2."""
+    path = Path(path)
+    if not path.is_file():
+        die(f"{path}: no such checkpoint file")
+    try:
+        with zipfile.ZipFile(path) as z:
+            if any(i.compress_type != zipfile.ZIP_STORED for i in z.infolist()) or z.testzip():
+                raise ValueError("checksum")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # a damaged file raises a dozen different types
+        die(f"{path}: not a checkpoint of this project, or damaged (truncated download? copy it again)")
+    if not isinstance(state, dict) or set(state) != KEYS:
+        die(f"{path}: not a checkpoint of this project (expected the keys {', '.join(sorted(KEYS))})")
+    if state["format"] != FORMAT:
+        die(f"{path}: checkpoint format {state['format']}, this version reads {FORMAT}")
+    if not all(torch.isfinite(v).all() for v in state["backbone_state"].values()):
+        die(f"{path}: the encoder holds NaN or infinity; take an earlier checkpoint")
+    return state
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Run: from the first step to the last
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Run:
+    """A training run in its directory: log, progress bar, periodic saving, signals, resuming.
+
+        run = Run("ser", args, "mocov3-ser", device)
+        step = run.restore(state.load)                          # 0, or where the checkpoint stands
+        for step, batch in run.steps(loader, state.dump):       # saves every --save-every steps, on a signal, at the end
+            ...
+            run.log(step, loss=loss, L_inv=L_inv, lr=lr, features=y)
+    """
+
+    # Arguments that a resumed run may change: where and how it runs, never what it computes.
+    FREE = {"data_dir", "out", "resume", "overwrite", "workers", "device", "compile", "max_steps", "save_every", "log_every"}
+
+    def __init__(self, method, args, variant, device):
+        self.method, self.args, self.device = method, args, device
+        self.out = Path(args.out or f"runs/{method}-{variant}-{args.data}-s{args.seed}")
+        self.path = self.out / "checkpoint.pt"
+        self.signal = self.bar = None
+        if self.path.exists() and not (args.resume or args.overwrite):
+            die(f"--out {self.out}: already holds a checkpoint; add --resume to continue, --overwrite to start afresh, or choose another --out")
+        if rank() == 0:
+            self._claim()
+        self.pending, self.first_pending = [], 0  # values noted since they were last looked at, and their first step
+        self.logged, self.waited, self.clock = 0, 0.0, 0.0  # steps in the log, seconds waited for data since, and since when
+
+    def _claim(self):
+        """Make the directory, prove that it can be written, and lock it against a second run."""
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            probe = self.out / "checkpoint.pt.tmp"
+            probe.touch()
+            probe.unlink()
+        except OSError as e:
+            die(f"--out {self.out}: cannot be written ({e.strerror}); choose another directory")
+        if os.name == "posix":
+            import fcntl
+
+            self.lock = os.open(self.out, os.O_RDONLY)
+            try:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                die(f"--out {self.out}: in use by a running process; wait for it or choose another --out")
+
+    def say(self, *lines):
+        if rank() == 0:
+            tqdm.write("\n".join(lines), file=sys.stdout)
+            sys.stdout.flush()
+
+    def restore(self, load):
+        """Under --resume hand (train_state, backbone_state) of the checkpoint to `load` and return its step; else 0. Then
+        note in the directory what runs: args.json, the script and this file, a fresh log.jsonl for a fresh run."""
+        step = 0
+        if self.args.resume and self.path.exists():
+            state = load_checkpoint(self.path)
+            saved, now = state["args"], dataclasses.asdict(self.args)
+            if state["method"] != self.method:
+                die(f"--out {self.out}: its checkpoint is of {state['method']}.py; choose another --out")
+            for name in now.keys() & saved.keys() - self.FREE:
+                if now[name] != saved[name]:
+                    die(f"--{name.replace('_', '-')} {now[name]}: the checkpoint in {self.out} was made with {saved[name]}; resume with that or choose another --out")
+            load(state["train_state"], state["backbone_state"])
+            step = state["step"]
+            self.say(f"resuming {self.path} at step {step}")
+        if rank() == 0:
+            (self.out / "args.json").write_text(json.dumps(dataclasses.asdict(self.args), indent=1) + "\n")
+            for source in (Path(__file__).with_name(f"{self.method}.py"), Path(__file__)):
+                shutil.copy(source, self.out)
+            if step == 0:
+                (self.out / "log.jsonl").unlink(missing_ok=True)
+        return step
+
+    def steps(self, loader, dump, begin=0):
+        """Yield (step, batch) from `begin`, counting from 0, until the epochs (or --max-steps) are done.
+
+        Before each step the global generators are reseeded from (seed, step, rank). `dump() -> (backbone, train_state)` is
+        asked for whenever a checkpoint is due. SIGTERM and SIGINT save at the next
+        step boundary, on all ranks at the same one, and exit with 143 and 130; a second SIGINT ends at once.
+        """
+        total = min(loader.total_steps, self.args.max_steps or loader.total_steps)
+        handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
+        self.bar = tqdm(total=total, initial=min(begin, total), disable=rank() != 0, unit="step", file=sys.stderr, dynamic_ncols=True)
+        self.first_pending = self.logged = begin
+        self.clock = time.monotonic()
+        batches = iter(loader.batches(range(begin, total)))
+        try:
+            for step in range(begin, total):
+                waiting = time.monotonic()
+                batch = next(batches)
+                self.waited += time.monotonic() - waiting
+                seed_everything(self.args.seed, step, rank())
+                yield step, batch
+                self.bar.update()
+                stop = self._agree(self.signal or 0)
+                if stop or (step + 1) % self.args.save_every == 0 and step + 1 < total:
+                    self.save(step + 1, *dump())
+                if stop:
+                    die(f"stopped by {signal.Signals(stop).name} after step {step + 1}; {self.path} is saved, continue with --resume", 128 + stop)
+            if begin < total or not self.path.exists():
+                self.save(total, *dump(), last=True)
+        finally:
+            self.bar.close()
+            for s, handler in handlers.items():
+                signal.signal(s, handler)
+
+    def _on_signal(self, number, frame):
+        if self.signal == number == signal.SIGINT:
+            raise SystemExit(130)
+        self.signal = number
+
+    def _agree(self, flag):
+        """The largest flag of all ranks: the one place where ranks decide to stop."""
+        if world_size() == 1:
+            return flag
+        flag = torch.tensor(flag)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return int(flag)
+
+    def log(self, step, features=None, lr=0.0, epoch=0.0, **values):
+        """Note scalars (tensors or numbers, this rank's means) of a step; `features` (b, D) feed the collapse monitors.
+
+        Lines of log.jsonl hold global means. On a GPU the values are read only when a line is due, so that the host
+        need not wait for the device every step; each is then checked: a value that is not finite ends the run with
+        exit code 1, naming the step and the components, and the last good checkpoint stays.
+        """
+        self.names = list(values)
+        self.pending.append(torch.stack([torch.as_tensor(v, device=self.device).detach().float() for v in values.values()]))
+        due = step < 20 or (step + 1) % self.args.log_every == 0
+        if due or self.device.type == "cpu":
+            row = self.flush()
+        if due:
+            line = dict(step=step, epoch=round(epoch, 4), **row, lr=lr)
+            if features is not None:
+                line |= collapse_monitors(gather(features.detach()))
+            now = time.monotonic()
+            done, seconds = step + 1 - self.logged, now - self.clock
+            line |= dict(images_per_s=round(done * self.args.batch_size / seconds, 1), data_wait=round(self.waited / seconds, 4), memory_gb=round(memory_gb(self.device), 3))
+            self.logged, self.clock, self.waited = step + 1, now, 0.0
+            if rank() == 0:
+                with open(self.out / "log.jsonl", "a") as f:
+                    f.write(json.dumps(line) + "\n")
+                self.bar.set_postfix_str(" ".join(f"{k} {v:.3f}" for k, v in row.items()))
+
+    def flush(self):
+        """Average what is pending over ranks, check it, and return the last step's values."""
+        if not self.pending:
+            return {}
+        values = torch.stack(self.pending)  # (steps, names)
+        if world_size() > 1:
+            dist.all_reduce(values)
+            values /= world_size()
+        values = values.tolist()
+        for i, row in enumerate(values):
+            if not all(map(math.isfinite, row)):
+                what = ", ".join(f"{k} {v:.4g}" for k, v in zip(self.names, row))
+                die(f"the loss is not finite at step {self.first_pending + i} ({what}); lower --lr; the last good state is in {self.out}", 1)
+        self.first_pending += len(values)
+        self.pending = []
+        return dict(zip(self.names, values[-1]))
+
+    def introduce(self, data, loader, model, peak, chance):
+        """Print what is about to run: data, recipe in force, learning rate after scaling, the loss of pure chance."""
+        recipe = " ".join(f"{k}={v}" for k, v in dataclasses.asdict(self.args).items() if k not in self.FREE)
+        count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        self.say(
+            f"{self.method}: {len(data):,} images of {self.args.data}, {self.args.epochs} epochs of {loader.steps_per_epoch} steps, on {world_size()} x {self.device.type}, into {self.out}",
+            f"  {recipe}",
+            f"  {count:,} trainable parameters; learning rate {self.args.lr:g} x {self.args.batch_size}/256 = {peak:g} at its peak; chance: {chance}")
+
+    def picture(self, name, views, backbone, n=8):
+        """Write what the model sees: a row of `n` images for each normalised (b, 3, H, W) in `views`."""
+        if rank() == 0:
+            mean, std, side = torch.tensor(backbone.mean).view(3, 1, 1), torch.tensor(backbone.std).view(3, 1, 1), max(64, self.args.img_size)
+            rows = [F.interpolate((v[:n].float().cpu() * std + mean).clamp(0, 1), (side, side)) for v in views]  # (n, 3, side, side)
+            save_image(torch.cat([F.pad(r, (0, 0, 0, 0, 0, 0, 0, n - len(r)), value=1.0) for r in rows]), self.out / name, nrow=n)
+
+    def finish(self, backbone, untrained, train):
+        """After the last step: export the encoder for timm, score it by k-NN beside the untrained one, say what is next."""
+        if rank() == 0:
+            self.say(export_backbone(self.out / "backbone.safetensors", backbone))
+        test = load_data(self.args.data, self.args.data_dir, "test", self.args.img_size)
+        if test is not None and test.labels is not None and train.labels is not None:
+            score = lambda b: knn_accuracy(b, train, test, self.device, self.args)
+            self.say(f"k-NN accuracy on test images: {score(backbone):.3f} (the untrained encoder: {score(untrained):.3f}; chance: {1 / len(train.classes):.3f})")
+        self.say(f"next: python eval_probe.py {self.path}")
+
+    def save(self, step, backbone, train_state, last=False):
+        """Write checkpoint.pt from rank 0. A disk that is full costs one line, and the run its exit code only at the end."""
+        self.flush()
+        state = dict(format=FORMAT, method=self.method, args=dataclasses.asdict(self.args), step=step,
+                     backbone=backbone.description, backbone_state=backbone.state_dict(), train_state=train_state)
+        error = 0
+        if rank() == 0:
+            try:
+                save_checkpoint(self.path, state)
+            except OSError as e:
+                error = 1
+                tqdm.write(f"--out {self.out}: could not save step {step} ({e.strerror}); the older checkpoint stands", file=sys.stderr)
+        if self._agree(error) and last:
+            raise SystemExit(1)
+
+
+def collapse_monitors(y):
+    """y (B, D) -> per-dimension standard deviation of the normalised features (1/sqrt(D) is healthy, 0 is collapse) and
+    effective rank: the exponential of the entropy of the covariance's eigenvalues (1 is collapse, D the most)."""
+    y = F.normalize(y.float(), dim=1)
+    y = y - y.mean(0)
+    p = torch.linalg.eigvalsh((y.T @ y).cpu()).clamp(min=0)  # (D,)
+    p = p / p.sum().clamp(min=1e-12)
+    return dict(feature_std=float((y * y).mean(0).sqrt().mean()), effective_rank=float(torch.exp(-(p * torch.log(p.clamp(min=1e-12))).sum())))
+
+
+def memory_gb(device):
+    """Peak memory so far: of the GPU's allocator, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    if os.name != "posix":
+        return 0.0
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def autocast(device, amp):
+    """bfloat16 autocast on CUDA unless switched off."""
+    return torch.autocast("cuda", torch.bfloat16) if amp == "auto" and device.type == "cuda" else contextlib.nullcontext()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data: image sets
+# ----------------------------------------------------------------------------------------------------------------------
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and std of each channel, of images in [0, 1]
+CIFAR10 = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+BLOCKS = ((0.39, 0.39, 0.39), (0.14, 0.14, 0.14))
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+DATA_SETS = ("blocks", "imagefolder")
+
+
+@dataclasses.dataclass
+class ImageSet:
+    """One split of a data set. Small sets hold all their pixels; folders hold paths and decode on request."""
+
+    images: torch.Tensor | None = None  # uint8 (N, 3, H, W), or
+    paths: list | None = None  # N files
+    labels: torch.Tensor | None = None  # int64 (N,)
+    classes: tuple = ()
+    factors: dict = dataclasses.field(default_factory=dict)  # name -> (N,) or (N, d): how each image was made
+    groups: torch.Tensor | None = None  # int64 (N,): images with the same number show the same object
+    masks: torch.Tensor | None = None  # bool (N, H, W), where the object is
+    boxes: torch.Tensor | None = None  # (N, 4): its top, left, height, width in fractions of the image
+
+    def __len__(self):
+        return len(self.paths) if self.images is None else len(self.images)
+
+    def __getitem__(self, rows):
+        """rows (b,) -> uint8 pixels: one (b, 3, H, W) tensor, or a list of (3, H_i, W_i) for a folder."""
+        if self.images is None:
+            return [open_image(self.paths[i]) for i in rows.tolist()]
+        return self.images[rows.to(self.images.device)]
+
+    def to(self, device):
+        return self if self.images is None else dataclasses.replace(self, images=self.images.to(device))
+
+
+def open_image(path):
+    """File -> uint8 (3, H, W), RGB. Orientation tags are applied, 16-bit greys rescaled, transparency laid over black."""
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith(("I", "F")):
+                image = Image.fromarray((np.asarray(image, np.float64) / 257).round().clip(0, 255).astype(np.uint8))
+            if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA"):
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
+            pixels = np.array(image.convert("RGB"))  # (H, W, 3)
+    except Exception as e:  # Pillow raises whatever a damaged file makes it raise
+        raise OSError(f"{path}: cannot be read as an image ({e})") from None
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def list_images(root):
+    """All image files below `root`, sorted by path, whatever the depth."""
+    found = [Path(folder) / f for folder, _, files in os.walk(root, followlinks=True) for f in files if Path(f).suffix.lower() in SUFFIXES]
+    return sorted(found, key=lambda p: p.relative_to(root).as_posix())
+
+
+def imagefolder(root, split):
+    """A folder of images: root/train/<class>/... with root/val or root/test, or any tree (then all of it is "train").
+
+    A class is a folder directly below the split's; images that lie in none leave the set without labels. Returns None
+    when the split does not exist.
+    """
+    root = Path(root or "")
+    if not root.is_dir():
+        die(f"--data-dir {root}: no such directory; an image folder is train/<class>/*.jpg with val/ or test/, or any tree of images")
+    if (root / "train").is_dir():
+        folder = next((f for f in (root / s for s in ([split] if split == "train" else ["val", "test"])) if f.is_dir()), None)
+    else:
+        folder = root if split == "train" else None
+    if folder is None:
+        return None
+    paths = list_images(folder)
+    if not paths:
+        die(f"--data-dir {folder}: holds no images ({', '.join(sorted(SUFFIXES))})")
+    names = [p.relative_to(folder).parts[0] if len(p.relative_to(folder).parts) > 1 else None for p in paths]
+    classes = sorted(set(names) - {None})
+    if None in names or len(classes) < 2:
+        return ImageSet(paths=paths)
+    index = {c: i for i, c in enumerate(classes)}
+    return ImageSet(paths=paths, labels=torch.tensor([index[n] for n in names]), classes=tuple(classes))
+
+
+def load_data(name, root, split, size):
+    """The "train" or "test" split of a data set as an ImageSet; None when it has no such split. `size` is the side at
+    which `blocks` is rendered; everything else keeps its own."""
+    if name == "blocks":
+        return ImageSet(**cached(f"blocks-v1-{size}-{split}", lambda: blocks(split, size)))
+    if name == "imagefolder":
+        if root is None:
+            die("--data-dir: imagefolder needs the directory of the images")
+        return imagefolder(root, split)
+    die(f"--data {name}: unknown data set; there are {', '.join(DATA_SETS)}")
+
+
+def cached(name, make):
+    """make(), a dict of tensors and plain values, kept as a file in the user's cache directory."""
+    path = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "equivariant-ssl" / f"{name}.pt"
+    with contextlib.suppress(Exception):  # no such file yet, or a damaged one: made again
+        return torch.load(path, weights_only=True)
+    value = make()
+    with contextlib.suppress(OSError):  # nowhere to keep it
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_checkpoint(path, value)
+    return value
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data: blocks, rendered on the spot
+# ----------------------------------------------------------------------------------------------------------------------
+
+# Five boxes a class: centre x, y, z, width, height, depth, up to a scale. No class is symmetric
+# under any rotation or reflection, so a view determines its rotation.
+BLOCK_CLASSES = {
+    "chair":  [(0, 0, 0, 1.4, .35, 1.4), (0, .7, -.5, 1.4, 1.2, .35), (-.5, -.55, 0, .35, .9, 1.4),
+               (.5, -.5, .5, .4, .8, .4), (.55, .4, .2, .3, .5, .9)],
+    "table":  [(0, .45, 0, 2.2, .35, 1.8), (-.85, -.25, .6, .45, 1.2, .45), (.85, -.25, .6, .45, 1.2, .45),
+               (.85, -.25, -.6, .45, 1.2, .45), (-.6, -.05, -.3, .8, .8, .9)],
+    "arch":   [(-.75, -.2, 0, .6, 1.7, .9), (.75, -.2, 0, .7, 1.7, .9), (0, .8, 0, 2.3, .6, .9),
+               (.6, 1.3, .15, .6, .5, .6), (-.8, -.8, .7, .6, .5, .6)],
+    "stairs": [(-.75, -.6, 0, .6, .4, 1.4), (-.25, -.4, 0, .6, .8, 1.4), (.25, -.2, 0, .6, 1.2, 1.4),
+               (.75, 0, 0, .6, 1.6, 1.4), (.7, 1, .4, .6, .5, .6)],
+    "hammer": [(0, -.3, 0, .6, 1.6, .6), (0, .7, 0, .8, .8, .8), (.8, .7, 0, .8, 1.2, 1.2),
+               (-.75, .85, 0, .8, .5, .9), (0, -1, .2, .9, .5, 1)],
+    "plane":  [(0, 0, 0, 2.2, .5, .6), (.1, 0, .75, 1, .25, 1), (.1, 0, -.75, 1, .25, 1),
+               (-.8, .5, 0, .6, .7, .3), (.25, -.3, .7, .7, .45, .5)],
+    "dog":    [(0, 0, 0, 1.5, .7, .8), (.9, .5, .05, .8, .8, .7), (.55, -.65, 0, .45, .7, .8),
+               (-.55, -.65, -.1, .45, .7, .6), (-.75, .6, .2, .3, .7, .3)],
+    "crane":  [(-.4, -.9, 0, 1.3, .5, 1.3), (-.4, 0, 0, .7, 1.5, .7), (.25, .8, 0, 1.9, .6, .7),
+               (.9, .2, 0, .6, .9, .6), (-.4, .5, .6, .6, .6, .6)],
+    "snake":  [(-.7, -.7, 0, .8, 1, .8), (0, -.35, 0, 1, .8, .8), (.5, .2, 0, .8, .9, .8),
+               (.5, .5, .65, .8, .8, .9), (1, .5, .95, .7, .8, .8)],
+    "truck":  [(-.4, .25, 0, 1.4, 1.2, 1.1), (.75, 0, .1, .7, .8, .9), (-.6, -.5, 0, .5, .5, 1.3),
+               (.7, -.5, 0, .5, .5, 1.3), (.5, .75, -.4, .4, .7, .4)],
+}
+N_OBJECTS = {"train": 1500, "test": 500}
+N_VIEWS = 8                                             # images of each object
+CAMERA_DISTANCE, HALF_VIEW = 4.0, 0.26                  # tangent of half the angle of view
+LIGHT_DIRECTION = (1 / 3, 2 / 3, 2 / 3)                 # unit vector, towards the light
+AMBIENT, DIFFUSE = 0.45, 0.75                           # white and coloured light
+
+
+def hsv_to_rgb(h, s, v):
+    """Hue, saturation, value, each broadcastable to (...,), in [0, 1] -> RGB (..., 3) in [0, 1]."""
+    h, s, v = torch.broadcast_tensors(*(torch.as_tensor(a)[..., None] for a in (h, s, v)))  # (..., 1)
+    k = (torch.tensor([5.0, 3.0, 1.0]) + 6 * h) % 6                                   # (..., 3)
+    return v - v * s * torch.minimum(k, 4 - k).clamp(0, 1)                            # (..., 3)
+
+
+def quaternion_from_angles(angles):
+    """Extrinsic xyz Tait-Bryan angles (n, 3), radians -> unit quaternions (n, 4), scalar last."""
+    (cx, cy, cz), (sx, sy, sz) = (angles / 2).cos().unbind(1), (angles / 2).sin().unbind(1)  # (n,)
+    return torch.stack([sx * cy * cz - cx * sy * sz, cx * sy * cz + sx * cy * sz,
+                        cx * cy * sz - sx * sy * cz, cx * cy * cz + sx * sy * sz], 1)
+
+
+def rotation_matrix(q):
+    """Unit quaternions (n, 4), scalar last -> R (n, 3, 3), from the object's axes to the world's."""
+    x, y, z, w = q.unbind(1)                                                          # (n,) each
+    return torch.stack([
+        1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w),
+        2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w),
+        2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)], 1).view(-1, 3, 3)
+
+
+def render_chunk(boxes, colors, rotation, floor_hue, light_hue, size):
+    """`render_blocks` for the few images whose rays fit in the cache."""
+    n, S = len(boxes), 2 * size                                      # 2x2 rays a pixel, P = S * S
+    u = ((torch.arange(S) + 0.5) / S * 2 - 1) * HALF_VIEW                             # (S,)
+    y, x = torch.meshgrid(-u, u, indexing="ij")                                       # (S, S)
+    rays = torch.stack([x, y, -torch.ones_like(x)]).view(3, -1)                       # (3, P)
+
+    # Turn the camera and the light, not the object: in its own frame its boxes are axis-aligned.
+    to_object = rotation_matrix(rotation).mT                                          # (n, 3, 3)
+    d = to_object @ rays                                                              # (n, 3, P)
+    d = torch.where(d.abs() < 1e-9, 1e-9, d)                                          # (n, 3, P)
+    camera = to_object @ torch.tensor([0.0, 0.0, CAMERA_DISTANCE])                    # (n, 3)
+    light = (to_object @ torch.tensor(LIGHT_DIRECTION))[..., None]                    # (n, 3, 1)
+
+    # Along each axis, camera + t d is between the box's two faces for t in middle -+ reach. The
+    # ray hits the box if it enters the last of these three slabs before it leaves the first.
+    centre, half = boxes[..., :3] - camera[:, None], boxes[..., 3:] / 2               # (n, K, 3)
+    middle, reach = centre[..., None] / d[:, None], half[..., None] / d.abs()[:, None]  # (n, K, 3, P)
+    enter, leave = (middle - reach).amax(2), (middle + reach).amin(2)                 # (n, K, P)
+    t, part = torch.where(enter < leave, enter, torch.inf).min(1, keepdim=True)       # (n, 1, P)
+    hit = t < torch.inf                                                               # (n, 1, P)
+
+    # Lambert: the visible face is across the axis that was entered last; its normal opposes d.
+    part = part.expand(-1, 3, -1)                                                     # (n, 3, P)
+    near_face = centre.mT.gather(2, part) - half.mT.gather(2, part) * d.sign()        # (n, 3, P)
+    axis = (near_face / d).argmax(1, keepdim=True)                                    # (n, 1, P)
+    cosine = (-d.sign() * light).gather(1, axis).clamp(min=0)                         # (n, 1, P)
+    light_rgb = hsv_to_rgb(light_hue, 0.5, 1.0)[..., None]                            # (n, 3, 1)
+    surface = colors.mT.gather(2, part) * (AMBIENT + DIFFUSE * light_rgb * cosine)    # (n, 3, P)
+    floor = hsv_to_rgb(floor_hue, 0.35, 0.6)[..., None]                               # (n, 3, 1)
+    floor = floor * (AMBIENT + DIFFUSE * light_rgb * LIGHT_DIRECTION[2])              # (n, 3, 1)
+    vignette = 1 - 2 * (x ** 2 + y ** 2).view(-1)                                     # (P,)
+    rgb = torch.where(hit, surface, floor * vignette).clamp(max=1).view(n, 3, S, S)   # (n, 3, S, S)
+
+    images = (F.avg_pool2d(rgb, 2) * 255).round().to(torch.uint8)                     # (n, 3, size, size)
+    masks = F.avg_pool2d(hit.view(n, S, S).float(), 2) >= 0.5                         # (n, size, size)
+    return images, masks
+
+
+def render_blocks(boxes, colors, rotation, floor_hue, light_hue, size, rays_per_chunk=2 ** 16):
+    """Trace n scenes of K boxes each with a fixed camera, exactly, with 2x2 supersampling.
+
+    boxes: (n, K, 6) centre x, y, z and width, height, depth in the object's own axes, within the
+    sphere of radius 1. colors: (n, K, 3) RGB in [0, 1]. rotation: (n, 4) unit quaternions, scalar
+    last. floor_hue, light_hue: (n,) in [0, 1). size: height and width of the images in pixels.
+    Returns images (n, 3, size, size) uint8 and masks (n, size, size) bool, true where the object
+    covers at least half of the pixel.
+    """
+    scenes = (boxes, colors, rotation, floor_hue, light_hue)
+    n_chunk = max(1, rays_per_chunk // (2 * size) ** 2)
+    chunks = [render_chunk(*chunk, size) for chunk in zip(*(a.split(n_chunk) for a in scenes))]
+    return tuple(map(torch.cat, zip(*chunks)))
+
+
+def bounding_boxes(masks):
+    """Masks (n, size, size) bool, none empty -> (n, 4) top, left, height, width over the size."""
+    size = masks.shape[1]
+    profiles = torch.stack([masks.any(2), masks.any(1)], 1).int()                     # (n, 2, size)
+    first, last = profiles.argmax(2), size - profiles.flip(2).argmax(2)               # (n, 2)
+    return torch.cat([first, last - first], 1) / size                                 # (n, 4)
+
+
+def random_objects(labels, generator):
+    """Labels (m,) int64 -> boxes (m, K, 6), colors (m, K, 3), which do not depend on the labels."""
+    parts = torch.tensor(list(BLOCK_CLASSES.values()), dtype=torch.float32)[labels]         # (m, K, 6)
+    m, K = parts.shape[:2]
+    uniform = lambda low, high, *shape: low + (high - low) * torch.rand(m, *shape, generator=generator)
+    stretch = uniform(0.85, 1.2, 1, 3)                                                # (m, 1, 3)
+    centre = (parts[..., :3] + uniform(-0.05, 0.05, K, 3)) * stretch                  # (m, K, 3)
+    extent = parts[..., 3:] * uniform(1.0, 1.3, K, 3) * stretch                      # (m, K, 3)
+    low, high = (centre - extent / 2).amin(1, True), (centre + extent / 2).amax(1, True)  # (m, 1, 3)
+    centre = centre - (low + high) / 2                                                # (m, K, 3)
+    radius = (centre.abs() + extent / 2).norm(dim=2).amax(1)[:, None, None]           # (m, 1, 1)
+    boxes = torch.cat([centre, extent], 2) / radius                                   # (m, K, 6)
+
+    spread = uniform(0, 1, K).argsort(1) / K                                          # (m, K) distinct
+    hue = (uniform(0, 1, 1) + spread + uniform(-0.04, 0.04, K)) % 1                   # (m, K)
+    return boxes, hsv_to_rgb(hue, uniform(0.35, 0.7, K), uniform(0.7, 1.0, K))
+
+
+def blocks(split, size=32, seed=0):
+    """`split` "train", 1,500 objects, or "test", 500 others; 8 views of each, next to each other.
+
+    Returns a dict of images (N, 3, size, size) uint8; labels (N,) int64, balanced; groups (N,)
+    int64, the number of the object within the split; factors, a dict of rotation (N, 4) unit
+    quaternions, scalar last, floor_hue (N,) and light_hue (N,) in [0, 1); masks (N, size, size)
+    bool; boxes (N, 4) top, left, height, width of the mask in fractions of the image. The scenes
+    depend on the seed and not on the size.
+    """
+    generator = rng("blocks", split, seed)
+    m = N_OBJECTS[split]
+    object_labels = torch.arange(m) % len(BLOCK_CLASSES)                                    # (m,)
+    object_boxes, object_colors = random_objects(object_labels, generator)                  # (m, K, 6), (m, K, 3)
+    groups = torch.arange(m).repeat_interleave(N_VIEWS)                               # (N,)
+    angles = (torch.rand(len(groups), 3, generator=generator) - 0.5) * math.pi              # (N, 3)
+    rotation = quaternion_from_angles(angles)                                         # (N, 4)
+    floor_hue, light_hue = torch.rand(2, len(groups), generator=generator)                  # (N,)
+    images, masks = render_blocks(object_boxes[groups], object_colors[groups], rotation,
+                                  floor_hue, light_hue, size)
+    return dict(images=images, labels=object_labels[groups], classes=tuple(BLOCK_CLASSES), groups=groups,
+                factors=dict(rotation=rotation, floor_hue=floor_hue, light_hue=light_hue),
+                masks=masks, boxes=bounding_boxes(masks))
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data: the loader
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Loader(torch.utils.data.Dataset):
+    """step -> this rank's rows of the global batch, cropped.
+
+    `draw(generator)` returns for each kind of view {name: (rows of the global batch (n,), params)}, for all ranks
+    alike; `policies[name]` is the Compose whose crop makes it. What depends on pixels alone (decoding, cropping) happens
+    here, per rank: on the device when the set lives there, otherwise in worker processes, each of which makes whole
+    batches. Nothing depends on how many workers or ranks there are.
+    """
+
+    def __init__(self, data, policies, draw, args, device):
+        self.data, self.policies, self.draw, self.device = data, policies, draw, device
+        self.seed, self.batch_size, self.workers = args.seed, args.batch_size, args.workers
+        self.steps_per_epoch = len(data) // args.batch_size  # the incomplete last batch is dropped
+        self.total_steps = args.epochs * self.steps_per_epoch
+        if len(data) < args.batch_size:
+            die(f"--batch-size {args.batch_size}: larger than the data set ({len(data)} images); lower it")
+        if args.batch_size % world_size():
+            die(f"--batch-size {args.batch_size}: not divisible by the {world_size()} processes; the nearest that is: {max(1, args.batch_size // world_size()) * world_size()}")
+
+    def __getitem__(self, step):
+        epoch, k = divmod(step, self.steps_per_epoch)
+        order = torch.randperm(len(self.data), generator=rng(self.seed, "order", epoch))
+        b = self.batch_size // world_size()
+        low = rank() * b
+        rows = order[k * self.batch_size + low :][:b]  # (b,)
+        images = self.data[rows]  # (b, 3, H, W), or b images of any size
+        sizes = torch.tensor([image.shape[1:] for image in images])  # (b, 2)
+        views = {}
+        for name, (at, params) in self.draw(rng(self.seed, "views", step)).items():
+            mine = ((at >= low) & (at < low + b)).nonzero()[:, 0]
+            at, policy = at[mine] - low, self.policies[name]
+            params = policy.resolve({key: value[mine] for key, value in params.items()}, sizes[at])
+            source = [images[i] for i in at.tolist()] if isinstance(images, list) else images[at.to(images.device)]
+            views[name] = policy.crop(source, params), params  # uint8 (n, 3, S, S)
+        return dict(rows=rows, views=views)
+
+    def batches(self, steps):
+        """Iterate over the batches of `steps`; crops arrive on the device, parameters stay on the CPU."""
+        workers = default_workers(self.workers) if self.data.images is None else 0
+        loader = torch.utils.data.DataLoader(self, batch_size=None, sampler=steps, num_workers=workers, worker_init_fn=detach_worker,
+                                             pin_memory=self.device.type == "cuda", timeout=600 if workers else 0)
+        for batch in loader:
+            views = {name: (crops.to(self.device, non_blocking=True), params) for name, (crops, params) in batch["views"].items()}
+            yield dict(rows=batch["rows"], views=views)
+
+
+def default_workers(workers):
+    """--workers, or this process's share of the cores of the machine, at most 8."""
+    if workers is not None:
+        return workers
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(8, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
+def detach_worker(_):
+    """A loader worker leaves the process group, so that a SIGTERM to all of it lets the main process save first."""
+    torch.set_num_threads(1)
+    if os.name == "posix":
+        os.setsid()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Augmentations
+#
+# An op is `params = op.sample(n, generator, sizes)`, a dict of CPU tensors of first dimension n that holds every random
+# choice as a raw value, and `x = op(x, params)`, deterministic and batched, on the device of x, in place where it can.
+# Crops map uint8 images to uint8 (n, 3, S, S); everything after works on floats in [0, 1]. Laws and arithmetic are those
+# of torchvision's transforms on tensors. What an op leaves alone carries the identity (brightness 1, hue 0, sigma 0, ...),
+# and what it selects is decided on the CPU, so that a GPU never answers a question before its next kernel is launched.
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def uniform(shape, low, high, generator=None):
+    return low + (high - low) * torch.rand(shape, generator=generator)  # shape; in [low, high)
+
+
+def column(v, x):
+    """Per-sample values (n,) on the CPU -> (n, 1, 1, 1) like x, without waiting for the device."""
+    return v.to(x.device, x.dtype, non_blocking=True).view(-1, 1, 1, 1)  # (n, 1, 1, 1)
+
+
+def change_rows(x, chosen, fn):
+    """x[chosen] = fn(x[chosen]) in place. chosen: (n,) bool on the CPU, where counting the rows costs no wait."""
+    rows = chosen.nonzero()[:, 0].to(x.device, non_blocking=True)  # (m,)
+    return x.index_copy_(0, rows, fn(x.index_select(0, rows))) if len(rows) else x
+
+
+def luma(x):
+    """ITU-R 601 luma with torchvision's weights: (n, 3, H, W) -> (n, 1, H, W)."""
+    r, g, b = x.split(1, dim=1)  # (n, 1, H, W) each
+    return (0.2989 * r).add_(g, alpha=0.587).add_(b, alpha=0.114)  # (n, 1, H, W)
+
+
+
+
+def resize(x, shape, interpolation):
+    """Antialiased resize of uint8 (n, 3, h, w) to uint8 (n, 3, *shape); the uint8 kernel exists on CPUs only."""
+    x = x if x.device.type == "cpu" else x.float()  # (n, 3, h, w)
+    x = F.interpolate(x, shape, mode=interpolation, antialias=True)  # (n, 3, *shape)
+    return x if x.dtype == torch.uint8 else x.round_().clamp_(0, 255).to(torch.uint8)  # (n, 3, *shape)
+
+
+def resize_weights(start, length, full, size, interpolation):
+    """Antialiased resize of one axis as one matrix per sample: (n, size, full), rows sum to 1.
+
+    Row i weighs the `full` source pixels for output pixel i when the pixels [start, start + length) become `size`:
+    a triangle, or a cubic (a = -0.5), stretched when shrinking. start, length: (n,) float, in pixels.
+    """
+    start, length = start.view(-1, 1, 1), length.view(-1, 1, 1)  # (n, 1, 1) each
+    scale = length / size  # (n, 1, 1) source pixels per output pixel
+    centre = (torch.arange(size, device=start.device)[:, None] + 0.5) * scale  # (n, size, 1) counted from start
+    pixel = torch.arange(full, device=start.device) + 0.5 - start  # (n, 1, full)
+    t = (pixel - centre).abs_().div_(scale.clamp(min=1))  # (n, size, full) distance, in units of the filter
+    if interpolation == "bilinear":
+        w = (1 - t).clamp_(min=0)  # (n, size, full)
+    else:
+        w = torch.where(t < 1, (1.5 * t - 2.5) * t * t + 1, ((2.5 - 0.5 * t) * t - 4) * t + 2) * (t < 2)  # as above
+    w *= (pixel > 0) & (pixel < length)  # nothing from outside the box
+    return w.div_(w.sum(2, keepdim=True))  # (n, size, full)
+
+
+def crop_resize(images, boxes, size, interpolation="bilinear"):
+    """Cut one box out of each image and resize it to size x size with antialiasing: torchvision's `resized_crop`.
+
+    images: uint8 (n, 3, H, W), fastest in channels_last order on a CPU, or a list of n uint8 (3, H_i, W_i).
+    boxes:  (n, 4) int64 on the CPU: top, left, height, width in pixels.
+    Returns uint8 (n, 3, size, size). Two matmuls do the whole batch on a GPU and for small outputs; otherwise a CPU is
+    several times faster image by image, with its uint8 kernel. The two ways agree within one level of 255.
+    """
+    if isinstance(images, torch.Tensor) and (images.is_cuda or size <= 40):
+        H, W = images.shape[2:]
+        top, left, h, w = boxes.to(images.device, torch.float32, non_blocking=True).unbind(1)  # (n,) each
+        rows = resize_weights(top, h, H, size, interpolation)  # (n, size, H)
+        columns = resize_weights(left, w, W, size, interpolation)  # (n, size, W)
+        x = images.float().flatten(1, 2) @ columns.mT  # (n, 3 * H, size)
+        x = rows[:, None] @ x.unflatten(1, (3, H))  # (n, 3, size, size)
+        return x.round_().clamp_(0, 255).to(torch.uint8)  # (n, 3, size, size)
+    crops = [image[None, :, top:top + h, left:left + w] for image, (top, left, h, w) in zip(images, boxes.tolist())]
+    return torch.cat([resize(crop, (size, size), interpolation) for crop in crops])  # (n, 3, size, size)
+
+
+class RandomResizedCrop:
+    """A box of random area and aspect ratio, resized to size x size: torchvision.transforms.RandomResizedCrop.
+
+    scale: range of the box's share of the image area, uniform. ratio: range of width / height, log-uniform.
+    Params `top`, `left`, `height`, `width`: (n,) float in [0, 1], fractions of the image's height or width.
+    """
+    draws = ("area", "aspect", "corner")
+
+    def __init__(self, size, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), interpolation="bilinear"):
+        self.size, self.scale, self.ratio, self.interpolation = size, scale, ratio, interpolation
+
+    def draw(self, n, generator=None, tries=10):
+        """The random part: candidates `area` and `aspect`, (n, 10) float, and `corner`, (n, 2) in [0, 1)."""
+        log_aspect = uniform((n, tries), math.log(self.ratio[0]), math.log(self.ratio[1]), generator)  # (n, 10)
+        area, corner = uniform((n, tries), *self.scale, generator), torch.rand(n, 2, generator=generator)
+        return {"area": area, "aspect": log_aspect.exp(), "corner": corner}  # (n, 10), (n, 10), (n, 2)
+
+    def resolve(self, draws, sizes):
+        """The part that needs the sizes (n, 2), maybe known to a loader worker only: the first candidate that fits."""
+        H, W = sizes.double().unbind(1)  # (n,) each
+        area, aspect = draws["area"] * (H * W)[:, None], draws["aspect"].double()  # (n, 10) each; area in pixels
+        h, w = (area / aspect).sqrt().round(), (area * aspect).sqrt().round()  # (n, 10) each
+        fits = (0 < h) & (h <= H[:, None]) & (0 < w) & (w <= W[:, None])  # (n, 10) bool
+        first = fits.int().argmax(1, keepdim=True)  # (n, 1)
+        h, w = h.gather(1, first)[:, 0], w.gather(1, first)[:, 0]  # (n,) each
+        top, left = (draws["corner"] * torch.stack([H - h + 1, W - w + 1], 1)).floor().unbind(1)  # (n,) each
+        # none fits: in the centre, as much of the image as the aspect ratios allow
+        none = ~fits.any(1)  # (n,) bool
+        h = torch.where(none, torch.minimum(H, (W / self.ratio[0]).round()), h)  # (n,)
+        w = torch.where(none, torch.minimum(W, (H * self.ratio[1]).round()), w)  # (n,)
+        top, left = torch.where(none, (H - h) // 2, top), torch.where(none, (W - w) // 2, left)  # (n,) each
+        box = {"top": top / H, "left": left / W, "height": h / H, "width": w / W}
+        return {name: fraction.float() for name, fraction in box.items()}  # (n,) each
+
+    def __call__(self, images, params):
+        """uint8 (n, 3, H, W), or a list of uint8 (3, H_i, W_i) -> uint8 (n, 3, size, size)."""
+        shapes = [images.shape] if isinstance(images, torch.Tensor) else [image.shape for image in images]
+        sizes = torch.tensor([shape[-2:] for shape in shapes], dtype=torch.float64)  # (n, 2), or (1, 2) for all
+        boxes = torch.stack([params[name] for name in ("top", "left", "height", "width")], 1)  # (n, 4) fractions
+        return crop_resize(images, (boxes * sizes.repeat(1, 2)).round().long(), self.size, self.interpolation)
+
+
+class CenterCrop:
+    """The evaluation view: short side to `resize`, then the central size x size: torchvision's Resize and CenterCrop.
+
+    No parameters. Images that are size x size already come back unchanged. `resize`, the short side, defaults to 256/224
+    of the size, as usual on ImageNet; below 96 px to the size itself, so that nothing is cut off.
+    """
+    draws = ()
+
+    def __init__(self, size, resize=None, interpolation="bilinear"):
+        self.size, self.interpolation = size, interpolation
+        self.resize = resize or (size if size < 96 else round(size * 256 / 224))
+
+    def draw(self, n, generator=None):
+        return {}
+
+    def resolve(self, draws, sizes):
+        return {}
+
+    def __call__(self, images, params=None):
+        """uint8 (n, 3, H, W), or a list of uint8 (3, H_i, W_i) -> uint8 (n, 3, size, size)."""
+        crops, size = [], self.size
+        for x in [images] if isinstance(images, torch.Tensor) else [image[None] for image in images]:
+            H, W = x.shape[2:]
+            if (H, W) != (size, size):
+                h, w = self.resize * H // min(H, W), self.resize * W // min(H, W)
+                top, left = round((h - size) / 2), round((w - size) / 2)
+                x = resize(x, (h, w), self.interpolation)[:, :, top:top + size, left:left + size]
+            crops.append(x)  # (1 or n, 3, size, size)
+        return torch.cat(crops)  # (n, 3, size, size)
+
+
+
+
+class HorizontalFlip:
+    """Mirror left and right: torchvision.transforms.RandomHorizontalFlip. Param `flip`: (n,) bool."""
+
+    def __init__(self, p=0.5):
+        self.p = p
+
+    def sample(self, n, generator=None, sizes=None):
+        return {"flip": torch.rand(n, generator=generator) < self.p}  # (n,) bool
+
+    def __call__(self, x, params):
+        return change_rows(x, params["flip"], lambda y: y.flip(3))  # (n, 3, S, S)
+
+
+class Rot90:
+    """Turn square images by k quarter turns counter-clockwise: torch.rot90. Param `rot90`: (n,) int64 k, uniform 0..3."""
+    def sample(self, n, generator=None, sizes=None):
+        return {"rot90": torch.randint(4, (n,), generator=generator)}  # (n,)
+
+    def __call__(self, x, params):
+        for k in (1, 2, 3):
+            x = change_rows(x, params["rot90"] == k, lambda y, k=k: y.rot90(k, (2, 3)))  # (n, 3, S, S)
+        return x
+
+
+class GridResize:
+    """Resize the whole batch to one random grid of patches, bicubic with antialiasing: torchvision's `resize`.
+
+    The area is A ~ U(area) * grid^2 patches, the aspect ratio width / height a is log-uniform in `ratio`, and the grid
+    has round(sqrt(A / a)) rows and round(sqrt(A * a)) columns. Params `grid_h`, `grid_w`: (n,) int64, in patches, the
+    same for all n. A cubic may leave [0, 1] by a little at edges.
+    """
+
+    def __init__(self, patch, grid, area=(0.7, 1.3), ratio=(3 / 4, 4 / 3)):
+        self.patch, self.grid, self.area, self.ratio = patch, grid, area, ratio
+
+    def sample(self, n, generator=None, sizes=None):
+        A = uniform(1, *self.area, generator) * self.grid ** 2  # (1,)
+        a = uniform(1, math.log(self.ratio[0]), math.log(self.ratio[1]), generator).exp()  # (1,)
+        return {"grid_h": (A / a).sqrt().round().long().repeat(n),  # (n,)
+                "grid_w": (A * a).sqrt().round().long().repeat(n)}  # (n,)
+
+    def __call__(self, x, params):
+        h, w = (self.patch * int(params[name][0]) for name in ("grid_h", "grid_w"))
+        return F.interpolate(x, (h, w), mode="bicubic", antialias=True)  # (n, 3, patch * grid_h, patch * grid_w)
+
+
+
+
+def shift_hue_(x, turns):
+    """Shift the hue of x (n, 3, H, W) in place by `turns`, (n,) on the CPU, in turns of the colour circle.
+
+    Value and chroma stay, so only the hue is computed, in sixths of a turn, and each channel is read off its ramp:
+    red is full up to a distance of 1 from hue 0 and empty from 2 on, green so around hue 2, and blue around hue 4.
+    """
+    r, g, b = x.unbind(1)  # (n, H, W) each
+    high, low = torch.maximum(torch.maximum(r, g), b), torch.minimum(torch.minimum(r, g), b)  # (n, H, W) each
+    chroma = high - low  # (n, H, W)
+    in_green, in_blue = (b - r).add_(chroma, alpha=2), (r - g).add_(chroma, alpha=4)  # (n, H, W) each
+    h = torch.where(high == r, g - b, torch.where(high == g, in_green, in_blue))  # (n, H, W) hue * chroma
+    h.div_(chroma.clamp(min=1e-8)).add_(6 * column(turns, x)[:, 0])  # (n, H, W)
+    h.sub_(torch.floor(h / 6), alpha=6)  # (n, H, W) in [0, 6)
+    ramps = (h - 3).abs_().sub_(1), 2 - (h - 2).abs_(), 2 - (h - 4).abs_()  # (n, H, W) each
+    for channel, ramp in zip((r, g, b), ramps):
+        torch.addcmul(low, ramp.clamp_(0, 1), chroma, out=channel)  # (n, H, W)
+
+
+class ColorJitter:
+    """Brightness, contrast, saturation, hue in random order: torchvision's RandomApply([ColorJitter(...)], p).
+
+    brightness, contrast, saturation: a number v, for factors uniform in [max(0, 1 - v), 1 + v], or a tuple (low, high).
+    hue: a number v, for shifts uniform in [-v, v], or a tuple; in turns, within [-0.5, 0.5].
+    Params `brightness`, `contrast`, `saturation`, `hue`: (n,) float; `order`: (n, 4) int64, the steps of each sample
+    from first to last, 0 brightness, 1 contrast, 2 saturation, 3 hue.
+    """
+
+    def __init__(self, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0, p=0.8):
+        factors = {"brightness": brightness, "contrast": contrast, "saturation": saturation}
+        self.ranges = {name: v if isinstance(v, tuple) else (max(0, 1 - v), 1 + v) for name, v in factors.items()}
+        self.ranges["hue"] = hue if isinstance(hue, tuple) else (-hue, hue)
+        self.p = p
+
+    def sample(self, n, generator=None, sizes=None):
+        on = torch.rand(n, generator=generator) < self.p  # (n,) bool
+        order = torch.rand(n, 4, generator=generator).argsort(1)  # (n, 4)
+        params = {"order": torch.where(on[:, None], order, torch.arange(4))}  # (n, 4)
+        for name, (low, high) in self.ranges.items():
+            value = uniform(n, low, high, generator)  # (n,)
+            params[name] = torch.where(on, value, 0.0 if name == "hue" else 1.0)  # (n,)
+        return params
+
+    def __call__(self, x, params):
+        """Each sample in its own order, with no step done twice.
+
+        Brightness, contrast and saturation are one blend f * x + (1 - f) * target, with target 0, the mean luma or the
+        luma. So the batch makes three blends, each sample with its own targets, and the hue step comes before, between
+        or after them: with the samples sorted by its turn, those due before a given blend are a slice.
+        """
+        factor = torch.stack([params["brightness"], params["contrast"], params["saturation"]], 1)  # (n, 3)
+        hue, order = params["hue"], params["order"]
+        turn = torch.where(hue != 0, (order == 3).int().argmax(1), 4)  # (n,) the hue step's place, 4: no shift
+        turn[(factor == 1).all(1) & (hue == 0)] = 5  # nothing at all to do
+        ends = torch.bincount(turn, minlength=6).cumsum(0).tolist()  # ends[t]: number of samples up to turn t
+        rows = turn.argsort()[:ends[4]]  # (m,)
+        hue, blends = hue[rows], order[rows][order[rows] != 3].view(-1, 3)  # (m,), (m, 3)
+        factor = factor[rows].gather(1, blends)  # (m, 3) in the order of use
+        rows = rows.to(x.device, non_blocking=True)  # (m,)
+        y = x.index_select(0, rows)  # (m, 3, S, S)
+        for step, (first, end) in enumerate(zip([0, *ends], ends[:4])):
+            if first < end:
+                shift_hue_(y[first:end], hue[first:end])
+            if step < 3:
+                f, kind = factor[:, step], blends[:, step]  # (m,) each
+                target = luma(y)  # (m, 1, S, S)
+                mean = target.mean((2, 3), keepdim=True)  # (m, 1, 1, 1)
+                target.mul_(column((1 - f) * (kind == 2), x)).add_(mean * column((1 - f) * (kind == 1), x))
+                torch.addcmul(target, y, column(f, x), out=y).clamp_(0, 1)  # (m, 3, S, S)
+        return x.index_copy_(0, rows, y)  # (n, 3, S, S)
+
+
+class Grayscale:
+    """Put the luma in all three channels: torchvision.transforms.RandomGrayscale. Param `gray`: (n,) bool."""
+
+    def __init__(self, p=0.2):
+        self.p = p
+
+    def sample(self, n, generator=None, sizes=None):
+        return {"gray": torch.rand(n, generator=generator) < self.p}  # (n,) bool
+
+    def __call__(self, x, params):
+        return change_rows(x, params["gray"], lambda y: luma(y).expand_as(y))  # (n, 3, S, S)
+
+
+class GaussianBlur:
+    """Gaussian blur with reflected borders: torchvision's RandomApply([GaussianBlur(kernel, sigma)], p).
+
+    sigma: range of the standard deviation, uniform, in pixels. kernel: taps per axis, odd; None cuts the Gaussian at
+    three times the largest sigma. A side of s pixels reflects once, so it takes at most 2 s - 1 taps.
+    Param `sigma`: (n,) float, 0 where not applied.
+    """
+
+    def __init__(self, sigma=(0.1, 2.0), p=0.5, kernel=None):
+        self.sigma, self.p = sigma, p
+        self.radius = math.ceil(3 * sigma[1]) if kernel is None else kernel // 2
+
+    def sample(self, n, generator=None, sizes=None):
+        on = torch.rand(n, generator=generator) < self.p  # (n,) bool
+        return {"sigma": torch.where(on, uniform(n, *self.sigma, generator), 0.0)}  # (n,)
+
+    def __call__(self, x, params):
+        sigma = params["sigma"]  # (n,)
+        return change_rows(x, sigma > 0, lambda y: self.blur(y, sigma[sigma > 0]))  # (n, 3, H, W)
+
+    def blur(self, x, sigma):
+        """x (m, 3, H, W), sigma (m,) -> (m, 3, H, W). Every plane is a channel with its own kernel, axis by axis."""
+        m, _, H, W = x.shape
+        ry, rx = min(self.radius, H - 1), min(self.radius, W - 1)
+        x = F.pad(x.reshape(1, 3 * m, H, W), (rx, rx, ry, ry), mode="reflect")  # (1, 3 * m, H + 2 * ry, W + 2 * rx)
+        for radius, taps in ((rx, (1, -1)), (ry, (-1, 1))):
+            t = torch.arange(-radius, radius + 1, dtype=x.dtype) / sigma[:, None]  # (m, 2 * radius + 1)
+            k = torch.softmax(-0.5 * t ** 2, 1).repeat_interleave(3, 0).view(3 * m, 1, *taps)  # (3 * m, 1, 1, taps)
+            x = F.conv2d(x, k.to(x.device, x.dtype, non_blocking=True), groups=3 * m)  # without this axis's padding
+        return x.view(m, 3, H, W)  # (m, 3, H, W)
+
+
+class Solarize:
+    """Invert the values >= threshold: torchvision.transforms.RandomSolarize. Param `solarize`: (n,) bool."""
+
+    def __init__(self, threshold=128 / 255, p=0.2):
+        self.threshold, self.p = threshold, p
+
+    def sample(self, n, generator=None, sizes=None):
+        return {"solarize": torch.rand(n, generator=generator) < self.p}  # (n,) bool
+
+    def __call__(self, x, params):
+        low = self.threshold - 1e-6  # level 128 is the last bit above or below 128 / 255, depending on the device
+        return change_rows(x, params["solarize"], lambda y: torch.where(y >= low, 1 - y, y))  # (n, 3, S, S)
+
+
+class Normalize:
+    """(x - mean) / std per channel: torchvision.transforms.Normalize. No parameters."""
+
+    def __init__(self, mean, std):
+        self.mean, self.std = mean, std
+
+    def sample(self, n, generator=None, sizes=None):
+        return {}
+
+    def __call__(self, x, params=None):
+        for channel, mean, std in zip(x.unbind(1), self.mean, self.std):
+            channel.sub_(mean).div_(std)  # (n, S, S)
+        return x
+
+
+
+
+class Compose:
+    """One view: ops in order, with all their parameters in one flat dict. The same params give the same pixels again.
+
+    If the first op is a crop it is also `compose.crop`, and compose(images, params) is compose.augment(crops, params)
+    with crops = compose.crop(images, params). So a loader worker, which sees the full images, may do the crop alone.
+    """
+
+    def __init__(self, ops):
+        has_crop = isinstance(ops[0], (RandomResizedCrop, CenterCrop))
+        self.crop, self.ops = ops[0] if has_crop else None, ops[has_crop:]
+
+    def draw(self, n, generator=None):
+        """Every random choice, {name: (n, ...)}, before the sizes of the images are known."""
+        params = self.crop.draw(n, generator) if self.crop else {}
+        for op in self.ops:
+            params |= op.sample(n, generator)
+        return params
+
+    def resolve(self, draws, sizes):
+        """Draws and image sizes (n, 2) -> params: what the crop has drawn gives way to its box."""
+        if self.crop is None:
+            return draws
+        return self.crop.resolve(draws, sizes) | {k: v for k, v in draws.items() if k not in self.crop.draws}
+
+    def sample(self, n, generator=None, sizes=None):
+        """{name: (n, ...)} of all ops. sizes: (n, 2) int64, heights and widths; only a random crop needs them."""
+        return self.resolve(self.draw(n, generator), sizes)
+
+    def __call__(self, images, params):
+        """uint8 (n, 3, H, W), or for a crop also a list of n uint8 (3, H_i, W_i) -> float32 (n, 3, S, S)."""
+        return self.run(images, params, self.crop)
+
+    def augment(self, x, params):
+        """All but the crop: uint8 (n, 3, S, S), or float in [0, 1] -> float (n, 3, S, S); x itself stays as it is."""
+        return self.run(x, params, None)
+
+    def run(self, images, params, crop):
+        """On a GPU all at once; on a CPU in chunks that stay in its cache, which makes it twice as fast."""
+        n, side = len(images), crop.size if crop else images.shape[3]
+        chunk = max(8, 2 ** 18 // side ** 2) if images[0].device.type == "cpu" else n
+        done = []  # (chunk, 3, S, S) each
+        for start in range(0, n, chunk):
+            x, p = images[start:start + chunk], {k: v[start:start + chunk] for k, v in params.items()}  # (chunk, ...)
+            x = crop(x, p) if crop else x  # (chunk, 3, S, S)
+            x = x.contiguous().float().div_(255) if x.dtype == torch.uint8 else x.clone()  # (chunk, 3, S, S)
+            for op in self.ops:
+                x = op(x, p)  # (chunk, 3, S, S)
+            done.append(x)
+        return torch.cat(done)  # (n, 3, S, S)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Backbones
+# ----------------------------------------------------------------------------------------------------------------------
+
+VITS = dict(  # the sizes of DeiT / DINO (6 heads for ViT-S), and one for CPUs
+    vit_pico=dict(embed_dim=128, depth=6, num_heads=4),
+    vit_tiny=dict(embed_dim=192, depth=12, num_heads=3),
+    vit_small=dict(embed_dim=384, depth=12, num_heads=6),
+    vit_base=dict(embed_dim=768, depth=12, num_heads=12),
+)
+
+
+def sincos_positions(h, w, dim):
+    """Fixed 2-D positions of MoCo-v3: (1, h w, dim). With d = dim/4 frequencies w_i = 10000^(-i/d) the vector of the cell
+    in row a, column b is [sin(a w), cos(a w), sin(b w), cos(b w)]."""
+    omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))  # (d,)
+    a, b = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+    a, b = a.flatten()[:, None] * omega, b.flatten()[:, None] * omega  # (h w, d)
+    return torch.cat([a.sin(), a.cos(), b.sin(), b.cos()], dim=1)[None].float()
+
+
+class ViT(VisionTransformer):
+    """timm's VisionTransformer, with timm's parameter names, for any grid of patches and with a late [CLS].
+
+    cls_layer: [CLS] enters after this block (0: at the input, as usual); before it the tokens are a map and nothing else.
+    pos: "learned", or "sincos" (fixed). A late [CLS] has no position; at the input a sin-cos one is zero.
+    """
+
+    def __init__(self, arch="vit_small", img_size=224, patch_size=16, cls_layer=0, pos="learned", drop_path=0.0):
+        super().__init__(img_size=img_size, patch_size=patch_size, num_classes=0, drop_path_rate=drop_path,
+                         no_embed_class=cls_layer > 0, **VITS[arch])
+        self.cls_layer, self.patch_size, self.grid = cls_layer, patch_size, img_size // patch_size
+        self.dim, self.depth = self.embed_dim, len(self.blocks)
+        if pos == "sincos":
+            table = sincos_positions(self.grid, self.grid, self.dim)
+            self.pos_embed.data = F.pad(table, (0, 0, int(cls_layer == 0), 0))  # a row of zeros for [CLS]
+            self.pos_embed.requires_grad_(False)
+
+    def positions(self, h, w):
+        """The table of positions, resampled bicubically where the grid is not the one it was made for: (1, h w, dim)."""
+        table = self.pos_embed[:, -self.grid**2 :]
+        if (h, w) == (self.grid, self.grid):
+            return table
+        table = table.unflatten(1, (self.grid, self.grid)).permute(0, 3, 1, 2)
+        return F.interpolate(table, (h, w), mode="bicubic", align_corners=False).flatten(2).transpose(1, 2)
+
+    def cells(self, x):
+        """The grid of patches (h, w) of x (B, 3, H, W)."""
+        return tuple(side // self.patch_size for side in x.shape[2:])
+
+    def trace(self, x, taps=()):
+        """x (B, 3, H, W) -> y (B, dim), the normalised final [CLS], and {k: tokens after block k (B, N, dim)} for `taps`.
+        From block cls_layer + 1 on (from 0 if cls_layer is 0) [CLS] is row 0."""
+        h, w = self.cells(x)
+        z = self.patch_embed.proj(x).flatten(2).transpose(1, 2) + self.positions(h, w)  # (B, h w, dim)
+        cls = self.cls_token + self.pos_embed[:, :1] if self.cls_layer == 0 else self.cls_token
+        tapped = {}
+        for k, block in enumerate(self.blocks):
+            if k == self.cls_layer:
+                z = torch.cat([cls.expand(len(z), -1, -1), z], dim=1)  # (B, 1 + h w, dim)
+            z = block(z)
+            if k + 1 in taps:
+                tapped[k + 1] = z
+        return self.norm(z[:, 0]), tapped
+
+    def forward(self, x):
+        return self.trace(x)[0]
+
+    def tokens(self, x, after):
+        """x (B, 3, H, W) -> the patch tokens after block `after`, un-normalised, as a map (B, h, w, dim)."""
+        h, w = self.cells(x)
+        return self.trace(x, (after,))[1][after][:, -h * w :].unflatten(1, (h, w))
+
+
+def make_backbone(arch, mean, std, **kwargs):
+    """The encoder that a checkpoint's "backbone" describes. It keeps that description, and in `mean`, `std`, `img_size`
+    what it expects as input; `dim` is the width of `backbone(x)`."""
+    if arch not in VITS:
+        die(f"--arch {arch}: unknown; there are {', '.join(VITS)}")
+    img_size, patch_size = kwargs["img_size"], kwargs["patch_size"]
+    if img_size % patch_size:
+        die(f"--img-size {img_size}: not divisible by --patch-size {patch_size}; the nearest that is: {max(1, round(img_size / patch_size)) * patch_size}")
+    backbone = ViT(arch, **kwargs)
+    backbone.mean, backbone.std, backbone.img_size = mean, std, img_size
+    backbone.description = dict(arch=arch, mean=list(mean), std=list(std), **kwargs)
+    return backbone
+
+
+def load_backbone(path):
+    """Checkpoint file -> (frozen encoder in eval mode, checkpoint dict). Strict: weights that do not fit are an error."""
+    state = load_checkpoint(path)
+    backbone = make_backbone(**state["backbone"])
+    try:
+        backbone.load_state_dict(state["backbone_state"])
+    except RuntimeError as e:
+        die(f"{path}: its weights do not fit {state['backbone']['arch']} ({str(e).splitlines()[1].strip()[:200]})")
+    return backbone.eval().requires_grad_(False), state
+
+
+def export_backbone(path, backbone):
+    """Write backbone.safetensors with timm's keys where timm's model gives the same features (to 1e-5); return a line that
+    says so, or why not. `timm.create_model(**json.loads(metadata["timm"]), checkpoint_path=path)` loads it."""
+    import timm
+    from safetensors.torch import save_file
+
+    d = backbone.description
+    if d["cls_layer"] > 0:
+        return f"{path.name}: not written, timm has no ViT whose [CLS] enters after a block"
+    arguments = dict(model_name="vit_small_patch16_224", num_classes=0, img_size=d["img_size"], patch_size=d["patch_size"], **VITS[d["arch"]])
+    backbone, twin = copy.deepcopy(backbone).cpu().eval(), timm.create_model(**arguments).eval()
+    twin.load_state_dict(backbone.state_dict())
+    x = torch.randn(2, 3, d["img_size"], d["img_size"], generator=rng("export"))
+    with torch.no_grad():
+        difference = (twin(x) - backbone(x)).abs().max().item()
+    if not difference <= 1e-5:
+        return f"{path.name}: not written, timm's features differ by {difference:.1e}"
+    save_file(backbone.state_dict(), path, metadata=dict(timm=json.dumps(arguments), mean=json.dumps(d["mean"]), std=json.dumps(d["std"])))
+    return f"{path}: the encoder for timm.create_model, whose arguments stand in its metadata"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Features and k-NN
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class _Chunks(torch.utils.data.Dataset):
+    """i -> rows chunks[i] of a set, transformed; what the workers of `features` run."""
+
+    def __init__(self, data, chunks, transform):
+        self.data, self.chunks, self.transform = data, chunks, transform
+
+    def __len__(self):
+        return len(self.chunks)
+
+    def __getitem__(self, i):
+        return self.transform(self.data[self.chunks[i]], self.chunks[i])
+
+
+@torch.no_grad()
+def features(backbone, data, device, transform=None, encode=None, rows=None, amp="auto", batch_size=256, workers=None, name="features"):
+    """Encode a set once: (N, D) float32 on the CPU, in the order of `rows` (default: all), on every rank.
+
+    transform(images, rows) -> uint8 (n, 3, S, S), default the centre crop; encode(x) -> (n, D) for normalised x, default
+    the backbone. Each rank encodes every W-th row; none is encoded twice. The backbone runs in eval mode, without gradient.
+    """
+    centre, normalise = CenterCrop(backbone.img_size), Normalize(backbone.mean, backbone.std)
+    transform = transform or (lambda images, rows: centre(images))
+    encode = encode or backbone
+    rows = torch.arange(len(data)) if rows is None else rows
+    mine = rows[rank() :: world_size()]
+    workers = default_workers(workers) if data.images is None else 0
+    loader = torch.utils.data.DataLoader(_Chunks(data, mine.split(batch_size), transform), batch_size=None,
+                                         num_workers=workers, worker_init_fn=detach_worker)
+    out, training = [], backbone.training
+    backbone.eval()
+    for x in tqdm(loader, desc=name, unit="batch", leave=False, disable=rank() != 0, file=sys.stderr):
+        x = normalise(x.to(device, non_blocking=True).float() / 255, {})
+        with autocast(device, amp):
+            out.append(encode(x).float().cpu())
+    backbone.train(training)
+    out = torch.cat(out)  # (N / W, D)
+    if world_size() > 1:  # ranks may hold one row more or less: pad, gather, interleave, cut
+        out = F.pad(out, (0, 0, 0, math.ceil(len(rows) / world_size()) - len(out)))
+        out = gather(out).unflatten(0, (world_size(), -1)).transpose(0, 1).flatten(0, 1)[: len(rows)]
+    return out
+
+
+@torch.no_grad()
+def knn(train, train_labels, test, k=20, temperature=0.07, classes=None):
+    """Weighted k-nearest-neighbour vote of DINO: cosine similarity, weights exp(sim / T). Features (N, D) and (M, D),
+    labels (N,) -> class scores (M, classes); the highest wins, ties go to the lower class. k is cut to N."""
+    train, test = F.normalize(train, dim=1), F.normalize(test, dim=1)
+    classes = classes or int(train_labels.max()) + 1
+    scores = []
+    for chunk in test.split(512):
+        sim, index = (chunk @ train.T).topk(min(k, len(train)), dim=1)  # (m, k)
+        votes = torch.zeros(len(chunk), classes, device=train.device)
+        scores.append(votes.scatter_add_(1, train_labels.to(index.device)[index], (sim / temperature).exp()))
+    return torch.cat(scores)
+
+
+def knn_accuracy(backbone, train, test, device, args, most=(12_000, 4_000)):
+    """The score at the end of a run: 20-NN on test images; sets larger than `most` are thinned evenly, to stay quick."""
+    rows = [torch.arange(min(n, len(d))) * len(d) // min(n, len(d)) for n, d in zip(most, (train, test))]
+    f = [features(backbone, d, device, rows=r, amp=args.amp, workers=args.workers, name="k-NN") for r, d in zip(rows, (train, test))]
+    scores = knn(f[0], train.labels[rows[0]], f[1], classes=len(train.classes))
+    return (scores.argmax(1) == test.labels[rows[1]]).float().mean().item()

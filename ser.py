@@ -1,0 +1,406 @@
+"""SER: soft equivariance regularisation of intermediate tokens, on an invariant self-supervised base (MoCo-v3).
+
+Paper: "Soft Equivariance Regularization for Invariant Self-Supervised Learning" (ICLR 2026, arXiv 2603.06693).
+
+Idea. Invariance at the last layer erases what an image's transformation did to it. SER leaves the base loss on the
+final [CLS] as it is and asks for equivariance earlier, where the tokens are still a map: transforming the map of one
+view by the group element that leads to the other view should give the other view's map, cell by cell.
+
+    f = f2 o f1       f1: patches and the first `equi_layer` blocks, without [CLS]; [CLS] enters at the input of f2
+    B = b1 + b2       b1 (most images) takes the base's views T; b2, a share `equi_ratio`, takes
+                      T_eq = T without random crop, with rotations by 90 degrees and anisotropic scaling
+    x_i = g_i x       for b2: g_i = scaling o rot90^k_i o flip^f_i, after photometrics that do not enter g
+    z  = p(rho_g f1(x_1)),  z' = p(f1(x_2)),  g = g_2 g_1^-1                  (n, P, D), P cells of view 2's grid
+    l(z_ij) = -s(z_ij, z'_ij) + log( exp s(z_ij, z'_ij) + sum_{m != i, l} exp s(z_ij, z_ml) + exp s(z_ij, z'_ml) )
+    L_equiv = mean of l over both sides, s(a, b) = cos(a, b) / tau            (negatives: cells of other images)
+    L = L_inv(b1 and b2) + lambda L_equiv(b2)
+
+Usage
+    python ser.py                                                      # rendered images, CPU, minutes
+    python ser.py --equi none                                          # plain MoCo-v3
+    python ser.py --data imagefolder --data-dir DIR --recipe cifar10   # any folder of images
+    torchrun --nproc_per_node=8 ser.py --data imagefolder --data-dir IMAGENET --recipe imagenet --compile
+
+Where the paper is silent or at odds with itself, this file takes (source in brackets):
+  * equi_ratio 0.01, lambda 1 [launch commands of the public code, github.com/aitrics-chris/SER]; at least 8 images.
+  * scaling changes the grid of patches: one (h, w) a view and step, area 0.7 to 1.3 of the square grid, aspect 3/4 to
+    4/3, positions resampled bicubically [public code]; nothing leaves the image, so there is no mask.
+  * x for b2 is one random resized crop, shared by both views, so that g is free of crops [public code]; `--equi-crop
+    center` takes the centre of the image instead.
+  * gradients flow through both sides and through the gather over processes. The public code gathers without gradient,
+    by which L_equiv would train nothing; the paper's ablation (lambda = 0 differs from lambda > 0) rules that out.
+  * a LayerNorm before the projector; the projector after rho_g [paper's Algorithm 1]; 6 heads in ViT-S [DINO, timm].
+  * MoCo-v3 itself follows github.com/facebookresearch/moco-v3: fixed sin-cos positions, frozen random patch projection,
+    weight decay on everything, no clipping. Base lr 3e-4 [SER's public code; the same peak as MoCo-v3's own recipe].
+Recipes `blocks` and `cifar10` are ours; they raise equi_ratio to 0.125, because 1 % of a small batch is nothing.
+"""
+
+import copy
+import dataclasses
+from typing import Literal
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+import common
+from common import CenterCrop, ColorJitter, Compose, GaussianBlur, Grayscale, GridResize, HorizontalFlip, Normalize, RandomResizedCrop, Rot90, Solarize
+
+
+@dataclasses.dataclass
+class Args(common.RunArgs):
+    base: Literal["mocov3"] = "mocov3"
+    """the invariant method underneath"""
+    equi: Literal["ser", "none"] = "ser"
+    """the equivariance term; none is exactly the base"""
+    equi_layer: int = 3
+    """block after which the tokens are made equivariant"""
+    cls_layer: int | None = None
+    """block after which [CLS] enters; default: --equi-layer with ser, 0 (the input) with none"""
+    equi_weight: float = 1.0
+    """lambda, the weight of L_equiv (0 keeps the late [CLS] and the views of SER: the paper's control)"""
+    equi_ratio: float = 0.01
+    """share of the global batch in b2, rounded to a multiple of 8 and never below 8"""
+    equi_temp: float = 0.3
+    """tau, the temperature of L_equiv"""
+    equi_dim: int = 512
+    """width of the projector p of the tokens"""
+    equi_area: tuple[float, float] = (0.7, 1.3)
+    """range of the scaling: number of cells relative to the square grid"""
+    equi_crop: Literal["random", "center"] = "random"
+    """what b2's views are made of: one random crop shared by both views, or the centre of the image"""
+    temp: float = 0.2
+    """temperature T of MoCo-v3"""
+    momentum: float = 0.99
+    """of the momentum encoder at the start; it rises to 1 along half a cosine"""
+    proj_hidden: int = 4096
+    """hidden width of projector and predictor"""
+    proj_dim: int = 256
+    """width of the embeddings that are contrasted"""
+    weight_decay: float = 0.1
+    """AdamW's, on all parameters"""
+    warmup_epochs: float = 10
+    """linear warm-up; then the learning rate falls to 0 along half a cosine"""
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    """area of the random crops, relative to the image"""
+    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
+    """strengths of brightness, contrast, saturation and hue jitter, applied to 80 % of the views"""
+    blur: tuple[float, float] = (1.0, 0.1)
+    """probability of Gaussian blur in view 1 and view 2"""
+    solarize: tuple[float, float] = (0.0, 0.2)
+    """probability of solarisation in view 1 and view 2"""
+
+
+RANGES = common.RANGES | dict(
+    equi_layer="[1, inf)", cls_layer="[0, inf)", equi_weight="[0, inf)", equi_ratio="[0, 1)", equi_temp="(0, inf)",
+    equi_dim="[1, inf)", equi_area="(0, inf)", temp="(0, inf)", momentum="[0, 1]", proj_hidden="[1, inf)",
+    proj_dim="[1, inf)", weight_decay="[0, inf)", warmup_epochs="[0, inf)", crop_scale="(0, 1]", jitter="[0, inf)",
+    blur="[0, 1]", solarize="[0, 1]")
+
+SMALL = dict(img_size=32, blur=(0.0, 0.0), solarize=(0.0, 0.0), crop_scale=(0.2, 1.0), equi_ratio=0.125)
+RECIPES = dict(
+    imagenet=dict(),  # the paper: ViT-S/16, 100 epochs, batch 2048 = 8 x 256, peak lr 2.4e-3
+    imagenet100=dict(),  # not in the paper: its ImageNet values
+    cifar10=dict(arch="vit_tiny", patch_size=4, epochs=200, batch_size=512, lr=5e-4, proj_hidden=1024, **SMALL),
+    blocks=dict(arch="vit_pico", patch_size=8, epochs=5, warmup_epochs=0.5, batch_size=128, lr=2e-3, proj_hidden=512,
+                proj_dim=128, **SMALL),
+)
+NORMALISE = dict(blocks=common.BLOCKS, cifar10=common.CIFAR10)  # all others: ImageNet's mean and std
+
+
+def values_in_force(first):
+    """The recipe that a first look at the command line asks for, as defaults for the second."""
+    name = first.recipe or first.data
+    if name not in RECIPES:
+        common.die(f"--recipe {first.recipe or 'is missing'}: name one of {', '.join(RECIPES)} (for --data {first.data})")
+    return dict(recipe=name) | RECIPES[name]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Views: T for b1, T_eq for b2
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def second_part(batch_size, ratio):
+    """n2 = max(8, 8 round(r B / 8)): multiples of 8, so that up to 8 processes share them evenly."""
+    return max(8, 8 * round(ratio * batch_size / 8))
+
+
+def make_policies(args):
+    """{name: Compose}: views "1" and "2" of T; with SER also "eq1" and "eq2" of T_eq, on the same photometrics."""
+    mean, std = NORMALISE.get(args.recipe, common.IMAGENET)
+    crop = RandomResizedCrop(args.img_size, args.crop_scale)
+    eq_crop = crop if args.equi_crop == "random" else CenterCrop(args.img_size)
+    grid = args.img_size // args.patch_size
+    policies = {}
+    for i in (0, 1):
+        photometric = [ColorJitter(*args.jitter, p=0.8), Grayscale(0.2), GaussianBlur(p=args.blur[i]), Solarize(p=args.solarize[i])]
+        policies[f"{i + 1}"] = Compose([crop, *photometric, HorizontalFlip(), Normalize(mean, std)])
+        if args.equi == "ser":
+            group = [HorizontalFlip(), Rot90(), GridResize(args.patch_size, grid, args.equi_area)]
+            policies[f"eq{i + 1}"] = Compose([eq_crop, *photometric, *group, Normalize(mean, std)])
+    return policies
+
+
+def make_draw(args, policies):
+    """draw(generator) -> {view: (rows of the global batch, params)}. b2's rows lie evenly over the batch, so that the
+    contiguous rows of each process hold the same number of them; its two views share one crop."""
+    rows = torch.arange(args.batch_size)
+    if args.equi == "none":
+        return lambda g: {name: (rows, policy.draw(len(rows), g)) for name, policy in policies.items()}
+    n2 = second_part(args.batch_size, args.equi_ratio)
+    b2 = torch.arange(n2) * args.batch_size // n2  # (n2,)
+    b1 = rows[~torch.isin(rows, b2)]  # (n1,)
+
+    def draw(g):
+        params = {name: policy.draw(n2 if name.startswith("eq") else len(b1), g) for name, policy in policies.items()}
+        params["eq2"] |= {key: params["eq1"][key] for key in policies["eq1"].crop.draws}
+        return {name: (b2 if name.startswith("eq") else b1, p) for name, p in params.items()}
+
+    return draw
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The group and its action on token maps
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def relative(k1, f1, k2, f2):
+    """g = g2 g1^-1 for elements (k, f): flip horizontally f times, then rotate k quarter turns counter-clockwise.
+
+    f = f1 xor f2;  k = k2 - k1 if f = 0, k2 + k1 if f = 1 (mod 4). Tensors (n,), integers; f may be bool.
+    """
+    f = f1.long() ^ f2.long()
+    return (k2 - k1 * (1 - 2 * f)) % 4, f
+
+
+def act(z, k, f, size):
+    """rho_g: z (n, h1, w1, D) -> (n, h2, w2, D) with (h2, w2) = `size`, per-sample (k, f) as in `relative`.
+
+    In normalised coordinates (x right, y down, cell centres, [-1, 1]) g moves a point p to D p, D = R^k F^f, and scaling
+    changes nothing but the grid. So output cell p reads z at D^T p, bicubically: an exact permutation of cells wherever
+    the permuted input grid is the output grid.
+    """
+    quarter, flip = torch.tensor([[0.0, 1.0], [-1.0, 0.0]]), torch.tensor([[-1.0, 0.0], [0.0, 1.0]])
+    table = torch.stack([torch.linalg.matrix_power(quarter, i) @ torch.linalg.matrix_power(flip, j) for i in range(4) for j in range(2)])
+    D = table.to(z)[(2 * k + f).to(z.device)]  # (n, 2, 2)
+    theta = F.pad(D.transpose(1, 2), (0, 1))  # (n, 2, 3): [D^T | 0]
+    cells = F.affine_grid(theta, (len(z), z.shape[-1], *size), align_corners=False)  # (n, h2, w2, 2)
+    out = F.grid_sample(z.permute(0, 3, 1, 2), cells, "bicubic", "border", align_corners=False)
+    return out.permute(0, 2, 3, 1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Losses
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def dense_nt_xent(z1, z2, tau, chunk=2**23):
+    """L_equiv (Section 3.3): z1 = p(rho_g f1(x1)) and z2 = p(f1(x2)), each (n, P, D) on this process, -> scalar.
+
+    Positive: the same cell of the same image on the other side. Negatives: all cells, both sides, of other images of
+    all processes; cells of the anchor's own image are neither. One image in all gives 0. Anchors go in chunks of about
+    `chunk` logits that are recomputed in the backward pass, so memory does not grow with the square of the cells.
+    """
+    n, P, _ = z1.shape
+    q = F.normalize(torch.stack([z1, z2], dim=1), dim=-1)  # (n, 2, P, D) anchors
+    keys = common.gather(q)  # (N, 2, P, D)
+    N, first = len(keys), common.rank() * n
+    if N == 1:
+        return 0 * q.sum()
+    positive = (q[:, 0] * q[:, 1]).sum(-1, keepdim=True).transpose(1, 2) / tau  # (n, 1, P), the same for both sides
+
+    def other_images(anchors, own):  # (c, 2, P, D), (c,) -> log-sum-exp over cells of other images (c, 2, P)
+        logits = (anchors.flatten(0, 2) @ keys.flatten(0, 2).T / tau).view(len(own), 2 * P, N, 2 * P)
+        logits[torch.arange(len(own)), :, own] = -torch.inf
+        return logits.flatten(2).logsumexp(-1).view(len(own), 2, P)
+
+    c = max(1, chunk // (2 * P * N * 2 * P))
+    rest = [checkpoint(other_images, q[i : i + c], torch.arange(first + i, first + min(i + c, n)), use_reentrant=False) for i in range(0, n, c)]
+    return (torch.logaddexp(torch.cat(rest), positive) - positive).mean()
+
+
+def contrast(q, k, T):
+    """ctr(q, k) of MoCo-v3: q, k (b, d) normalised, row i of both the same image; keys of all processes are negatives.
+    2 T cross-entropy of q k^T / T against the diagonal."""
+    logits = q @ common.gather(k).T / T  # (b, B)
+    labels = torch.arange(len(q), device=q.device) + common.rank() * len(q)
+    return 2 * T * F.cross_entropy(logits, labels)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Model
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def mlp(*dims):
+    """Linear-BN-ReLU, ..., Linear-BN without affine; no biases (MoCo-v3's projector and predictor)."""
+    layers = []
+    for i, (a, b) in enumerate(zip(dims, dims[1:])):
+        last = i == len(dims) - 2
+        layers += [nn.Linear(a, b, bias=False), nn.BatchNorm1d(b, affine=not last)] + [nn.ReLU(inplace=True)] * (not last)
+    return nn.Sequential(*layers)
+
+
+def moco_init_(backbone):
+    """Initial weights of MoCo-v3's ViT: Xavier-uniform, qkv as three square matrices, no biases, [CLS] of std 1e-6; the
+    patch projection is uniform and stays as it is: a random one trains more stably."""
+    for name, m in backbone.named_modules():
+        if isinstance(m, nn.Linear):
+            if name.endswith("qkv"):
+                bound = (6 / (2 * m.in_features)) ** 0.5
+                nn.init.uniform_(m.weight, -bound, bound)
+            else:
+                nn.init.xavier_uniform_(m.weight)
+            nn.init.zeros_(m.bias)
+    nn.init.normal_(backbone.cls_token, std=1e-6)
+    projection = backbone.patch_embed.proj
+    bound = (6 / (projection.weight[0].numel() + projection.out_channels)) ** 0.5
+    nn.init.uniform_(projection.weight, -bound, bound)
+    nn.init.zeros_(projection.bias)
+    projection.requires_grad_(False)
+
+
+class MoCoV3(nn.Module):
+    """Online encoder, projector and predictor; the momentum encoder and projector that make the keys; with SER also the
+    LayerNorm and projector of the tokens."""
+
+    def __init__(self, backbone, args):
+        super().__init__()
+        moco_init_(backbone)
+        self.backbone = backbone
+        self.projector = mlp(backbone.dim, args.proj_hidden, args.proj_hidden, args.proj_dim)
+        self.predictor = mlp(args.proj_dim, args.proj_hidden, args.proj_dim)
+        self.momentum = copy.deepcopy(nn.ModuleDict(dict(backbone=backbone, projector=self.projector))).requires_grad_(False)
+        if args.equi == "ser":
+            self.equi = nn.Sequential(nn.LayerNorm(backbone.dim, eps=1e-6), nn.Linear(backbone.dim, args.equi_dim, bias=False), nn.GELU(),
+                                      nn.Linear(args.equi_dim, args.equi_dim, bias=False))
+
+    def update_momentum(self, m):
+        common.ema_update(self.momentum["backbone"], self.backbone, m)
+        common.ema_update(self.momentum["projector"], self.projector, m)
+
+
+def encode(backbone, views, i, layer, forward=None):
+    """View i of a batch -> y (b, D), final [CLS] of [b1; b2], and the map of b2 after block `layer` (n2, h, w, D) or None.
+    `forward` is the compiled backbone, for b1, whose shapes never change."""
+    y = (forward or backbone)(views[f"{i}"])
+    if f"eq{i}" not in views:
+        return y, None
+    x = views[f"eq{i}"]
+    y2, tokens = backbone.trace(x, (layer,))
+    h, w = backbone.cells(x)
+    return torch.cat([y, y2]), tokens[layer][:, -h * w :].unflatten(1, (h, w))
+
+
+def losses(model, views, params, args, forward=None):
+    """All of a step's mathematics: views {name: (n, 3, H, W)} and their params -> ({"loss", "L_inv", "L_equiv"}, y)."""
+    y1, map1 = encode(model.backbone, views, 1, args.equi_layer, forward and forward[0])  # (b, D), (n2, h1, w1, D)
+    y2, map2 = encode(model.backbone, views, 2, args.equi_layer, forward and forward[0])  # (b, D), (n2, h2, w2, D)
+    q1, q2 = model.predictor(model.projector(y1)), model.predictor(model.projector(y2))  # (b, d)
+    with torch.no_grad():
+        momentum, projector = model.momentum["backbone"], model.momentum["projector"]
+        k1 = projector(encode(momentum, views, 1, args.equi_layer, forward and forward[1])[0])  # (b, d)
+        k2 = projector(encode(momentum, views, 2, args.equi_layer, forward and forward[1])[0])
+    q1, q2, k1, k2 = (F.normalize(v if v.dtype == torch.float64 else v.float(), dim=1) for v in (q1, q2, k1, k2))
+    with torch.autocast(y1.device.type, enabled=False):
+        out = dict(L_inv=contrast(q1, k2, args.temp) + contrast(q2, k1, args.temp))
+    out["loss"] = out["L_inv"]
+    if map1 is not None:
+        k, f = relative(params["eq1"]["rot90"], params["eq1"]["flip"], params["eq2"]["rot90"], params["eq2"]["flip"])
+        norm, projector = model.equi[0], model.equi[1:]
+        with torch.autocast(y1.device.type, enabled=False):  # rho_g in full precision
+            moved = act(norm(map1.to(norm.weight)), k, f, map2.shape[1:3])  # (n2, h2, w2, D)
+        z1, z2 = projector(moved).flatten(1, 2), projector(norm(map2)).flatten(1, 2)  # (n2, P, 512)
+        with torch.autocast(y1.device.type, enabled=False):
+            out["L_equiv"] = dense_nt_xent(z1.to(norm.weight), z2.to(norm.weight), args.equi_temp)
+        out["loss"] = out["L_inv"] + args.equi_weight * out["L_equiv"]
+    return out, y1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def build(args, device):
+    """The model with its initial weights: seeded, the same on every process."""
+    common.seed_everything(args.seed, "weights")
+    mean, std = NORMALISE.get(args.recipe, common.IMAGENET)
+    backbone = common.make_backbone(args.arch, mean, std, img_size=args.img_size, patch_size=args.patch_size, cls_layer=args.cls_layer, pos="sincos")
+    return common.batchnorm_over_ranks(MoCoV3(backbone, args), device).to(device)
+
+
+def check(args):
+    """Refuse what cannot work, in one line each, before anything is made."""
+    common.check_ranges(args, RANGES)
+    if args.cls_layer is None:
+        args.cls_layer = args.equi_layer if args.equi == "ser" else 0
+    depth = common.VITS.get(args.arch, dict(depth=args.equi_layer))["depth"]
+    for name in ("equi_layer", "cls_layer"):
+        if getattr(args, name) >= depth + (name == "equi_layer"):
+            common.die(f"--{name.replace('_', '-')} {getattr(args, name)}: {args.arch} has {depth} blocks")
+    if args.epochs and args.warmup_epochs >= args.epochs:
+        common.die(f"--warmup-epochs {args.warmup_epochs}: must be below --epochs {args.epochs}")
+    if args.equi == "ser":
+        n2 = second_part(args.batch_size, args.equi_ratio)
+        if n2 >= args.batch_size:
+            common.die(f"--batch-size {args.batch_size}: SER's second part takes {n2} of it; raise it or lower --equi-ratio {args.equi_ratio}")
+        if n2 % common.world_size():
+            common.die(f"--equi-ratio {args.equi_ratio}: SER's second part of {n2} images does not divide among {common.world_size()} processes")
+
+
+def main(argv=None):
+    args = common.parse(Args, values_in_force, argv, description=__doc__)
+    device = common.start(args.device)
+    check(args)
+    model = build(args, device)
+    policies = make_policies(args)
+    train = common.load_data(args.data, args.data_dir, "train", args.img_size).to(device)
+    loader = common.Loader(train, policies, make_draw(args, policies), args, device)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=args.weight_decay, fused=device.type == "cuda")
+    peak = args.lr * args.batch_size / 256
+
+    run = common.Run("ser", args, f"{args.base}-{args.equi}", device)
+
+    def dump():
+        heads = {k: v for k, v in model.state_dict().items() if not k.startswith("backbone.")}
+        return model.backbone, dict(heads=heads, optimizer=optimizer.state_dict())
+
+    def load(train_state, backbone_state):
+        model.load_state_dict(train_state["heads"] | {f"backbone.{k}": v for k, v in backbone_state.items()})
+        optimizer.load_state_dict(train_state["optimizer"])
+
+    begin = run.restore(load)
+    n2 = second_part(args.batch_size, args.equi_ratio)
+    chance = f"L_inv {4 * args.temp * torch.tensor(args.batch_size).log():.2f}"
+    if args.equi == "ser":
+        chance += f", L_equiv {torch.log1p(2.0 * (n2 - 1) * torch.tensor((args.img_size // args.patch_size) ** 2)):.2f}"
+    run.introduce(train, loader, model, peak, chance)
+    forward = [torch.compile(b) for b in (model.backbone, model.momentum["backbone"])] if args.compile else None
+
+    for step, batch in run.steps(loader, dump, begin):
+        epoch = step / loader.steps_per_epoch
+        lr = common.warmup_cosine(epoch, args.epochs, args.warmup_epochs, peak)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        model.update_momentum(common.cosine(epoch / args.epochs, args.momentum, 1.0))
+        params = {name: p for name, (_, p) in batch["views"].items()}
+        views = {name: policies[name].augment(x, p) for name, (x, p) in batch["views"].items()}
+        if step == 0:
+            run.picture("views.png", views.values(), model.backbone)
+        with common.autocast(device, args.amp):
+            out, y = losses(model, views, params, args, forward)
+        optimizer.zero_grad(set_to_none=True)
+        out["loss"].backward()
+        common.average_gradients(parameters)
+        optimizer.step()
+        run.log(step, features=y, lr=lr, epoch=epoch, **out)
+
+    run.finish(model.backbone, build(args, device).backbone, train)
+
+
+if __name__ == "__main__":
+    main()
