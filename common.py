@@ -427,7 +427,7 @@ class Run:
         """
         total = min(loader.total_steps, self.args.max_steps or loader.total_steps)
         handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
-        self.bar = tqdm(total=total, initial=min(begin, total), disable=rank() != 0, unit="step", file=sys.stderr, dynamic_ncols=True)
+        self.bar = progress(total=total, initial=min(begin, total), unit="step", leave=True)
         self.first_pending = self.logged = begin
         self.clock = time.monotonic()
         batches = iter(loader.batches(range(begin, total)))
@@ -487,7 +487,7 @@ class Run:
             if rank() == 0:
                 with open(self.out / "log.jsonl", "a") as f:
                     f.write(json.dumps(line) + "\n")
-                self.bar.set_postfix_str(" ".join(f"{k} {v:.3f}" for k, v in row.items()))
+                self.bar.set_postfix_str(" ".join(f"{k} {v:.3f}" for k, v in row.items()), refresh=False)
 
     def flush(self):
         """Average what is pending over ranks, check it, and return the last step's values."""
@@ -566,6 +566,17 @@ def memory_gb(device):
         return 0.0
     import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def progress(iterable=None, leave=False, **kwargs):
+    """A tqdm bar on rank 0; where stderr is a file it writes a line every half minute instead of ten a second."""
+    slow = 0.1 if sys.stderr.isatty() else 30
+    return tqdm(iterable, leave=leave, disable=rank() != 0, file=sys.stderr, mininterval=slow, maxinterval=max(10, slow), dynamic_ncols=True, **kwargs)
+
+
+def full_precision():
+    """A block without autocast, for losses."""
+    return torch.autocast("cuda", enabled=False)
 
 
 def autocast(device, amp):
@@ -686,29 +697,29 @@ def cached(name, make):
 # Data: blocks, rendered on the spot
 # ----------------------------------------------------------------------------------------------------------------------
 
-# Five boxes a class: centre x, y, z, width, height, depth, up to a scale. No class is symmetric
-# under any rotation or reflection, so a view determines its rotation.
+# Five boxes a class: centre x, y, z, width, height, depth, in arbitrary units. No class is its own
+# rotated or mirrored copy, so no two rotations of an object are the same.
 BLOCK_CLASSES = {
-    "chair":  [(0, 0, 0, 1.4, .35, 1.4), (0, .7, -.5, 1.4, 1.2, .35), (-.5, -.55, 0, .35, .9, 1.4),
-               (.5, -.5, .5, .4, .8, .4), (.55, .4, .2, .3, .5, .9)],
-    "table":  [(0, .45, 0, 2.2, .35, 1.8), (-.85, -.25, .6, .45, 1.2, .45), (.85, -.25, .6, .45, 1.2, .45),
+    "chair":  [(0, 0, 0, 1.4, .4, 1.4), (0, .7, -.5, 1.4, 1.2, .35), (-.5, -.55, 0, .35, .9, 1.4),
+               (.5, -.5, .5, .4, .8, .4), (.55, .35, .2, .3, .5, .9)],
+    "table":  [(0, .45, 0, 2.2, .4, 1.8), (-.85, -.25, .6, .45, 1.2, .45), (.85, -.25, .6, .45, 1.2, .45),
                (.85, -.25, -.6, .45, 1.2, .45), (-.6, -.05, -.3, .8, .8, .9)],
     "arch":   [(-.75, -.2, 0, .6, 1.7, .9), (.75, -.2, 0, .7, 1.7, .9), (0, .8, 0, 2.3, .6, .9),
-               (.6, 1.3, .15, .6, .5, .6), (-.8, -.8, .7, .6, .5, .6)],
+               (.6, 1.25, .15, .6, .5, .6), (-.8, -.8, .65, .6, .5, .6)],
     "stairs": [(-.75, -.6, 0, .6, .4, 1.4), (-.25, -.4, 0, .6, .8, 1.4), (.25, -.2, 0, .6, 1.2, 1.4),
-               (.75, 0, 0, .6, 1.6, 1.4), (.7, 1, .4, .6, .5, .6)],
-    "hammer": [(0, -.3, 0, .6, 1.6, .6), (0, .7, 0, .8, .8, .8), (.8, .7, 0, .8, 1.2, 1.2),
-               (-.75, .85, 0, .8, .5, .9), (0, -1, .2, .9, .5, 1)],
-    "plane":  [(0, 0, 0, 2.2, .5, .6), (.1, 0, .75, 1, .25, 1), (.1, 0, -.75, 1, .25, 1),
-               (-.8, .5, 0, .6, .7, .3), (.25, -.3, .7, .7, .45, .5)],
-    "dog":    [(0, 0, 0, 1.5, .7, .8), (.9, .5, .05, .8, .8, .7), (.55, -.65, 0, .45, .7, .8),
-               (-.55, -.65, -.1, .45, .7, .6), (-.75, .6, .2, .3, .7, .3)],
+               (.75, 0, 0, .6, 1.6, 1.4), (.7, .95, .4, .6, .5, .6)],
+    "hammer": [(0, -.3, 0, .6, 1.6, .6), (0, .7, 0, .8, .8, .8), (.7, .7, 0, .8, 1.2, 1.2),
+               (-.7, .85, 0, .8, .5, .9), (0, -1, .2, .9, .5, 1)],
+    "plane":  [(0, 0, 0, 2.2, .5, .6), (.1, 0, .7, 1, .25, 1), (.1, 0, -.7, 1, .25, 1),
+               (-.8, .5, 0, .6, .7, .3), (.25, -.25, .7, .7, .45, .5)],
+    "dog":    [(0, 0, 0, 1.5, .7, .8), (.9, .5, .05, .8, .8, .7), (.55, -.6, 0, .45, .7, .8),
+               (-.55, -.6, -.1, .45, .7, .6), (-.75, .6, .2, .3, .7, .3)],
     "crane":  [(-.4, -.9, 0, 1.3, .5, 1.3), (-.4, 0, 0, .7, 1.5, .7), (.25, .8, 0, 1.9, .6, .7),
-               (.9, .2, 0, .6, .9, .6), (-.4, .5, .6, .6, .6, .6)],
+               (.9, .2, 0, .6, .9, .6), (-.4, .5, .55, .6, .6, .6)],
     "snake":  [(-.7, -.7, 0, .8, 1, .8), (0, -.35, 0, 1, .8, .8), (.5, .2, 0, .8, .9, .8),
                (.5, .5, .65, .8, .8, .9), (1, .5, .95, .7, .8, .8)],
-    "truck":  [(-.4, .25, 0, 1.4, 1.2, 1.1), (.75, 0, .1, .7, .8, .9), (-.6, -.5, 0, .5, .5, 1.3),
-               (.7, -.5, 0, .5, .5, 1.3), (.5, .75, -.4, .4, .7, .4)],
+    "truck":  [(-.3, .25, 0, 1.6, 1.2, 1.1), (.75, 0, .1, .7, .8, .9), (-.6, -.5, 0, .5, .5, 1.3),
+               (.7, -.5, 0, .5, .5, 1.3), (.5, .65, -.4, .4, .7, .4)],
 }
 N_OBJECTS = {"train": 1500, "test": 500}
 N_VIEWS = 8                                             # images of each object
@@ -779,7 +790,7 @@ def render_chunk(boxes, colors, rotation, floor_hue, light_hue, size):
     return images, masks
 
 
-def render_blocks(boxes, colors, rotation, floor_hue, light_hue, size, rays_per_chunk=2 ** 16):
+def render_blocks(boxes, colors, rotation, floor_hue, light_hue, size, rays_per_chunk=2 ** 17):
     """Trace n scenes of K boxes each with a fixed camera, exactly, with 2x2 supersampling.
 
     boxes: (n, K, 6) centre x, y, z and width, height, depth in the object's own axes, within the
@@ -977,12 +988,12 @@ def crop_resize(images, boxes, size, interpolation="bilinear"):
     Returns uint8 (n, 3, size, size). Two matmuls do the whole batch on a GPU and for small outputs; otherwise a CPU is
     several times faster image by image, with its uint8 kernel. The two ways agree within one level of 255.
     """
-    if isinstance(images, torch.Tensor) and (images.is_cuda or size <= 40):
+    if isinstance(images, torch.Tensor) and (images.device.type != "cpu" or size <= 40):
         H, W = images.shape[2:]
         top, left, h, w = boxes.to(images.device, torch.float32, non_blocking=True).unbind(1)  # (n,) each
         rows = resize_weights(top, h, H, size, interpolation)  # (n, size, H)
         columns = resize_weights(left, w, W, size, interpolation)  # (n, size, W)
-        x = images.float().flatten(1, 2) @ columns.mT  # (n, 3 * H, size)
+        x = (images.float().flatten(1, 2) @ columns.mT).clamp_(0, 255)  # (n, 3 * H, size) as uint8 would overflow
         x = rows[:, None] @ x.unflatten(1, (3, H))  # (n, 3, size, size)
         return x.round_().clamp_(0, 255).to(torch.uint8)  # (n, 3, size, size)
     crops = [image[None, :, top:top + h, left:left + w] for image, (top, left, h, w) in zip(images, boxes.tolist())]
@@ -1088,6 +1099,32 @@ class Rot90:
         return x
 
 
+class Affine:
+    """Rotate about the centre, then shift, in one bilinear warp filled with 0: torchvision's `affine`.
+
+    degrees: rotations are uniform in +-degrees. translate: shifts are uniform in +-translate pixels.
+    Params `angle`, (n,) float, degrees, clockwise; `shift_y`, `shift_x`, (n,) float, pixels down and right.
+    """
+
+    def __init__(self, degrees=0.0, translate=0.0):
+        self.degrees, self.translate = degrees, translate
+
+    def sample(self, n, generator=None, sizes=None):
+        angle = uniform(n, -self.degrees, self.degrees, generator)  # (n,)
+        shift_y, shift_x = uniform((2, n), -self.translate, self.translate, generator)  # (n,) each
+        return {"angle": angle, "shift_y": shift_y, "shift_x": shift_x}
+
+    def __call__(self, x, params):
+        H, W = x.shape[2:]
+        a = params["angle"].to(x.dtype).deg2rad()  # (n,)
+        shift = torch.stack([params["shift_x"], params["shift_y"]], 1).to(x.dtype)  # (n, 2)
+        inverse = torch.stack([a.cos(), a.sin(), -a.sin(), a.cos()], 1).view(-1, 2, 2)  # (n, 2, 2) output to input, pixels
+        half = torch.tensor([W / 2, H / 2], dtype=x.dtype)  # affine_grid counts in half sides
+        theta = torch.cat([inverse * half / half[:, None], (-inverse @ shift[..., None]) / half[:, None]], 2)  # (n, 2, 3)
+        grid = F.affine_grid(theta.to(x.device, non_blocking=True), x.shape, align_corners=False)  # (n, H, W, 2)
+        return F.grid_sample(x, grid, "bilinear", "zeros", align_corners=False)  # (n, 3, H, W)
+
+
 class GridResize:
     """Resize the whole batch to one random grid of patches, bicubic with antialiasing: torchvision's `resize`.
 
@@ -1134,21 +1171,21 @@ class ColorJitter:
     """Brightness, contrast, saturation, hue in random order: torchvision's RandomApply([ColorJitter(...)], p).
 
     brightness, contrast, saturation: a number v, for factors uniform in [max(0, 1 - v), 1 + v], or a tuple (low, high).
-    hue: a number v, for shifts uniform in [-v, v], or a tuple; in turns, within [-0.5, 0.5].
+    hue: a number v, for shifts uniform in [-v, v], or a tuple; in turns, within [-0.5, 0.5]. shuffle: else in this order.
     Params `brightness`, `contrast`, `saturation`, `hue`: (n,) float; `order`: (n, 4) int64, the steps of each sample
     from first to last, 0 brightness, 1 contrast, 2 saturation, 3 hue.
     """
 
-    def __init__(self, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0, p=0.8):
+    def __init__(self, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0, p=0.8, shuffle=True):
         factors = {"brightness": brightness, "contrast": contrast, "saturation": saturation}
         self.ranges = {name: v if isinstance(v, tuple) else (max(0, 1 - v), 1 + v) for name, v in factors.items()}
         self.ranges["hue"] = hue if isinstance(hue, tuple) else (-hue, hue)
-        self.p = p
+        self.p, self.shuffle = p, shuffle
 
     def sample(self, n, generator=None, sizes=None):
         on = torch.rand(n, generator=generator) < self.p  # (n,) bool
         order = torch.rand(n, 4, generator=generator).argsort(1)  # (n, 4)
-        params = {"order": torch.where(on[:, None], order, torch.arange(4))}  # (n, 4)
+        params = {"order": torch.where(on[:, None] & self.shuffle, order, torch.arange(4))}  # (n, 4)
         for name, (low, high) in self.ranges.items():
             value = uniform(n, low, high, generator)  # (n,)
             params[name] = torch.where(on, value, 0.0 if name == "hue" else 1.0)  # (n,)
@@ -1225,7 +1262,7 @@ class GaussianBlur:
             t = torch.arange(-radius, radius + 1, dtype=x.dtype) / sigma[:, None]  # (m, 2 * radius + 1)
             k = torch.softmax(-0.5 * t ** 2, 1).repeat_interleave(3, 0).view(3 * m, 1, *taps)  # (3 * m, 1, 1, taps)
             x = F.conv2d(x, k.to(x.device, x.dtype, non_blocking=True), groups=3 * m)  # without this axis's padding
-        return x.view(m, 3, H, W)  # (m, 3, H, W)
+        return x.reshape(m, 3, H, W)  # (m, 3, H, W)
 
 
 class Solarize:
@@ -1299,15 +1336,16 @@ class Compose:
         """On a GPU all at once; on a CPU in chunks that stay in its cache, which makes it twice as fast."""
         n, side = len(images), crop.size if crop else images.shape[3]
         chunk = max(8, 2 ** 18 // side ** 2) if images[0].device.type == "cpu" else n
-        done = []  # (chunk, 3, S, S) each
+        out = None
         for start in range(0, n, chunk):
             x, p = images[start:start + chunk], {k: v[start:start + chunk] for k, v in params.items()}  # (chunk, ...)
             x = crop(x, p) if crop else x  # (chunk, 3, S, S)
             x = x.contiguous().float().div_(255) if x.dtype == torch.uint8 else x.clone()  # (chunk, 3, S, S)
             for op in self.ops:
                 x = op(x, p)  # (chunk, 3, S, S)
-            done.append(x)
-        return torch.cat(done)  # (n, 3, S, S)
+            out = x.new_empty(n, *x.shape[1:]) if out is None else out  # (n, 3, S, S)
+            out[start:start + chunk] = x
+        return out
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1377,6 +1415,13 @@ class ViT(VisionTransformer):
 
     def forward(self, x):
         return self.trace(x)[0]
+
+    def last_blocks(self, x, n=4):
+        """x (B, 3, H, W) -> the [CLS] after each of the last n blocks that have one, each through the final norm, side by
+        side (B, n dim); the last of them is `forward(x)`. What linear probes of ViTs look at."""
+        blocks = range(max(self.depth - n, self.cls_layer) + 1, self.depth + 1)
+        tapped = self.trace(x, blocks)[1]
+        return torch.cat([self.norm(tapped[k][:, 0]) for k in blocks], dim=1)
 
     def tokens(self, x, after):
         """x (B, 3, H, W) -> the patch tokens after block `after`, un-normalised, as a map (B, h, w, dim)."""
@@ -1465,7 +1510,7 @@ def features(backbone, data, device, transform=None, encode=None, rows=None, amp
                                          num_workers=workers, worker_init_fn=detach_worker)
     out, training = [], backbone.training
     backbone.eval()
-    for x in tqdm(loader, desc=name, unit="batch", leave=False, disable=rank() != 0, file=sys.stderr):
+    for x in progress(loader, desc=name, unit="batch"):
         x = normalise(x.to(device, non_blocking=True).float() / 255, {})
         with autocast(device, amp):
             out.append(encode(x).float().cpu())

@@ -304,16 +304,16 @@ def losses(model, views, params, args, forward=None):
         k1 = projector(encode(momentum, views, 1, args.equi_layer, forward and forward[1])[0])  # (b, d)
         k2 = projector(encode(momentum, views, 2, args.equi_layer, forward and forward[1])[0])
     q1, q2, k1, k2 = (F.normalize(v if v.dtype == torch.float64 else v.float(), dim=1) for v in (q1, q2, k1, k2))
-    with torch.autocast(y1.device.type, enabled=False):
+    with common.full_precision():
         out = dict(L_inv=contrast(q1, k2, args.temp) + contrast(q2, k1, args.temp))
     out["loss"] = out["L_inv"]
     if map1 is not None:
         k, f = relative(params["eq1"]["rot90"], params["eq1"]["flip"], params["eq2"]["rot90"], params["eq2"]["flip"])
         norm, projector = model.equi[0], model.equi[1:]
-        with torch.autocast(y1.device.type, enabled=False):  # rho_g in full precision
+        with common.full_precision():  # rho_g in full precision
             moved = act(norm(map1.to(norm.weight)), k, f, map2.shape[1:3])  # (n2, h2, w2, D)
         z1, z2 = projector(moved).flatten(1, 2), projector(norm(map2)).flatten(1, 2)  # (n2, P, 512)
-        with torch.autocast(y1.device.type, enabled=False):
+        with common.full_precision():
             out["L_equiv"] = dense_nt_xent(z1.to(norm.weight), z2.to(norm.weight), args.equi_temp)
         out["loss"] = out["L_inv"] + args.equi_weight * out["L_equiv"]
     return out, y1
@@ -390,7 +390,7 @@ def main(argv=None):
         params = {name: p for name, (_, p) in batch["views"].items()}
         views = {name: policies[name].augment(x, p) for name, (x, p) in batch["views"].items()}
         if step == 0:
-            run.picture("views.png", views.values(), model.backbone)
+            run.picture("views.png", [views[name] for name in sorted(views)], model.backbone)
         with common.autocast(device, args.amp):
             out, y = losses(model, views, params, args, forward)
         optimizer.zero_grad(set_to_none=True)

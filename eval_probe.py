@@ -1,0 +1,358 @@
+"""Probe saved encoders: what do their frozen features know?
+
+    python eval_probe.py runs/*/checkpoint.pt                                # k-NN and linear accuracy, one table
+    python eval_probe.py A/checkpoint.pt B/checkpoint.pt --tasks knn linear r2
+    torchrun --nproc_per_node=8 eval_probe.py A/checkpoint.pt --data imagefolder --data-dir IMAGENET
+
+Flow: checkpoint -> encoder -> features of the train and test images, once -> every probe on those features -> a table.
+Checkpoints that differ only in their seed share a row, mean +- sample standard deviation. Each checkpoint's results are
+appended to eval.jsonl beside it, with the protocol that gave them.
+
+Tasks
+  knn     20 nearest neighbours by cosine on the final [CLS], weights exp(cos / 0.07)            [DINO, Caron et al. 2021]
+  linear  softmax regression on the [CLS] of the last four blocks, each through the final norm    [SER; DINO]; SGD with
+          momentum 0.9, no weight decay, cosine to 0; ten learning rates trained together, the one that is best on a held-out
+          tenth of the training images is read on the test images, once, after the last epoch. Centre crops, no augmentation:
+          the features are extracted a single time.
+  r2      how well the features of two views tell what happened between them: a 3-layer MLP on their concatenation, MSE,
+          Adam [SIE, Garrido et al. 2023]. Images: the second view is the first under one family of transformations
+          (rotation, color, blur, translation, crop, flip), a probe each, targets standardised. Posed objects (blocks): two views
+          of one object; targets are the quaternion of q1^-1 q2 (pose) and the differences of the hues (hues), raw.
+"""
+
+import dataclasses
+import hashlib
+import json
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+
+import common
+from common import Affine, CenterCrop, ColorJitter, GaussianBlur, HorizontalFlip, RandomResizedCrop
+
+FAMILIES = ("rotation", "color", "blur", "translation", "crop", "flip")
+POSES = ("pose", "hues")
+
+
+@dataclasses.dataclass
+class Args:
+    checkpoints: tyro.conf.Positional[tuple[str, ...]] = ()
+    """checkpoint.pt files written by the method scripts"""
+    tasks: tuple[Literal["knn", "linear", "r2"], ...] = ("knn", "linear")
+    """probes to run"""
+    data: str | None = None
+    """data set to probe on; default: the one the checkpoint was trained on"""
+    data_dir: str | None = None
+    """where it lies; default: where it lay then"""
+    knn_k: int = 20
+    """neighbours that vote"""
+    linear_epochs: int = 50
+    """epochs of the linear probe"""
+    linear_lrs: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+    """learning rates of the linear probe, per 256 images"""
+    r2_targets: tuple[Literal["rotation", "color", "blur", "translation", "crop", "flip", "pose", "hues"], ...] | None = None
+    """what to regress; default: pose and hues on posed objects, the six families of transformations on other images"""
+    r2_epochs: int = 50
+    """epochs of the regression"""
+    r2_images: int = 10_000
+    """training images of the regression, evenly spaced (test images: half as many); a forward pass each per target"""
+    seed: int = 0
+    """seed of the probes' weights, of their batches and of the transformations"""
+    workers: int | None = None
+    """loader processes for image folders; default: as many as this process has cores, at most 8"""
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+    """auto takes CUDA, then MPS, then the CPU"""
+    amp: Literal["auto", "off"] = "auto"
+    """auto is bfloat16 autocast on CUDA and float32 elsewhere"""
+
+
+RANGES = dict(knn_k="[1, inf)", linear_epochs="[1, inf)", linear_lrs="(0, inf)", r2_epochs="[1, inf)", r2_images="[2, inf)",
+              seed="[0, 4294967296)", workers="[0, inf)")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Probes: functions of features
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def linear_probe(train, train_labels, test, classes, lrs, epochs, generator, batch_size=256, held_out=0.1):
+    """One softmax regression per learning rate, all trained at once: W (D, L C) makes the logits of L probes in one matmul,
+    and the learning rate is a vector. Features (N, D), (M, D), labels (N,) -> (test scores (M, C) of the probe that was best
+    on the held-out share of train, its learning rate). Weights start as N(0, 0.01), biases 0; the gradient of the mean
+    cross-entropy over a batch is (softmax - onehot) / batch.
+    """
+    N, L, device = len(train), len(lrs), train.device
+    order = torch.randperm(N, generator=generator)
+    held, rows = order[: max(1, int(N * held_out))], order[max(1, int(N * held_out)) :]
+    W = torch.randn(train.shape[1], classes, generator=generator).mul_(0.01).to(device).repeat(1, L)  # (D, L C)
+    b = torch.zeros(L * classes, device=device)
+    mW, mb = torch.zeros_like(W), torch.zeros_like(b)
+    rate = torch.tensor(lrs, device=device).repeat_interleave(classes) * batch_size / 256  # (L C,)
+    steps, step = epochs * -(-len(rows) // batch_size), 0
+    for _ in common.progress(range(epochs), desc="linear probe", unit="epoch"):
+        for batch in rows[torch.randperm(len(rows), generator=generator)].split(batch_size):
+            x, y = train[batch], train_labels[batch]  # (n, D), (n,)
+            g = torch.addmm(b, x, W).view(len(x), L, classes).softmax(2)  # (n, L, C)
+            g[torch.arange(len(x), device=device), :, y] -= 1
+            g = g.flatten(1) / len(x)  # (n, L C)
+            mW.mul_(0.9).addmm_(x.T, g)
+            mb.mul_(0.9).add_(g.sum(0))
+            lr = rate * common.cosine(step / steps, 1.0, 0.0)
+            W -= lr * mW
+            b -= lr * mb
+            step += 1
+    score = lambda x: torch.addmm(b, x, W).view(len(x), L, classes)  # (n, L, C)
+    correct = (score(train[held]).argmax(2) == train_labels[held][:, None]).float().mean(0)  # (L,)
+    best = int(correct.nan_to_num(-1).argmax())
+    return score(test)[:, best], lrs[best]
+
+
+def r2_scores(target, predicted):
+    """R^2 of (N, K) targets: "flat", SIE's, against one mean over all N K entries, and "uniform", the mean over the K
+    dimensions of each one's own R^2. A constant can score above 0 in the first (0.229 on the quaternions of 3DIEBench)."""
+    target, predicted = target.double(), predicted.double()
+    error = (target - predicted).square()
+    flat = 1 - error.sum() / (target - target.mean()).square().sum()
+    uniform = (1 - error.sum(0) / (target - target.mean(0)).square().sum(0)).mean()
+    return dict(flat=flat.item(), uniform=uniform.item())
+
+
+def regress(pairs, targets, test_pairs, epochs, generator, batch_size=256, lr=1e-3):
+    """A 3-layer MLP 2d-1024-1024-K from pairs of features to targets, MSE, Adam at a constant rate [SIE].
+
+    pairs(epoch) -> (N, 2d) and targets(epoch) -> (N, K): fixed, or drawn afresh each epoch. -> predictions (M, K)."""
+    x, t = pairs(0), targets(0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(generator.initial_seed())
+        mlp = nn.Sequential(nn.Linear(x.shape[1], 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, t.shape[1])).to(x.device)
+    optimizer = torch.optim.Adam(mlp.parameters(), lr=lr)
+    for epoch in common.progress(range(epochs), desc="regression", unit="epoch"):
+        x, t = pairs(epoch), targets(epoch)
+        for batch in torch.randperm(len(x), generator=generator).split(batch_size):
+            loss = F.mse_loss(mlp(x[batch]), t[batch])
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+    with torch.no_grad():
+        return mlp(test_pairs)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What r2 predicts
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def family(name, size):
+    """A family of transformations at `size` px -> (op, encode): `op.sample` draws it, `encode(params)` is its target (n, K),
+    0 where nothing is done. Ranges: +-45 degrees; factors 1 +- 0.4, hue +- 0.1, in fixed order; sigma 0.1 to 2; +-10 px at
+    224 px (+-4 px below 64); crops of 20 % to all of the image; flips with probability 1/2."""
+    shift = 4 if size < 64 else 10 * size / 224
+    column = lambda *names, scale=1.0: lambda p: torch.stack([p[n] / scale for n in names], 1)  # (n, K)
+    match name:
+        case "rotation":
+            return Affine(degrees=45), column("angle", scale=45)
+        case "translation":
+            return Affine(translate=shift), column("shift_y", "shift_x", scale=shift)
+        case "color":
+            def encode(p):
+                return torch.stack([(p[n] - 1) / 0.4 for n in ("brightness", "contrast", "saturation")] + [p["hue"] / 0.1], 1)  # (n, 4)
+            return ColorJitter(0.4, 0.4, 0.4, 0.1, p=1.0, shuffle=False), encode
+        case "blur":
+            return GaussianBlur((0.1, 2.0), p=1.0, kernel=23 if size >= 64 else 9), column("sigma", scale=2)
+        case "flip":
+            return HorizontalFlip(), column("flip", scale=1)
+        case "crop":
+            def encode(p):
+                y, x, h, w = (p[n] for n in ("top", "left", "height", "width"))
+                return torch.stack([y + h / 2 - 0.5, x + w / 2 - 0.5, h - 1, w - 1], 1)  # (n, 4)
+            return RandomResizedCrop(size, (0.2, 1.0)), encode
+
+
+def transformed(backbone, data, rows, name, seed, **how):
+    """The second views: features (n, d) of centre crops under a family, and their targets (n, K); seeded by image."""
+    size = backbone.img_size
+    centre, (op, encode) = CenterCrop(size), family(name, size)
+    n = int(rows.max()) + 1
+    generator = common.rng(seed, "r2", name)
+    sizes = torch.full((n, 2), size)
+    params = op.resolve(op.draw(n, generator), sizes) if name == "crop" else op.sample(n, generator)  # (n, ...) for all images
+
+    def transform(images, at):
+        x, p = centre(images), {key: value[at] for key, value in params.items()}
+        if name == "crop":
+            return op(x, p)
+        return (op(x.float() / 255, p) * 255).round().clamp(0, 255).to(torch.uint8)
+
+    return common.features(backbone, data, transform=transform, rows=rows, name=f"r2 {name}", **how), encode(params)[rows]
+
+
+def multiply(p, q):
+    """Hamilton product of quaternions (n, 4), scalar last."""
+    v, w, u, s = p[:, :3], p[:, 3:], q[:, :3], q[:, 3:]
+    return torch.cat([w * u + s * v + torch.linalg.cross(v, u), w * s - (v * u).sum(1, keepdim=True)], 1)
+
+
+def pose_target(name, factors, i, j):
+    """What happened from view i to view j, (n,) each: the quaternion q_i^-1 q_j (n, 4), its sign as it comes, or the
+    differences of floor and light hue (n, 2), not wrapped."""
+    if name == "pose":
+        conjugate = factors["rotation"][i] * torch.tensor([-1.0, -1.0, -1.0, 1.0])
+        return multiply(conjugate, factors["rotation"][j])
+    return torch.stack([factors[k][j] - factors[k][i] for k in ("floor_hue", "light_hue")], 1)
+
+
+def partners(groups, generator):
+    """For every image another view of the same object, at random: (N,) rows."""
+    order = torch.argsort(torch.rand(len(groups), generator=generator))
+    order = order[torch.argsort(groups[order], stable=True)]  # objects in turn, their views shuffled
+    start = torch.searchsorted(groups[order], groups[order])  # first position of each one's object
+    end = torch.searchsorted(groups[order], groups[order], right=True)
+    position = torch.arange(len(groups))
+    return torch.empty_like(order).scatter_(0, order, order[torch.where(position + 1 < end, position + 1, start)])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One checkpoint
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def accuracies(name, scores, labels):
+    """Scores (M, C), labels (M,) -> percent of test images whose class is the first, or among the first five."""
+    top = scores.topk(min(5, scores.shape[1]), dim=1).indices == labels[:, None].to(scores.device)  # (M, 5)
+    out = {name: 100 * top[:, 0].float().mean().item()}
+    return out | ({f"{name} top-5": 100 * top.any(1).float().mean().item()} if scores.shape[1] > 5 else {})
+
+
+def probe(path, args, device):
+    """All tasks on one checkpoint -> (results, protocol, checkpoint)."""
+    backbone, state = common.load_backbone(path)
+    backbone = backbone.to(device)
+    name, root = args.data or state["args"]["data"], args.data_dir or state["args"]["data_dir"]
+    train, test = (common.load_data(name, root, split, backbone.img_size) for split in ("train", "test"))
+    if test is None:
+        common.die(f"--data-dir {root}: has no test split; probes need train/ and val/ or test/")
+    if set(args.tasks) - {"r2"} and (train.labels is None or test.labels is None):
+        common.die(f"--tasks {' '.join(args.tasks)}: {root} has no classes (one folder per class); only r2 can do without")
+    if train.classes != test.classes:
+        common.die(f"--data-dir {root}: its train and test folders have different classes ({len(train.classes)} and {len(test.classes)})")
+    train, test = train.to(device), test.to(device)
+    how = dict(device=device, amp=args.amp, workers=args.workers)
+    results, protocol = {}, dict(data=name, train_images=len(train), test_images=len(test), view=f"centre crop {backbone.img_size} px")
+
+    if {"knn", "linear"} & set(args.tasks):
+        x, x_test = (common.features(backbone, d, encode=backbone.last_blocks, name="features", **how).to(device) for d in (train, test))
+        y, classes = train.labels.to(device), len(train.classes)
+    if "knn" in args.tasks:
+        last = slice(-backbone.dim, None)  # the final [CLS]
+        results |= accuracies("knn", common.knn(x[:, last], y, x_test[:, last], args.knn_k, classes=classes), test.labels)
+        protocol["knn"] = dict(k=args.knn_k, temperature=0.07, feature="final [CLS]")
+    if "linear" in args.tasks:
+        scores, lr = linear_probe(x, y, x_test, classes, args.linear_lrs, args.linear_epochs, common.rng(args.seed, "linear"))
+        results |= accuracies("linear", scores, test.labels)
+        protocol["linear"] = dict(epochs=args.linear_epochs, batch_size=256, lrs=args.linear_lrs, chosen=lr, held_out=0.1, feature=f"[CLS] of the last {x.shape[1] // backbone.dim} blocks")
+    if "r2" in args.tasks:
+        posed = "rotation" in train.factors
+        targets = args.r2_targets or (POSES if posed else FAMILIES)
+        if not posed and set(targets) & set(POSES):
+            common.die(f"--r2-targets {' '.join(targets)}: {name} has no poses; choose among {', '.join(FAMILIES)}")
+        r2 = {}
+        for target in targets:
+            r2[target] = r2_probe(target, backbone, train, test, args, how)
+        results |= {f"r2 {k}": v["flat"] for k, v in r2.items()}
+        protocol["r2"] = dict(epochs=args.r2_epochs, batch_size=256, lr=1e-3, images=args.r2_images, both=r2)
+    return results, protocol, state
+
+
+def r2_probe(target, backbone, train, test, args, how):
+    """Train one regression and score it on pairs of test images, which are the same for every checkpoint."""
+    generator, sides = common.rng(args.seed, "r2", target), []
+    if target in POSES:
+        x, x_test = (common.features(backbone, d, name=f"r2 {target}", **how) for d in (train, test))
+        pick = lambda epoch: partners(train.groups, common.rng(args.seed, "pairs", epoch))
+        first, other = torch.arange(len(test)), partners(test.groups, common.rng(args.seed, "test pairs"))
+        t_test, pairs_test = pose_target(target, test.factors, first, other), torch.cat([x_test, x_test[other]], 1)
+        pairs = lambda epoch: torch.cat([x, x[pick(epoch)]], 1).to(how["device"])
+        targets = lambda epoch: pose_target(target, train.factors, torch.arange(len(train)), pick(epoch)).to(how["device"])
+    else:
+        for data, most, seed in ((train, args.r2_images, args.seed), (test, max(2, args.r2_images // 2), args.seed + 1)):
+            rows = torch.arange(min(most, len(data))) * len(data) // min(most, len(data))
+            x1 = common.features(backbone, data, rows=rows, name=f"r2 {target}", **how)
+            x2, t = transformed(backbone, data, rows, target, seed, **how)
+            sides.append((torch.cat([x1, x2], 1).to(how["device"]), t.to(how["device"])))
+        (x, t), (pairs_test, t_test) = sides
+        mean, std = t.mean(0), t.std(0)
+        t, t_test = (t - mean) / std, (t_test - mean) / std
+        pairs, targets = lambda epoch: x, lambda epoch: t
+    predicted = regress(pairs, targets, pairs_test.to(how["device"]), args.r2_epochs, generator)
+    return r2_scores(t_test.cpu(), predicted.cpu())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The table
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def table(results):
+    """[(row name, {metric: value})] -> aligned text; rows of one name fold into mean +- sample standard deviation."""
+    rows = {}
+    for name, values in results:
+        rows.setdefault(name, []).append(values)
+    columns = list(dict.fromkeys(c for _, values in results for c in values))
+    lines = [["", "n", *columns]]
+    for name, group in rows.items():
+        line = [name, str(len(group))]
+        for c in columns:
+            v, digits = torch.tensor([g[c] for g in group], dtype=torch.float64), 3 if c.startswith("r2") else 2
+            line.append(f"{v.mean():.{digits}f}" + (f" ± {v.std():.{digits}f}" if len(v) > 1 else ""))
+        lines.append(line)
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths))) for line in lines)
+
+
+def row_names(paths, states):
+    """A name for each checkpoint, equal for those that differ only in their seed: the run directory without its seed. Where
+    that would fold different runs, the first argument in which they differ is added."""
+    free = common.Run.FREE | {"seed"}
+    keys = [json.dumps([s["method"], s["step"], {k: v for k, v in s["args"].items() if k not in free}], sort_keys=True) for s in states]
+    names = [re.sub(r"-s\d+$", "", Path(p).resolve().parent.name) for p in paths]
+    out, owner = [], {}
+    for key, name in zip(keys, names):
+        if key not in owner:
+            taken = set(owner.values())
+            owner[key] = name if name not in taken else next(f"{name} #{i}" for i in range(2, len(keys) + 2) if f"{name} #{i}" not in taken)
+        out.append(owner[key])
+    return out
+
+
+def main(argv=None):
+    args = common.parse(Args, lambda first: {}, argv, description=__doc__)
+    if not args.checkpoints:
+        common.die("no checkpoint given; name at least one, such as runs/ser-mocov3-ser-blocks-s0/checkpoint.pt")
+    common.check_ranges(args, RANGES)
+    states = [common.load_checkpoint(p) for p in args.checkpoints]  # all are read before the first is probed
+    device, results = common.start(args.device), []
+    for path, name in zip(args.checkpoints, row_names(args.checkpoints, states)):
+        begin = time.monotonic()
+        values, protocol, state = probe(path, args, device)
+        results.append((name, values))
+        if common.rank() == 0:
+            print(f"{path}: {protocol['data']}, {time.monotonic() - begin:.0f} s", file=sys.stderr)
+            record = dict(time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), checkpoint=Path(path).name, step=state["step"],
+                          sha256=hashlib.sha256(Path(path).read_bytes()).hexdigest(), torch=str(torch.__version__), results=values, protocol=protocol,
+                          seed=args.seed)
+            with open(Path(path).parent / "eval.jsonl", "a", encoding="utf-8") as f:
+                f.write(json.dumps(record) + "\n")
+    if common.rank() == 0:
+        print(table(results))
+    return results
+
+
+if __name__ == "__main__":
+    main()

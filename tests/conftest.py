@@ -1,0 +1,38 @@
+"""Shared by all tests: one thread (bits depend on it), the repository on the path, a tiny folder of images."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """train/ and test/ with two classes (bright left half, bright right half), 24 + 12 images of 16 x 16."""
+    root = tmp_path_factory.mktemp("folder")
+    g = torch.Generator().manual_seed(0)
+    for split, n in (("train", 12), ("test", 6)):
+        for c, name in enumerate(("left", "right")):
+            (root / split / name).mkdir(parents=True)
+            for i in range(n):
+                x = torch.randint(0, 120, (16, 16, 3), generator=g, dtype=torch.uint8)
+                x[:, 8 * c : 8 * c + 8] += 120
+                Image.fromarray(x.numpy()).save(root / split / name / f"{i:02d}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def tiny(folder):
+    """Arguments of a run of two steps an epoch that takes a second."""
+    return ["--data", "imagefolder", "--data-dir", str(folder), "--recipe", "cifar10", "--arch", "vit_pico", "--img-size", "16", "--patch-size", "4",
+            "--batch-size", "12", "--epochs", "3", "--warmup-epochs", "1", "--proj-hidden", "16", "--proj-dim", "8", "--equi-dim", "16", "--workers", "0",
+            "--device", "cpu"]

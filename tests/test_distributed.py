@@ -1,0 +1,148 @@
+"""The same model on any number of processes: losses and gradients on 1, 2 and 4 gloo ranks, in float64."""
+
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+
+import common
+import ser
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def on_ranks(world, tmp_path, fn, *args):
+    """fn(*args) on each of `world` forked gloo processes -> their results, in the order of ranks."""
+    if world == 1:
+        return [fn(*args)]
+    context, rendezvous = multiprocessing.get_context("fork"), tmp_path / f"rendezvous-{world}-{fn.__name__}"
+    queue = context.Queue()
+
+    def work(rank):
+        torch.set_num_threads(1)
+        dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
+        try:
+            queue.put((rank, fn(*args)))
+        except BaseException as e:
+            queue.put((rank, repr(e)))
+        finally:
+            dist.destroy_process_group()
+
+    processes = [context.Process(target=work, args=(r,)) for r in range(world)]
+    for p in processes:
+        p.start()
+    results = dict(queue.get(timeout=120) for _ in processes)
+    for p in processes:
+        p.join(20)
+    assert not any(isinstance(r, str) for r in results.values()), results
+    return [results[r] for r in range(world)]
+
+
+def train(equi, steps=5):
+    """`steps` steps of tiny training in float64 -> (losses, gradients of the first step), as numpy."""
+    args = ser.Args(**ser.RECIPES["blocks"] | dict(equi=equi, batch_size=16, img_size=16, patch_size=4, proj_hidden=16, proj_dim=8, equi_dim=16, equi_ratio=0.5))
+    ser.check(args)
+    device = torch.device("cpu")
+    model, policies = ser.build(args, device).double(), ser.make_policies(args)
+    data = common.ImageSet(images=torch.randint(0, 256, (40, 3, 16, 16), dtype=torch.uint8, generator=common.rng("test")))
+    loader = common.Loader(data, policies, ser.make_draw(args, policies), args, device)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer, losses = torch.optim.SGD(parameters, lr=0.1), []
+    for step in range(steps):
+        model.update_momentum(0.9)
+        views = loader[step]["views"]
+        out, _ = ser.losses(model, {n: policies[n].augment(x, p).double() for n, (x, p) in views.items()}, {n: p for n, (_, p) in views.items()}, args)
+        optimizer.zero_grad()
+        out["loss"].backward()
+        common.average_gradients(parameters)
+        losses.append([common.all_reduce(v.detach()).item() / common.world_size() for v in out.values()])
+        if step == 0:
+            gradients = [p.grad.clone().numpy() for p in parameters]
+        optimizer.step()
+    return losses, gradients
+
+
+@pytest.mark.parametrize("equi", ["ser", "none"])
+def test_1_2_and_4_processes_train_the_same_model(equi, tmp_path):
+    (losses, gradients), *_ = on_ranks(1, tmp_path, train, equi)
+    scale = max(abs(g).max() for g in gradients)
+    for world in (2, 4):
+        for other_losses, other_gradients in on_ranks(world, tmp_path, train, equi):
+            assert torch.allclose(torch.tensor(other_losses), torch.tensor(losses), rtol=1e-8, atol=0)
+            for a, b in zip(gradients, other_gradients):
+                assert abs(a - b).max() <= 1e-8 * max(abs(a).max(), 1e-3 * scale)
+
+
+def collectives():
+    """Gradients through gather with a loss whose rows depend on all rows; the same with a gather that keeps only its own
+    rows' gradient, which is wrong and must be seen to be; batch norm; features of a set that does not divide evenly."""
+    W, r = common.world_size(), common.rank()
+    g = common.rng("collectives")
+    z, x = torch.randn(8, 3, dtype=torch.float64, generator=g), torch.randn(8, 4, 5, dtype=torch.float64, generator=g)
+    mine = slice(r * 8 // W, (r + 1) * 8 // W)
+    weight = torch.eye(3, dtype=torch.float64, requires_grad=True)
+
+    def own_slot(v):
+        out = common.gather(v).detach().clone()
+        out[mine] = v
+        return out
+
+    def gradient(gather):
+        weight.grad = None
+        local = z[mine] @ weight
+        F.cross_entropy(local @ gather(local).T, torch.arange(8)[mine].roll(0)).backward()
+        common.average_gradients([weight])
+        return weight.grad.clone().numpy()
+
+    norm = common.batchnorm_over_ranks(nn.BatchNorm1d(4).double(), torch.device("cpu"))
+    out = norm(x[mine])
+    (out * x[mine].sin()).sum().backward()
+    bn = [common.gather(out.detach()).numpy(), common.all_reduce(norm.weight.grad).numpy(), norm.running_mean.numpy(), norm.running_var.numpy()]
+
+    backbone = common.make_backbone("vit_pico", *common.CIFAR10, img_size=16, patch_size=4, cls_layer=0, pos="sincos").eval()
+    images = common.ImageSet(images=torch.randint(0, 256, (13, 3, 16, 16), dtype=torch.uint8, generator=g))
+    mean_colour = common.features(backbone, images, torch.device("cpu"), encode=lambda v: v.mean((2, 3)), batch_size=4).numpy()
+    return gradient(common.gather), gradient(own_slot), bn, mean_colour, common.Run._agree(None, r)
+
+
+def test_collectives(tmp_path):
+    (gradient, _, bn, mean_colour, _), *_ = on_ranks(1, tmp_path, collectives)
+    for world in (2, 4):
+        for other, wrong, other_bn, other_colour, agreed in on_ranks(world, tmp_path, collectives):
+            assert abs(other - gradient).max() < 1e-12
+            assert abs(wrong - gradient).max() > 1e-3  # a gather without the others' gradient would be noticed
+            assert all(abs(a - b).max() < 1e-12 for a, b in zip(bn, other_bn))
+            assert mean_colour.shape == (13, 3) and (other_colour == mean_colour).all()
+            assert agreed == world - 1  # the largest flag of all ranks
+
+
+def launch(*argv, **kwargs):
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *argv], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, **kwargs)
+
+
+def test_torchrun_trains_what_python_trains(tiny, tmp_path):
+    argv = [*tiny, "--max-steps", "4"]
+    run = launch("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "ser.py", *argv, "--out", str(tmp_path / "two"))
+    assert run.returncode == 0, run.stderr
+    ser.main([*argv, "--out", str(tmp_path / "one")])
+    one, two = ([json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()] for name in ("one", "two"))
+    assert len(one) == len(two) == 4
+    for a, b in zip(one, two):
+        for key in ("loss", "L_inv", "L_equiv", "lr", "feature_std"):
+            assert a[key] == pytest.approx(b[key], rel=1e-4), key
+    ser.main([*argv, "--out", str(tmp_path / "two"), "--resume", "--max-steps", "5"])  # two processes saved, one goes on
+
+
+def test_a_mistake_under_torchrun_is_one_line(tmp_path):
+    run = launch("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "ser.py", "--data", "imagefolder", "--recipe", "cifar10",
+                 "--data-dir", str(tmp_path / "nowhere"), "--device", "cpu")
+    assert run.returncode == 1 and run.stderr.count("no such directory") == 1

@@ -1,0 +1,319 @@
+"""The run: checkpoints that survive anything, schedules, collectives, stopping and resuming."""
+
+import io
+import json
+import math
+import os
+import random
+import signal
+import time
+import zipfile
+
+import pytest
+import torch
+import torch.nn as nn
+
+import common
+import ser
+
+
+def state(value=0.0, n=1000):
+    return dict(format=common.FORMAT, method="ser", args={}, step=int(value), backbone={}, backbone_state={"w": torch.full((n,), float(value))},
+                train_state={"v": torch.full((n,), float(value))})
+
+
+def refused(capsys, call, *words):
+    """`call` ends with exit code 2 and one line on stderr that holds `words`."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        call()
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert end.value.code == 2 and len(lines) == 1, lines
+    assert all(w in lines[0] for w in words), lines
+    return lines[0]
+
+
+# ---- checkpoints --------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_kill_at_any_moment_of_a_save_leaves_a_whole_checkpoint(tmp_path):
+    path, rnd = tmp_path / "checkpoint.pt", random.Random(0)
+    common.save_checkpoint(path, state(0))
+    for _ in range(30):
+        child = os.fork()
+        if child == 0:
+            for value in range(1, 10_000):
+                common.save_checkpoint(path, state(value))
+            os._exit(0)
+        time.sleep(rnd.uniform(0.001, 0.04))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        read = common.load_checkpoint(path)
+        assert (read["backbone_state"]["w"] == read["step"]).all() and (read["train_state"]["v"] == read["step"]).all()
+    assert {p.name for p in tmp_path.iterdir()} <= {"checkpoint.pt", "checkpoint.pt.tmp"}  # nothing piles up
+
+
+def test_order_of_a_save_and_a_full_disk(tmp_path, monkeypatch):
+    """write < fsync < replace < fsync of the directory; an error at any of them leaves the old bytes and no rest."""
+    path, calls = tmp_path / "checkpoint.pt", []
+    common.save_checkpoint(path, state(1))
+    old, fsync, replace = path.read_bytes(), os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: calls.append("fsync") or fsync(fd))
+    monkeypatch.setattr(os, "replace", lambda a, b: calls.append("replace") or replace(a, b))
+    common.save_checkpoint(path, state(2))
+    assert calls == ["fsync", "replace", "fsync"] and path.read_bytes() != old
+    old = path.read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    for name in ("fsync", "replace"):
+        with monkeypatch.context() as m, pytest.raises(OSError):
+            m.setattr(os, name, full)
+            common.save_checkpoint(path, state(3))
+        assert path.read_bytes() == old and [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def test_saving_through_a_link_keeps_the_link(tmp_path):
+    (tmp_path / "real").mkdir()
+    link = tmp_path / "checkpoint.pt"
+    link.symlink_to(tmp_path / "real" / "c.pt")
+    common.save_checkpoint(link, state(4))
+    assert link.is_symlink() and common.load_checkpoint(tmp_path / "real" / "c.pt")["step"] == 4
+
+
+def test_600_bit_flips_give_no_wrong_load(tmp_path, capsys):
+    good, path, rnd, refusals = tmp_path / "good.pt", tmp_path / "bad.pt", random.Random(1), 0
+    torch.manual_seed(0)
+    original = state(7, n=300)
+    original["backbone_state"]["w"] = torch.randn(300)
+    common.save_checkpoint(good, original)
+    data = good.read_bytes()
+    for _ in range(600):
+        flipped = bytearray(data)
+        flipped[rnd.randrange(len(data))] ^= 1 << rnd.randrange(8)
+        path.write_bytes(flipped)
+        try:
+            read = common.load_checkpoint(path)
+        except SystemExit as end:
+            assert end.code == 2
+            refusals += 1
+            continue
+        assert torch.equal(read["backbone_state"]["w"], original["backbone_state"]["w"]) and torch.equal(read["train_state"]["v"], original["train_state"]["v"])
+        assert read["step"] == 7 and read["method"] == "ser"
+    assert refusals > 300  # most flips hit something
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_truncated_at_any_length(tmp_path, capsys):
+    path = tmp_path / "checkpoint.pt"
+    common.save_checkpoint(path, state(1))
+    data = path.read_bytes()
+    for length in [0, 1, 10, *range(100, len(data), 997), *range(len(data) - 30, len(data))]:
+        path.write_bytes(data[:length])
+        refused(capsys, lambda: common.load_checkpoint(path), str(path), "damaged")
+
+
+class Payload:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return (open, (self.marker, "w"))
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_malicious_pickle_is_refused_and_runs_nothing(tmp_path, capsys, monkeypatch, force):
+    if force:
+        monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    path, marker = tmp_path / "evil.pt", tmp_path / "marker"
+    torch.save(state() | dict(train_state=Payload(str(marker))), path)
+    line = refused(capsys, lambda: common.load_checkpoint(path), str(path))
+    assert not marker.exists() and "weights_only" not in line
+
+
+def test_what_is_no_checkpoint(tmp_path, capsys):
+    (tmp_path / "text.pt").write_text("hello")
+    with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as z:
+        z.writestr("archive/data.pkl", b"0" * 10**6)
+    torch.save({"model": torch.zeros(3)}, tmp_path / "other.pt")
+    torch.save(state() | dict(format=99), tmp_path / "newer.pt")
+    bad = state()
+    bad["backbone_state"]["w"][3] = math.nan
+    torch.save(bad, tmp_path / "nan.pt")
+    for name, word in (("missing.pt", "no such"), ("text.pt", "damaged"), ("bomb.pt", "damaged"), ("other.pt", "keys"), ("newer.pt", "99"), ("nan.pt", "NaN")):
+        refused(capsys, lambda name=name: common.load_checkpoint(tmp_path / name), name, word)
+    refused(capsys, lambda: common.load_checkpoint(tmp_path), str(tmp_path))
+
+
+# ---- schedules and moving averages ----------------------------------------------------------------
+
+
+def test_learning_rate_of_the_paper():
+    for epoch, lr in ((0, 0), (5, 1.2e-3), (10, 2.4e-3), (55, 1.2e-3), (100, 0)):
+        assert common.warmup_cosine(epoch, 100, 10, 2.4e-3) == pytest.approx(lr, abs=1e-12)
+
+
+def test_momentum_of_moco_v3():
+    for epoch, m in ((0, 0.99), (25, 0.991464), (50, 0.995), (75, 0.998536), (100, 1)):
+        assert common.cosine(epoch / 100, 0.99, 1.0) == pytest.approx(m, abs=1e-6)
+
+
+def test_ema_over_many_steps():
+    """Constant online weights s: after k updates m^k t + (1 - m^k) s; buffers stay."""
+    target, online = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+    nn.init.constant_(online.weight, 2.0)
+    online.running_mean.fill_(5.0)
+    for _ in range(10):
+        common.ema_update(target, online, 0.9)
+    assert torch.allclose(target.weight, torch.tensor(0.9**10 * 1 + (1 - 0.9**10) * 2)) and target.running_mean.abs().max() == 0
+
+
+def test_collapse_monitors():
+    d = 16
+    assert common.collapse_monitors(torch.ones(8, d))["feature_std"] == pytest.approx(0, abs=1e-6)
+    healthy = common.collapse_monitors(torch.randn(4096, d, generator=common.rng(0)))
+    assert healthy["feature_std"] == pytest.approx(d**-0.5, rel=0.02) and healthy["effective_rank"] == pytest.approx(d, rel=0.02)
+    line = torch.randn(64, 1) @ torch.randn(1, d)
+    assert common.collapse_monitors(line)["effective_rank"] == pytest.approx(1, abs=0.01)
+
+
+# ---- whole runs -----------------------------------------------------------------------------------
+
+
+def same(a, b):
+    """Bit for bit, through dicts and lists."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def content(path):
+    c = common.load_checkpoint(path)
+    return {k: c[k] for k in ("step", "backbone", "backbone_state", "train_state")}
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_killed_run_resumes_to_the_bits_of_an_uninterrupted_one(tiny, tmp_path, how):
+    """A child trains and gets the signal in the middle of step 3 of 6; its successor ends where an undisturbed run ends."""
+    ser.main([*tiny, "--out", str(tmp_path / "whole")])
+    child = os.fork()
+    if child == 0:
+        losses, steps = ser.losses, []
+
+        def interrupted(*a, **k):
+            steps.append(1)
+            if len(steps) == 4:
+                os.kill(os.getpid(), how)
+            return losses(*a, **k)
+
+        ser.losses, code = interrupted, 1
+        try:
+            ser.main([*tiny, "--out", str(tmp_path / "killed"), "--save-every", "1"])
+        except SystemExit as end:
+            code = end.code
+        os._exit(code)
+    _, status = os.waitpid(child, 0)
+    if how == signal.SIGKILL:
+        assert os.WTERMSIG(status) == signal.SIGKILL
+    else:
+        assert os.WEXITSTATUS(status) == 128 + how
+    assert content(tmp_path / "killed" / "checkpoint.pt")["step"] == (3 if how == signal.SIGKILL else 4)
+    ser.main([*tiny, "--out", str(tmp_path / "killed"), "--resume"])
+    whole, killed = (content(tmp_path / name / "checkpoint.pt") for name in ("whole", "killed"))
+    assert same(whole, killed)
+    killed["train_state"]["optimizer"]["state"][0]["exp_avg"].view(-1)[0] += 1.0
+    assert not same(whole, killed)  # the comparison sees what it should
+
+
+def test_resume_without_a_momentum_encoder_would_show(tiny, tmp_path, monkeypatch):
+    """Negative control: the same resume, but the momentum encoder restarted, ends elsewhere."""
+    ser.main([*tiny, "--out", str(tmp_path / "whole")])
+    ser.main([*tiny, "--out", str(tmp_path / "part"), "--max-steps", "3"])
+    part = common.load_checkpoint(tmp_path / "part" / "checkpoint.pt")
+    for key, value in part["train_state"]["heads"].items():
+        if key.startswith("momentum.projector") and value.is_floating_point():
+            value.mul_(1.01)
+    common.save_checkpoint(tmp_path / "part" / "checkpoint.pt", part)
+    ser.main([*tiny, "--out", str(tmp_path / "part"), "--resume"])
+    assert not same(*(content(tmp_path / name / "checkpoint.pt") for name in ("whole", "part")))
+
+
+def test_results_do_not_depend_on_workers(tiny, tmp_path):
+    for workers in ("0", "2"):
+        ser.main([*tiny, "--out", str(tmp_path / workers), "--workers", workers, "--max-steps", "2"])
+    assert same(*(content(tmp_path / workers / "checkpoint.pt") for workers in ("0", "2")))
+
+
+def test_a_finished_run_is_left_alone(tiny, tmp_path, capsys):
+    ser.main([*tiny, "--out", str(tmp_path), "--max-steps", "1"])
+    before = (tmp_path / "checkpoint.pt").stat().st_mtime_ns
+    ser.main([*tiny, "--out", str(tmp_path), "--max-steps", "1", "--resume"])
+    assert (tmp_path / "checkpoint.pt").stat().st_mtime_ns == before
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tiny, tmp_path, capsys, monkeypatch):
+    losses, steps = ser.losses, []
+
+    def poisoned(*a, **k):
+        out, y = losses(*a, **k)
+        steps.append(1)
+        if len(steps) == 4:
+            out["L_equiv"] = out["L_equiv"] * math.nan
+            out["loss"] = out["L_inv"] + out["L_equiv"]
+        return out, y
+
+    monkeypatch.setattr(ser, "losses", poisoned)
+    with pytest.raises(SystemExit) as end:
+        ser.main([*tiny, "--out", str(tmp_path), "--save-every", "1"])
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert end.value.code == 1 and "step 3" in line and "L_equiv nan" in line
+    good = common.load_checkpoint(tmp_path / "checkpoint.pt")
+    assert good["step"] == 3 and all(torch.isfinite(v).all() for v in good["backbone_state"].values())
+
+
+def test_what_a_run_leaves_behind(tiny, tmp_path, capsys):
+    ser.main([*tiny, "--equi", "none", "--out", str(tmp_path)])
+    assert {p.name for p in tmp_path.iterdir()} == {"args.json", "log.jsonl", "views.png", "ser.py", "common.py", "checkpoint.pt", "backbone.safetensors"}
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(6))
+    assert set(lines[0]) == {"step", "epoch", "loss", "L_inv", "lr", "images_per_s", "data_wait", "memory_gb", "feature_std", "effective_rank"}
+    assert json.loads((tmp_path / "args.json").read_text())["recipe"] == "cifar10"
+    out = capsys.readouterr().out
+    assert "k-NN accuracy" in out and f"python eval_probe.py {tmp_path}/checkpoint.pt" in out
+
+
+def test_a_full_disk_costs_one_line_during_the_run_and_the_exit_code_at_its_end(tiny, tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(common, "save_checkpoint", full)
+    with pytest.raises(SystemExit) as end:
+        ser.main([*tiny, "--out", str(tmp_path), "--save-every", "3"])
+    assert end.value.code == 1 and capsys.readouterr().err.count("No space left on device") == 2
+
+
+def test_exported_backbone_gives_the_same_features_in_timm(tmp_path):
+    import timm
+    from safetensors import safe_open
+
+    backbone = common.make_backbone("vit_pico", *common.CIFAR10, img_size=16, patch_size=4, cls_layer=0, pos="sincos").eval()
+    common.export_backbone(tmp_path / "backbone.safetensors", backbone)
+    with safe_open(tmp_path / "backbone.safetensors", "pt") as f:
+        model = timm.create_model(**json.loads(f.metadata()["timm"]), checkpoint_path=tmp_path / "backbone.safetensors").eval()
+    x = torch.randn(4, 3, 16, 16)
+    with torch.no_grad():
+        assert (model(x) - backbone(x)).abs().max() <= 1e-5
+    late = common.make_backbone("vit_pico", *common.CIFAR10, img_size=16, patch_size=4, cls_layer=3, pos="sincos")
+    assert "not written" in common.export_backbone(tmp_path / "late.safetensors", late) and not (tmp_path / "late.safetensors").exists()
+
+
+def test_torch_save_is_what_we_think_it_is():
+    """The CRC check relies on torch writing uncompressed zip members with checksums."""
+    buffer = io.BytesIO()
+    torch.save(state(), buffer)
+    with zipfile.ZipFile(buffer) as z:
+        assert z.testzip() is None and all(i.compress_type == zipfile.ZIP_STORED for i in z.infolist())
