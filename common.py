@@ -1034,6 +1034,9 @@ class RandomResizedCrop:
         box = {"top": top / H, "left": left / W, "height": h / H, "width": w / W}
         return {name: fraction.float() for name, fraction in box.items()}  # (n,) each
 
+    def sample(self, n, generator=None, sizes=None):
+        return self.resolve(self.draw(n, generator), sizes)
+
     def __call__(self, images, params):
         """uint8 (n, 3, H, W), or a list of uint8 (3, H_i, W_i) -> uint8 (n, 3, size, size)."""
         shapes = [images.shape] if isinstance(images, torch.Tensor) else [image.shape for image in images]
@@ -1058,6 +1061,9 @@ class CenterCrop:
         return {}
 
     def resolve(self, draws, sizes):
+        return {}
+
+    def sample(self, n, generator=None, sizes=None):
         return {}
 
     def __call__(self, images, params=None):

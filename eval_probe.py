@@ -128,10 +128,10 @@ def regress(pairs, targets, test_pairs, epochs, generator, batch_size=256, lr=1e
     """A 3-layer MLP 2d-1024-1024-K from pairs of features to targets, MSE, Adam at a constant rate [SIE].
 
     pairs(epoch) -> (N, 2d) and targets(epoch) -> (N, K): fixed, or drawn afresh each epoch. -> predictions (M, K)."""
-    x, t = pairs(0), targets(0)
+    width, K = pairs(0).shape[1], targets(0).shape[1]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator.initial_seed())
-        mlp = nn.Sequential(nn.Linear(x.shape[1], 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, t.shape[1])).to(x.device)
+        mlp = nn.Sequential(nn.Linear(width, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, K)).to(test_pairs.device)
     optimizer = torch.optim.Adam(mlp.parameters(), lr=lr)
     for epoch in common.progress(range(epochs), desc="regression", unit="epoch"):
         x, t = pairs(epoch), targets(epoch)

@@ -291,9 +291,9 @@ def test_losses_fall_when_32_images_are_overfitted(equi):
     args, model, views, params = setup(equi, equi_ratio=0.5, batch_size=32)
     model, views = model.float(), {k: v.float() for k, v in views.items()}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
-    for step in range(60):
+    first, _ = ser.losses(model, views, params, args)
+    for _ in range(60):
         out, _ = ser.losses(model, views, params, args)
-        first = out if step == 0 else first
         optimizer.zero_grad()
         out["loss"].backward()
         optimizer.step()

@@ -1,0 +1,203 @@
+"""Probes: closed forms, planted signals, chance for noise, the table, and that evaluation touches nothing."""
+
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import common
+import eval_probe
+import ser
+
+g = common.rng("eval")
+
+
+def clusters(n, classes=4, d=8, noise=0.1):
+    """Features around one random centre per class."""
+    labels = torch.arange(n) % classes
+    centres = torch.randn(classes, d, generator=common.rng("centres"))
+    return centres[labels] + noise * torch.randn(n, d, generator=g), labels
+
+
+# ---- linear ---------------------------------------------------------------------------------------
+
+
+def test_linear_probe_separates_clusters_and_is_at_chance_on_noise():
+    x, y = clusters(400)
+    x_test, y_test = clusters(200)
+    scores, _ = eval_probe.linear_probe(x, y, x_test, 4, (0.1, 1.0), 10, common.rng(0))
+    assert (scores.argmax(1) == y_test).float().mean() == 1
+    noise = torch.randn(600, 8, generator=g)
+    scores, _ = eval_probe.linear_probe(noise[:400], y, noise[400:], 4, (0.1, 1.0), 10, common.rng(0))
+    accuracy = (scores.argmax(1) == y_test).float().mean().item()
+    assert abs(accuracy - 0.25) < 3 * math.sqrt(0.25 * 0.75 / 200)
+
+
+def test_linear_probe_of_several_rates_is_torch_s_sgd_at_the_chosen_one():
+    x, y = clusters(120, noise=2.0)
+    scores, lr = eval_probe.linear_probe(x, y, x, 4, (1e-9, 0.5), 3, common.rng(5), batch_size=32)
+    assert lr == 0.5
+    r = common.rng(5)
+    rows = torch.randperm(120, generator=r)[12:]
+    model = torch.nn.Linear(8, 4)
+    with torch.no_grad():
+        model.weight.copy_(0.01 * torch.randn(8, 4, generator=r).T)
+        model.bias.zero_()
+    optimizer, steps = torch.optim.SGD(model.parameters(), lr=0.5 * 32 / 256, momentum=0.9), 3 * 4
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: 0.5 * (1 + math.cos(math.pi * k / steps)))
+    for _ in range(3):
+        for batch in rows[torch.randperm(108, generator=r)].split(32):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x[batch]), y[batch]).backward()
+            optimizer.step()
+            schedule.step()
+    assert torch.allclose(model(x), scores, atol=1e-4)
+
+
+def test_the_rate_is_chosen_on_the_held_out_part():
+    """A rate that learns nothing is not chosen, wherever it stands."""
+    x, y = clusters(200, noise=0.5)
+    for lrs in ((1e-9, 0.3), (0.3, 1e-9)):
+        assert eval_probe.linear_probe(x, y, x, 4, lrs, 5, common.rng(0))[1] == 0.3
+
+
+# ---- R^2 ------------------------------------------------------------------------------------------
+
+
+def test_r2_values():
+    t, p = torch.tensor([[0.0, 10.0], [2.0, 12.0]]), torch.tensor([[1.0, 11.0], [1.0, 11.0]])
+    scores = eval_probe.r2_scores(t, p)
+    assert scores["flat"] == pytest.approx(0.961538, abs=1e-6) and scores["uniform"] == pytest.approx(0)
+    assert eval_probe.r2_scores(t, t) == dict(flat=1, uniform=1)
+    assert eval_probe.r2_scores(t, torch.full_like(t, 6.0))["flat"] == pytest.approx(0)
+
+
+def quaternions(angles):
+    return common.quaternion_from_angles(torch.tensor(angles, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("first, second, relative", [
+    ((math.pi / 2, 0, 0), (0, math.pi / 2, 0), (-0.5, 0.5, -0.5, 0.5)),
+    ((0.1, 0.2, 0.3), (0.3, -0.2, 0.5), (0.097355, -0.173903, 0.137116, 0.970299)),
+    ((0.3, -0.2, 0.5), (-0.1, 0.4, 0.25), (-0.176117, 0.279365, -0.152705, 0.931461)),
+    ((0.1, 0.2, 0.3), (0.1, 0.2, 0.3), (0.0, 0.0, 0.0, 1.0)),
+])
+def test_pose_target_is_the_relative_quaternion(first, second, relative):
+    factors = dict(rotation=quaternions([first, second]).float())
+    target = eval_probe.pose_target("pose", factors, torch.tensor([0]), torch.tensor([1]))
+    assert torch.allclose(target[0], torch.tensor(relative), atol=1e-5)
+
+
+def test_quaternions_of_angles():
+    q = quaternions([[math.pi / 2, 0, 0], [0.1, 0.2, 0.3], [0.3, -0.2, 0.5]])
+    expected = [[0.707107, 0, 0, 0.707107], [0.034271, 0.106021, 0.143572, 0.983347], [0.168491, -0.058857, 0.257859, 0.949555]]
+    assert torch.allclose(q, torch.tensor(expected, dtype=q.dtype), atol=1e-6)
+
+
+def test_a_constant_scores_0_229_on_relative_quaternions():
+    """m = E[w] = 512 / pi^6; the best constant vector has flat R^2 1 - (1 - m^2) / (1 - m^2 / 4), and uniform R^2 0."""
+    angles = (torch.rand(200_000, 3, generator=g, dtype=torch.float64) - 0.5) * math.pi
+    factors = dict(rotation=common.quaternion_from_angles(angles).float())
+    i = torch.arange(100_000)
+    t = eval_probe.pose_target("pose", factors, i, i + 100_000)
+    scores = eval_probe.r2_scores(t, t.mean(0).expand_as(t))
+    assert scores["flat"] == pytest.approx(0.228951, abs=0.005) and scores["uniform"] == pytest.approx(0, abs=1e-6)
+
+
+def test_partners_are_other_views_of_the_same_object():
+    groups = torch.tensor([3, 1, 3, 0, 1, 3, 0, 3])
+    for seed in range(5):
+        other = eval_probe.partners(groups, common.rng(seed))
+        assert torch.equal(groups[other], groups) and (other != torch.arange(8)).all() and len(set(other.tolist())) == 8
+
+
+class Planted(torch.nn.Module):
+    """An encoder whose features are the pixels and the sharpness, shrunk to 8 x 8: it knows what was done to an image."""
+
+    dim, img_size, mean, std = 256, 32, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+
+    def forward(self, x):
+        edges = x.diff(dim=3).abs().mean(1, keepdim=True).log1p()
+        return torch.cat([F.adaptive_avg_pool2d(v, 8).flatten(1) for v in (x, 5 * edges)], 1)
+
+
+class Blind(Planted):
+    def forward(self, x):
+        return torch.randn(len(x), 256, generator=g)
+
+
+@pytest.mark.parametrize("target", eval_probe.FAMILIES)
+def test_r2_probe_finds_what_the_features_hold_and_nothing_in_noise(target):
+    data = common.load_data("blocks", None, "test", 32)
+    train, test = (common.ImageSet(images=data.images[rows]) for rows in (slice(0, 3000), slice(3000, 4000)))
+    args = eval_probe.Args(r2_epochs=6, r2_images=2000)
+    how = dict(device=torch.device("cpu"), amp="off", workers=0)
+    seen = eval_probe.r2_probe(target, Planted(), train, test, args, how)["flat"]
+    # fitted noise predicts worse than the mean; that pixels, after a few epochs, hold a good part is all we ask
+    assert seen > 0.1, seen
+    if target == "rotation":
+        assert eval_probe.r2_probe(target, Blind(), train, test, args, how)["flat"] < 0.02
+
+
+def test_r2_of_poses_is_learnt_from_features_that_hold_them():
+    n = 800
+    factors = {s: dict(rotation=common.quaternion_from_angles((torch.rand(n, 3, generator=g) - 0.5) * math.pi), floor_hue=torch.rand(n, generator=g),
+                       light_hue=torch.rand(n, generator=g)) for s in ("train", "test")}
+    pixels = lambda f: (torch.cat([f["rotation"] / 2 + 0.5, f["floor_hue"][:, None], f["light_hue"][:, None]], 1) * 255).round().to(torch.uint8)
+    sets = {s: common.ImageSet(images=F.pad(pixels(f), (0, 6)).view(n, 3, 2, 2), groups=torch.arange(n) // 8, factors=f) for s, f in factors.items()}
+
+    class Flat(Planted):
+        img_size = 2
+
+        def forward(self, x):
+            return x.flatten(1)
+
+    how = dict(device=torch.device("cpu"), amp="off", workers=0)
+    for target, enough in (("pose", 0.8), ("hues", 0.95)):
+        scores = eval_probe.r2_probe(target, Flat(), sets["train"], sets["test"], eval_probe.Args(r2_epochs=30), how)
+        assert scores["flat"] > enough, (target, scores)
+
+
+def test_transformed_views_are_what_the_targets_say():
+    """No rotation, no shift, ...: the target of an identity is 0; sizes of the targets as listed."""
+    dims = dict(rotation=1, color=4, blur=1, translation=2, crop=4, flip=1)
+    for name, K in dims.items():
+        op, encode = eval_probe.family(name, 32)
+        params = op.resolve(op.draw(50, g), torch.full((50, 2), 32)) if name == "crop" else op.sample(50, g)
+        target = encode(params)
+        assert target.shape == (50, K) and target.abs().max() <= 1.0 + 1e-6
+    _, encode = eval_probe.family("crop", 32)
+    assert encode(dict(top=torch.zeros(1), left=torch.zeros(1), height=torch.ones(1), width=torch.ones(1))).abs().max() == 0
+    _, encode = eval_probe.family("color", 32)
+    assert encode(dict(brightness=torch.ones(1), contrast=torch.ones(1), saturation=torch.ones(1), hue=torch.zeros(1))).abs().max() == 0
+
+
+# ---- the table --------------------------------------------------------------------------------------
+
+
+def test_table_folds_seeds():
+    text = eval_probe.table([("a", {"knn": 50.0}), ("a", {"knn": 52.0}), ("b", {"knn": 10.0})])
+    a, b = text.splitlines()[1:]
+    assert "51.00 ± 1.41" in a and a.split()[:2] == ["a", "2"]  # sample standard deviation: sqrt(2)
+    assert b.split() == ["b", "1", "10.00"]
+
+
+def test_one_call_from_checkpoints_to_table(tiny, folder, tmp_path, capsys):
+    for seed in "01":
+        ser.main([*tiny, "--max-steps", "1", "--seed", seed, "--out", str(tmp_path / f"run-s{seed}")])
+    ser.main([*tiny, "--epochs", "0", "--out", str(tmp_path / "untrained")])
+    paths = [tmp_path / name / "checkpoint.pt" for name in ("run-s0", "run-s1", "untrained")]
+    before = [p.read_bytes() for p in paths]
+    capsys.readouterr()
+    results = eval_probe.main([*map(str, paths), "--tasks", "knn", "linear", "r2", "--linear-epochs", "2", "--r2-epochs", "1", "--r2-targets", "flip", "--device", "cpu"])
+    table = capsys.readouterr().out.splitlines()
+    assert [name for name, _ in results] == ["run", "run", "untrained"] and [p.read_bytes() for p in paths] == before
+    assert len(table) == 3 and table[1].split()[:2] == ["run", "2"] and "±" in table[1] and table[2].split()[:2] == ["untrained", "1"]
+    assert all(0 <= v["knn"] <= 100 and 0 <= v["linear"] <= 100 for _, v in results)
+    record = json.loads((tmp_path / "run-s0" / "eval.jsonl").read_text())
+    assert record["results"] == results[0][1] and record["protocol"]["knn"]["k"] == 20 and set(record["protocol"]["r2"]["both"]["flip"]) == {"flat", "uniform"}
+    again = eval_probe.main([str(paths[0]), "--tasks", "knn", "linear", "--linear-epochs", "2", "--device", "cpu"])
+    assert again[0][1] == {k: v for k, v in results[0][1].items() if not k.startswith("r2")}  # a second run: the same numbers
+    assert len((tmp_path / "run-s0" / "eval.jsonl").read_text().splitlines()) == 2
