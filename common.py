@@ -25,6 +25,7 @@ import shutil
 import signal
 import sys
 import time
+import weakref
 import zipfile
 from datetime import timedelta
 from pathlib import Path
@@ -384,9 +385,10 @@ class Run:
         if os.name == "posix":
             import fcntl
 
-            self.lock = os.open(self.out, os.O_RDONLY)
+            lock = os.open(self.out, os.O_RDONLY)
+            weakref.finalize(self, os.close, lock)  # the lock lasts as long as this object, whatever ends the process
             try:
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 die(f"--out {self.out}: in use by a running process; wait for it or choose another --out")
 
@@ -1366,6 +1368,13 @@ VITS = dict(  # the sizes of DeiT / DINO (6 heads for ViT-S), and one for CPUs
 )
 
 
+def vit_size(arch):
+    """embed_dim, depth and num_heads of an architecture."""
+    if arch not in VITS:
+        die(f"--arch {arch}: unknown; there are {', '.join(VITS)}")
+    return VITS[arch]
+
+
 def sincos_positions(h, w, dim):
     """Fixed 2-D positions of MoCo-v3: (1, h w, dim). With d = dim/4 frequencies w_i = 10000^(-i/d) the vector of the cell
     in row a, column b is [sin(a w), cos(a w), sin(b w), cos(b w)]."""
@@ -1438,8 +1447,7 @@ class ViT(VisionTransformer):
 def make_backbone(arch, mean, std, **kwargs):
     """The encoder that a checkpoint's "backbone" describes. It keeps that description, and in `mean`, `std`, `img_size`
     what it expects as input; `dim` is the width of `backbone(x)`."""
-    if arch not in VITS:
-        die(f"--arch {arch}: unknown; there are {', '.join(VITS)}")
+    vit_size(arch)
     img_size, patch_size = kwargs["img_size"], kwargs["patch_size"]
     if img_size % patch_size:
         die(f"--img-size {img_size}: not divisible by --patch-size {patch_size}; the nearest that is: {max(1, round(img_size / patch_size)) * patch_size}")

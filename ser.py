@@ -337,7 +337,7 @@ def check(args):
     common.check_ranges(args, RANGES)
     if args.cls_layer is None:
         args.cls_layer = args.equi_layer if args.equi == "ser" else 0
-    depth = common.VITS.get(args.arch, dict(depth=args.equi_layer))["depth"]
+    depth = common.vit_size(args.arch)["depth"]
     for name in ("equi_layer", "cls_layer"):
         if getattr(args, name) >= depth + (name == "equi_layer"):
             common.die(f"--{name.replace('_', '-')} {getattr(args, name)}: {args.arch} has {depth} blocks")

@@ -1,0 +1,147 @@
+"""What a user types: help, mistakes (one line, exit 2), the README's commands."""
+
+import gc
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+import common
+import eval_probe
+import ser
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def mistake(capsys, main, argv, *words):
+    """main(argv) ends with exit code 2 and one line that holds `words`; tyro's own box counts as the line."""
+    gc.collect()  # earlier runs of this process let go of their directories
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        main(argv)
+    captured = capsys.readouterr()
+    err = captured.err.strip()
+    assert end.value.code == 2 and "Traceback" not in err
+    assert re.search("──|--------", err) or len(err.splitlines()) == 1, err
+    assert all(w in err + captured.out for w in words), err + captured.out
+
+
+MISTAKES = {
+    "unknown data set": (["--data", "imagenette", "--recipe", "cifar10"], "--data imagenette", "blocks"),
+    "unknown recipe": (["--recipe", "cifar11"], "--recipe cifar11", "cifar10"),
+    "imagefolder without a recipe": (["--data", "imagefolder", "--data-dir", "{folder}"], "--recipe", "cifar10"),
+    "missing folder": (["{tiny}", "--data-dir", "{tmp}/nowhere"], "--data-dir", "nowhere", "no such directory"),
+    "folder not given": (["--data", "imagefolder", "--recipe", "cifar10"], "--data-dir"),
+    "empty folder": (["{tiny}", "--data-dir", "{tmp}/empty"], "--data-dir", "no images"),
+    "batch larger than the data": (["{tiny}", "--batch-size", "32"], "--batch-size 32", "24"),
+    "size not divisible by the patch": (["{tiny}", "--img-size", "18"], "--img-size 18", "--patch-size 4"),
+    "unknown arch": (["{tiny}", "--arch", "vit_huge"], "--arch vit_huge", "vit_small"),
+    "learning rate nan": (["{tiny}", "--lr", "nan"], "--lr nan"),
+    "learning rate negative": (["{tiny}", "--lr", "-1"], "--lr -1"),
+    "learning rate inf": (["{tiny}", "--lr", "inf"], "--lr inf"),
+    "temperature 0": (["{tiny}", "--equi-temp", "0"], "--equi-temp 0"),
+    "momentum above 1": (["{tiny}", "--momentum", "1.5"], "--momentum 1.5"),
+    "crop above the image": (["{tiny}", "--crop-scale", "0.5", "1.5"], "--crop-scale 1.5"),
+    "seed out of range": (["{tiny}", "--seed", "-1"], "--seed -1"),
+    "warm-up longer than the run": (["{tiny}", "--epochs", "1"], "--warmup-epochs"),
+    "layer beyond the encoder": (["{tiny}", "--equi-layer", "7"], "--equi-layer 7", "6 blocks"),
+    "b2 larger than the batch": (["{tiny}", "--batch-size", "8"], "--batch-size 8", "second part"),
+    "no such device": (["{tiny}", "--device", "mps"], "--device mps"),
+    "empty value": (["{tiny}", "--data-dir="], "--data-dir", "empty"),
+    "output under a file": (["{tiny}", "--out", "{tmp}/file/run"], "--out"),
+    "unknown flag": (["{tiny}", "--learning-rate", "1"], "--learning-rate"),
+    "not a choice": (["{tiny}", "--base", "byol"], "mocov3"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_of_training(name, tiny, folder, tmp_path, capsys):
+    (tmp_path / "empty" / "train").mkdir(parents=True)
+    (tmp_path / "file").write_text("")
+    argv, *words = MISTAKES[name]
+    filled = []
+    for a in argv:
+        filled += tiny if a == "{tiny}" else [a.format(folder=folder, tmp=tmp_path)]
+    out = [] if "--out" in argv else ["--out", str(tmp_path / "run")]
+    mistake(capsys, ser.main, [*filled, *out], *words)
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def test_mistakes_of_processes(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(common, "world_size", lambda: 5)
+    mistake(capsys, ser.main, [*tiny, "--equi", "none", "--out", str(tmp_path)], "--batch-size 12", "5 processes", "10")
+    mistake(capsys, ser.main, [*tiny, "--out", str(tmp_path)], "8 images", "5 processes")
+
+
+def test_mistakes_with_the_output_directory(tiny, tmp_path, capsys):
+    run = [*tiny, "--max-steps", "1", "--out", str(tmp_path)]
+    ser.main(run)
+    good = (tmp_path / "checkpoint.pt").read_bytes()
+    mistake(capsys, ser.main, run, "--resume", "--overwrite")
+    mistake(capsys, ser.main, [*run, "--resume", "--arch", "vit_tiny"], "--arch vit_tiny", "vit_pico")
+    mistake(capsys, ser.main, [*run, "--resume", "--lr", "1"], "--lr 1")
+    (tmp_path / "checkpoint.pt").write_bytes(good[:-100])
+    mistake(capsys, ser.main, [*run, "--resume"], "checkpoint.pt", "damaged")
+    (tmp_path / "checkpoint.pt").write_bytes(good)
+    lock = common.Run("ser", ser.Args(out=str(tmp_path), overwrite=True), "x", common.torch.device("cpu"))
+    mistake(capsys, ser.main, [*run, "--overwrite"], "--out", "in use")
+    del lock
+    ser.main([*run, "--overwrite"])
+    assert (tmp_path / "args.json").exists()
+
+
+def test_every_argument_that_computes_is_fixed_on_resume():
+    """A new argument is either free to change on resumption or compared: none slips through unnamed."""
+    assert common.Run.FREE <= {f.name for f in common.dataclasses.fields(ser.Args)}
+    numbers = {f.name for f in common.dataclasses.fields(ser.Args) if any(t in str(f.type) for t in ("int", "float"))}
+    assert numbers == set(ser.RANGES)  # every number has a range
+
+
+def test_mistakes_of_probing(tiny, folder, tmp_path, capsys):
+    ser.main([*tiny, "--epochs", "0", "--out", str(tmp_path / "run")])
+    checkpoint = str(tmp_path / "run" / "checkpoint.pt")
+    mistake(capsys, eval_probe.main, [], "no checkpoint")
+    mistake(capsys, eval_probe.main, [str(tmp_path / "nothing.pt")], "nothing.pt")
+    mistake(capsys, eval_probe.main, [checkpoint, "--tasks", "magic"], "magic")
+    mistake(capsys, eval_probe.main, [checkpoint, "--data-dir", str(tmp_path / "gone")], "gone")
+    mistake(capsys, eval_probe.main, [checkpoint, "--knn-k", "0"], "--knn-k 0")
+    mistake(capsys, eval_probe.main, [checkpoint, "--tasks", "r2", "--r2-targets", "pose"], "--r2-targets pose", "rotation")
+    flat = tmp_path / "flat"
+    shutil.copytree(folder / "train" / "left", flat)
+    mistake(capsys, eval_probe.main, [checkpoint, "--data-dir", str(flat)], "test split")
+
+
+def test_a_tree_without_classes_trains_and_promises_no_score(tiny, folder, tmp_path, capsys):
+    shutil.copytree(folder / "train" / "left", tmp_path / "tree" / "deep" / "er")
+    ser.main([*tiny, "--data-dir", str(tmp_path / "tree"), "--max-steps", "1", "--epochs", "2", "--out", str(tmp_path / "run")])
+    assert "k-NN" not in capsys.readouterr().out and (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize("main, flags", [(ser.main, [*vars(ser.Args())]), (eval_probe.main, [k for k in vars(eval_probe.Args()) if k != "checkpoints"])])
+def test_help_teaches_every_flag(main, flags, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--help"])
+    text = capsys.readouterr().out
+    assert end.value.code == 0 and all(f"--{name.replace('_', '-')}" in text for name in flags)
+    for cls in (ser.Args, common.RunArgs, eval_probe.Args):
+        source = Path(common.sys.modules[cls.__module__].__file__).read_text().split(f"class {cls.__name__}")[1].split("\n\n\n")[0]
+        fields = re.findall(r"^    (\w+): .*\n(.*)$", source, flags=re.M)
+        assert fields and all(doc.strip().startswith('"""') for _, doc in fields), cls
+
+
+def test_help_shows_the_values_in_force(capsys):
+    for argv, value in ((["--help"], "128"), (["--recipe", "imagenet", "--data", "imagefolder", "--help"], "2048")):
+        with pytest.raises(SystemExit):
+            ser.main(argv)
+        text = re.sub(r"\s+", " ", re.sub("[│╭╮╰╯─]", " ", capsys.readouterr().out))
+        assert f"(default: {value})" in text.split("--batch-size INT")[1][:200]
+
+
+def test_the_recipe_of_the_paper():
+    args = ser.Args(**ser.values_in_force(ser.Args(data="imagefolder", recipe="imagenet")))
+    expected = dict(arch="vit_small", img_size=224, patch_size=16, epochs=100, warmup_epochs=10, batch_size=2048, lr=3e-4, weight_decay=0.1, temp=0.2, momentum=0.99,
+                    equi_layer=3, equi_ratio=0.01, equi_weight=1.0, equi_temp=0.3, equi_dim=512, proj_hidden=4096, proj_dim=256, crop_scale=(0.08, 1.0),
+                    jitter=(0.4, 0.4, 0.2, 0.1), blur=(1.0, 0.1), solarize=(0.0, 0.2), equi_area=(0.7, 1.3))
+    assert {k: getattr(args, k) for k in expected} == expected
+    assert args.lr * args.batch_size / 256 == pytest.approx(2.4e-3)
