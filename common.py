@@ -13,6 +13,7 @@ One rule holds everywhere: a run is defined by its *global* batch. Data order an
 the CPU from (seed, step); W processes take contiguous rows of what one process would take, so they train the same model.
 """
 
+import atexit
 import contextlib
 import copy
 import dataclasses
@@ -98,13 +99,13 @@ RANGES = dict(img_size="[1, inf)", patch_size="[1, inf)", epochs="[0, inf)", bat
               max_steps="[1, inf)", seed="[0, 4294967296)", workers="[0, inf)", save_every="[1, inf)", log_every="[1, inf)")
 
 
-def die(message, code=2):
+def die(message, code=2, alone=False):
     """End the program with one line on stderr and exit code `code` (2: a user's mistake, 1: a run that failed).
 
     Every rank may call it for the same mistake: rank 0 prints, the others give it the time to, because torchrun kills
-    all processes as soon as one ends.
+    all processes as soon as one ends. What befalls one rank `alone`, that rank prints.
     """
-    if int(os.environ.get("RANK", 0)) == 0:
+    if alone or int(os.environ.get("RANK", 0)) == 0:
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
     else:
         time.sleep(3)
@@ -168,6 +169,7 @@ def start(device="auto"):
         if device == "cuda" and local_rank >= torch.cuda.device_count():
             die(f"--nproc_per_node: process {local_rank} has no GPU, this machine has {torch.cuda.device_count()}")
         dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=timedelta(minutes=10))
+        atexit.register(dist.destroy_process_group)
     if device == "cuda":
         torch.cuda.set_device(local_rank)
         torch.set_float32_matmul_precision("high")
@@ -416,16 +418,17 @@ class Run:
             (self.out / "args.json").write_text(json.dumps(dataclasses.asdict(self.args), indent=1) + "\n")
             for source in (Path(__file__).with_name(f"{self.method}.py"), Path(__file__)):
                 shutil.copy(source, self.out)
-            if step == 0:
-                (self.out / "log.jsonl").unlink(missing_ok=True)
+            log = self.out / "log.jsonl"
+            lines = log.read_text().splitlines(keepends=True) if step and log.exists() else []
+            log.write_text("".join(line for line in lines if json.loads(line)["step"] < step))  # what was lost is done again
         return step
 
     def steps(self, loader, dump, begin=0):
         """Yield (step, batch) from `begin`, counting from 0, until the epochs (or --max-steps) are done.
 
-        Before each step the global generators are reseeded from (seed, step, rank). `dump() -> (backbone, train_state)` is
-        asked for whenever a checkpoint is due. SIGTERM and SIGINT save at the next
-        step boundary, on all ranks at the same one, and exit with 143 and 130; a second SIGINT ends at once.
+        Before each step the global generators are reseeded from (seed, step, rank). `dump() -> (backbone, train_state)`
+        is asked for whenever a checkpoint is due. SIGTERM and SIGINT save at the next step boundary, on all ranks at the
+        same one, and exit with 143 and 130; a second SIGINT ends at once.
         """
         total = min(loader.total_steps, self.args.max_steps or loader.total_steps)
         handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
@@ -436,7 +439,10 @@ class Run:
         try:
             for step in range(begin, total):
                 waiting = time.monotonic()
-                batch = next(batches)
+                try:
+                    batch = next(batches)
+                except OSError as e:  # of a worker: the last line is ours, the others are torch's traceback
+                    die(f"{str(e).splitlines()[-1].removeprefix('OSError: ')}; mend or remove the file", 1, alone=True)
                 self.waited += time.monotonic() - waiting
                 seed_everything(self.args.seed, step, rank())
                 yield step, batch
@@ -675,7 +681,7 @@ def load_data(name, root, split, size):
     """The "train" or "test" split of a data set as an ImageSet; None when it has no such split. `size` is the side at
     which `blocks` is rendered; everything else keeps its own."""
     if name == "blocks":
-        return ImageSet(**cached(f"blocks-v1-{size}-{split}", lambda: blocks(split, size)))
+        return ImageSet(**cached(f"blocks-v3-{size}-{split}", lambda: blocks(split, size)))
     if name == "imagefolder":
         if root is None:
             die("--data-dir: imagefolder needs the directory of the images")
@@ -816,7 +822,7 @@ def bounding_boxes(masks):
 
 
 def random_objects(labels, generator):
-    """Labels (m,) int64 -> boxes (m, K, 6), colors (m, K, 3), which do not depend on the labels."""
+    """Labels (m,) int64 -> boxes (m, K, 6), colors (m, K, 3): each object varies the shape and the paint of its class."""
     parts = torch.tensor(list(BLOCK_CLASSES.values()), dtype=torch.float32)[labels]         # (m, K, 6)
     m, K = parts.shape[:2]
     uniform = lambda low, high, *shape: low + (high - low) * torch.rand(m, *shape, generator=generator)
@@ -828,8 +834,8 @@ def random_objects(labels, generator):
     radius = (centre.abs() + extent / 2).norm(dim=2).amax(1)[:, None, None]           # (m, 1, 1)
     boxes = torch.cat([centre, extent], 2) / radius                                   # (m, K, 6)
 
-    spread = uniform(0, 1, K).argsort(1) / K                                          # (m, K) distinct
-    hue = (uniform(0, 1, 1) + spread + uniform(-0.04, 0.04, K)) % 1                   # (m, K)
+    typical = torch.rand(len(BLOCK_CLASSES), K, generator=rng("paint"))[labels]       # (m, K) the class's hues
+    hue = (typical + 0.08 * torch.randn(m, K, generator=generator)) % 1               # (m, K)
     return boxes, hsv_to_rgb(hue, uniform(0.35, 0.7, K), uniform(0.7, 1.0, K))
 
 

@@ -109,8 +109,9 @@ def test_colors_and_hues():
     h, s, v = torch.rand(3, 200)
     want = torch.tensor([colorsys.hsv_to_rgb(*x) for x in zip(h.tolist(), s.tolist(), v.tolist())])
     assert torch.allclose(B.hsv_to_rgb(h, s, v), want, atol=1e-5)
-    g = lambda labels: B.random_objects(labels, torch.Generator().manual_seed(3))[1]
-    assert torch.equal(g(torch.zeros(30, dtype=torch.long)), g(torch.full((30,), 7)))  # blind to class
+    paint = B.random_objects(torch.tensor([0, 7]).repeat_interleave(400), torch.Generator().manual_seed(3))[1]  # (800, K, 3)
+    spread, apart = paint[:400].std(0).norm(dim=-1), (paint[:400].mean(0) - paint[400:].mean(0)).norm(dim=-1)
+    assert (spread > 0.1).all() and apart.max() > 0.2  # typical of the class, but varied
 
 
 def test_chunks_and_sizes():

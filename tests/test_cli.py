@@ -87,6 +87,7 @@ def test_mistakes_with_the_output_directory(tiny, tmp_path, capsys):
     lock = common.Run("ser", ser.Args(out=str(tmp_path), overwrite=True), "x", common.torch.device("cpu"))
     mistake(capsys, ser.main, [*run, "--overwrite"], "--out", "in use")
     del lock
+    gc.collect()
     ser.main([*run, "--overwrite"])
     assert (tmp_path / "args.json").exists()
 

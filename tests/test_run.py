@@ -317,3 +317,24 @@ def test_torch_save_is_what_we_think_it_is():
     torch.save(state(), buffer)
     with zipfile.ZipFile(buffer) as z:
         assert z.testzip() is None and all(i.compress_type == zipfile.ZIP_STORED for i in z.infolist())
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_a_damaged_image_stops_the_run_with_its_name(tiny, folder, tmp_path, capsys, workers):
+    import shutil
+
+    shutil.copytree(folder, tmp_path / "data")
+    (tmp_path / "data" / "train" / "left" / "03.png").write_bytes(b"\x89PNG nothing more")
+    with pytest.raises(SystemExit) as end:
+        ser.main([*tiny, "--data-dir", str(tmp_path / "data"), "--workers", workers, "--out", str(tmp_path / "run")])
+    errors = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if "error:" in line]
+    assert end.value.code == 1 and len(errors) == 1 and "03.png" in errors[0], errors
+
+
+def test_resuming_continues_the_log(tiny, tmp_path):
+    ser.main([*tiny, "--out", str(tmp_path), "--max-steps", "4"])
+    log = tmp_path / "log.jsonl"
+    log.write_text(log.read_text() + json.dumps(dict(step=4, loss=0)) + "\n")  # of a run that was killed before it could save
+    ser.main([*tiny, "--out", str(tmp_path), "--resume"])
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(6)) and lines[4]["loss"] > 0
