@@ -323,18 +323,23 @@ def save_checkpoint(path, state):
         os.close(fd)
 
 
+def read_tensors(path):
+    """What `save_checkpoint` wrote. torch.load does not look at the checksums of the zip file, so they are checked first;
+    nothing compressed is inflated and no pickled code is run. Raises whatever a damaged file makes the readers raise."""
+    with zipfile.ZipFile(path) as z:
+        if any(i.compress_type != zipfile.ZIP_STORED for i in z.infolist()) or z.testzip():
+            raise ValueError(f"{path}: damaged")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
 def load_checkpoint(path):
-    """Read a checkpoint: a dict of tensors and plain values (KEYS). torch.load does not look at the checksums of the
-    zip file, so they are checked first, and nothing compressed is inflated. Anything else ends with one line, exit 2."""
+    """Read a checkpoint: a dict of tensors and plain values (KEYS). Anything else ends with one line, exit 2."""
     path = Path(path)
     if not path.is_file():
         die(f"{path}: no such checkpoint file")
     try:
-        with zipfile.ZipFile(path) as z:
-            if any(i.compress_type != zipfile.ZIP_STORED for i in z.infolist()) or z.testzip():
-                raise ValueError("checksum")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # a damaged file raises a dozen different types
+        state = read_tensors(path)
+    except Exception:  # a dozen different types
         die(f"{path}: not a checkpoint of this project, or damaged (truncated download? copy it again)")
     if not isinstance(state, dict) or set(state) != KEYS:
         die(f"{path}: not a checkpoint of this project (expected the keys {', '.join(sorted(KEYS))})")
@@ -693,11 +698,12 @@ def cached(name, make):
     """make(), a dict of tensors and plain values, kept as a file in the user's cache directory."""
     path = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "equivariant-ssl" / f"{name}.pt"
     with contextlib.suppress(Exception):  # no such file yet, or a damaged one: made again
-        return torch.load(path, weights_only=True)
+        return read_tensors(path)
     value = make()
     with contextlib.suppress(OSError):  # nowhere to keep it
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_checkpoint(path, value)
+        if rank() == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_checkpoint(path, value)
     return value
 
 
@@ -879,6 +885,7 @@ class Loader(torch.utils.data.Dataset):
     def __init__(self, data, policies, draw, args, device):
         self.data, self.policies, self.draw, self.device = data, policies, draw, device
         self.seed, self.batch_size, self.workers = args.seed, args.batch_size, args.workers
+        self.rank, self.share = rank(), args.batch_size // world_size()  # a worker process does not know them
         self.steps_per_epoch = len(data) // args.batch_size  # the incomplete last batch is dropped
         self.total_steps = args.epochs * self.steps_per_epoch
         if len(data) < args.batch_size:
@@ -889,8 +896,7 @@ class Loader(torch.utils.data.Dataset):
     def __getitem__(self, step):
         epoch, k = divmod(step, self.steps_per_epoch)
         order = torch.randperm(len(self.data), generator=rng(self.seed, "order", epoch))
-        b = self.batch_size // world_size()
-        low = rank() * b
+        low, b = self.rank * self.share, self.share
         rows = order[k * self.batch_size + low :][:b]  # (b,)
         images = self.data[rows]  # (b, 3, H, W), or b images of any size
         sizes = torch.tensor([image.shape[1:] for image in images])  # (b, 2)
@@ -958,8 +964,6 @@ def luma(x):
     """ITU-R 601 luma with torchvision's weights: (n, 3, H, W) -> (n, 1, H, W)."""
     r, g, b = x.split(1, dim=1)  # (n, 1, H, W) each
     return (0.2989 * r).add_(g, alpha=0.587).add_(b, alpha=0.114)  # (n, 1, H, W)
-
-
 
 
 def resize(x, shape, interpolation):
@@ -1087,8 +1091,6 @@ class CenterCrop:
         return torch.cat(crops)  # (n, 3, size, size)
 
 
-
-
 class HorizontalFlip:
     """Mirror left and right: torchvision.transforms.RandomHorizontalFlip. Param `flip`: (n,) bool."""
 
@@ -1159,8 +1161,6 @@ class GridResize:
     def __call__(self, x, params):
         h, w = (self.patch * int(params[name][0]) for name in ("grid_h", "grid_w"))
         return F.interpolate(x, (h, w), mode="bicubic", antialias=True)  # (n, 3, patch * grid_h, patch * grid_w)
-
-
 
 
 def shift_hue_(x, turns):
@@ -1306,8 +1306,6 @@ class Normalize:
         for channel, mean, std in zip(x.unbind(1), self.mean, self.std):
             channel.sub_(mean).div_(std)  # (n, S, S)
         return x
-
-
 
 
 class Compose:
@@ -1521,8 +1519,7 @@ def features(backbone, data, device, transform=None, encode=None, rows=None, amp
     the backbone. Each rank encodes every W-th row; none is encoded twice. The backbone runs in eval mode, without gradient.
     """
     centre, normalise = CenterCrop(backbone.img_size), Normalize(backbone.mean, backbone.std)
-    transform = transform or (lambda images, rows: centre(images))
-    encode = encode or backbone
+    transform, encode = transform or centre, encode or backbone
     rows = torch.arange(len(data)) if rows is None else rows
     mine = rows[rank() :: world_size()]
     workers = default_workers(workers) if data.images is None else 0

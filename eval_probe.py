@@ -149,48 +149,46 @@ def regress(pairs, targets, test_pairs, epochs, generator, batch_size=256, lr=1e
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def most_shift(size):
+    """Pixels: 10 at 224 px, in proportion; 4 on small images."""
+    return 4.0 if size < 64 else 10 * size / 224
+
+
 def family(name, size):
-    """A family of transformations at `size` px -> (op, encode): `op.sample` draws it, `encode(params)` is its target (n, K),
-    0 where nothing is done. Ranges: +-45 degrees; factors 1 +- 0.4, hue +- 0.1, in fixed order; sigma 0.1 to 2; +-10 px at
-    224 px (+-4 px below 64); crops of 20 % to all of the image; flips with probability 1/2."""
-    shift = 4 if size < 64 else 10 * size / 224
-    column = lambda *names, scale=1.0: lambda p: torch.stack([p[n] / scale for n in names], 1)  # (n, K)
-    match name:
-        case "rotation":
-            return Affine(degrees=45), column("angle", scale=45)
-        case "translation":
-            return Affine(translate=shift), column("shift_y", "shift_x", scale=shift)
-        case "color":
-            def encode(p):
-                return torch.stack([(p[n] - 1) / 0.4 for n in ("brightness", "contrast", "saturation")] + [p["hue"] / 0.1], 1)  # (n, 4)
-            return ColorJitter(0.4, 0.4, 0.4, 0.1, p=1.0, shuffle=False), encode
-        case "blur":
-            return GaussianBlur((0.1, 2.0), p=1.0, kernel=23 if size >= 64 else 9), column("sigma", scale=2)
-        case "flip":
-            return HorizontalFlip(), column("flip", scale=1)
-        case "crop":
-            def encode(p):
-                y, x, h, w = (p[n] for n in ("top", "left", "height", "width"))
-                return torch.stack([y + h / 2 - 0.5, x + w / 2 - 0.5, h - 1, w - 1], 1)  # (n, 4)
-            return RandomResizedCrop(size, (0.2, 1.0)), encode
+    """A family of transformations of images of `size` px: +-45 degrees; factors 1 +- 0.4 and hue +- 0.1 in fixed order;
+    sigma 0.1 to 2 px; shifts of `most_shift`; crops of 20 % to all of the image; flips of every second image."""
+    return dict(
+        rotation=Affine(degrees=45), color=ColorJitter(0.4, 0.4, 0.4, 0.1, p=1.0, shuffle=False),
+        blur=GaussianBlur((0.1, 2.0), p=1.0, kernel=23 if size >= 64 else 9), translation=Affine(translate=most_shift(size)),
+        crop=RandomResizedCrop(size, (0.2, 1.0)), flip=HorizontalFlip())[name]
 
 
-def transformed(backbone, data, rows, name, seed, **how):
-    """The second views: features (n, d) of centre crops under a family, and their targets (n, K); seeded by image."""
-    size = backbone.img_size
-    centre, (op, encode) = CenterCrop(size), family(name, size)
-    n = int(rows.max()) + 1
-    generator = common.rng(seed, "r2", name)
-    sizes = torch.full((n, 2), size)
-    params = op.resolve(op.draw(n, generator), sizes) if name == "crop" else op.sample(n, generator)  # (n, ...) for all images
+def family_target(name, p, size):
+    """Parameters p -> what the probe predicts (n, K), at most 1 in size, and 0 where nothing is done."""
+    columns = dict(
+        rotation=lambda: [p["angle"] / 45],
+        color=lambda: [(p[k] - 1) / 0.4 for k in ("brightness", "contrast", "saturation")] + [p["hue"] / 0.1],
+        blur=lambda: [p["sigma"] / 2],
+        translation=lambda: [p[k] / most_shift(size) for k in ("shift_y", "shift_x")],
+        crop=lambda: [p["top"] + p["height"] / 2 - 0.5, p["left"] + p["width"] / 2 - 0.5, p["height"] - 1, p["width"] - 1],
+        flip=lambda: [p["flip"].float()])[name]()
+    return torch.stack(columns, 1)
 
-    def transform(images, at):
-        x, p = centre(images), {key: value[at] for key, value in params.items()}
-        if name == "crop":
-            return op(x, p)
-        return (op(x.float() / 255, p) * 255).round().clamp(0, 255).to(torch.uint8)
 
-    return common.features(backbone, data, transform=transform, rows=rows, name=f"r2 {name}", **how), encode(params)[rows]
+class SecondView:
+    """The second views of a set: `view(images, rows)` centre-crops uint8 images and applies a family to them, each with
+    parameters of its own, drawn from the seed; `view.target` (N, K) is what was done. A class, so that workers can have it."""
+
+    def __init__(self, name, size, n, seed):
+        self.name, self.centre, self.op = name, CenterCrop(size), family(name, size)
+        self.params = self.op.sample(n, common.rng(seed, "r2", name), torch.full((n, 2), size))
+        self.target = family_target(name, self.params, size)  # (N, K)
+
+    def __call__(self, images, rows):
+        x, params = self.centre(images), {key: value[rows] for key, value in self.params.items()}  # uint8 (n, 3, S, S)
+        if self.name == "crop":
+            return self.op(x, params)
+        return (self.op(x.float() / 255, params) * 255).round().clamp(0, 255).to(torch.uint8)
 
 
 def multiply(p, q):
@@ -284,8 +282,9 @@ def r2_probe(target, backbone, train, test, args, how):
         for data, most, seed in ((train, args.r2_images, args.seed), (test, max(2, args.r2_images // 2), args.seed + 1)):
             rows = torch.arange(min(most, len(data))) * len(data) // min(most, len(data))
             x1 = common.features(backbone, data, rows=rows, name=f"r2 {target}", **how)
-            x2, t = transformed(backbone, data, rows, target, seed, **how)
-            sides.append((torch.cat([x1, x2], 1).to(how["device"]), t.to(how["device"])))
+            view = SecondView(target, backbone.img_size, len(data), seed)
+            x2 = common.features(backbone, data, transform=view, rows=rows, name=f"r2 {target}", **how)
+            sides.append((torch.cat([x1, x2], 1).to(how["device"]), view.target[rows].to(how["device"])))
         (x, t), (pairs_test, t_test) = sides
         mean, std = t.mean(0), t.std(0)
         t, t_test = (t - mean) / std, (t_test - mean) / std

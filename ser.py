@@ -37,6 +37,7 @@ Recipes `blocks` and `cifar10` are ours; they raise equi_ratio to 0.125, because
 
 import copy
 import dataclasses
+from functools import partial
 from typing import Literal
 
 import torch
@@ -143,22 +144,20 @@ def make_policies(args):
     return policies
 
 
-def make_draw(args, policies):
-    """draw(generator) -> {view: (rows of the global batch, params)}. b2's rows lie evenly over the batch, so that the
+def draw_views(args, policies, generator):
+    """{view: (rows of the global batch, what its policy draws for them)}. b2's rows lie evenly over the batch, so that the
     contiguous rows of each process hold the same number of them; its two views share one crop."""
     rows = torch.arange(args.batch_size)
-    if args.equi == "none":
-        return lambda g: {name: (rows, policy.draw(len(rows), g)) for name, policy in policies.items()}
-    n2 = second_part(args.batch_size, args.equi_ratio)
-    b2 = torch.arange(n2) * args.batch_size // n2  # (n2,)
+    b2 = torch.tensor([], dtype=torch.long)
+    if args.equi == "ser":
+        n2 = second_part(args.batch_size, args.equi_ratio)
+        b2 = torch.arange(n2) * args.batch_size // n2  # (n2,)
     b1 = rows[~torch.isin(rows, b2)]  # (n1,)
-
-    def draw(g):
-        params = {name: policy.draw(n2 if name.startswith("eq") else len(b1), g) for name, policy in policies.items()}
-        params["eq2"] |= {key: params["eq1"][key] for key in policies["eq1"].crop.draws}
-        return {name: (b2 if name.startswith("eq") else b1, p) for name, p in params.items()}
-
-    return draw
+    views = {name: (b2 if name.startswith("eq") else b1) for name in policies}
+    drawn = {name: (at, policies[name].draw(len(at), generator)) for name, at in views.items()}
+    if args.equi == "ser":
+        drawn["eq2"][1].update({key: drawn["eq1"][1][key] for key in policies["eq1"].crop.draws})
+    return drawn
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -358,7 +357,7 @@ def main(argv=None):
     model = build(args, device)
     policies = make_policies(args)
     train = common.load_data(args.data, args.data_dir, "train", args.img_size).to(device)
-    loader = common.Loader(train, policies, make_draw(args, policies), args, device)
+    loader = common.Loader(train, policies, partial(draw_views, args, policies), args, device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=args.weight_decay, fused=device.type == "cuda")
     peak = args.lr * args.batch_size / 256

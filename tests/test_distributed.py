@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -53,7 +54,7 @@ def train(equi, steps=5):
     device = torch.device("cpu")
     model, policies = ser.build(args, device).double(), ser.make_policies(args)
     data = common.ImageSet(images=torch.randint(0, 256, (40, 3, 16, 16), dtype=torch.uint8, generator=common.rng("test")))
-    loader = common.Loader(data, policies, ser.make_draw(args, policies), args, device)
+    loader = common.Loader(data, policies, partial(ser.draw_views, args, policies), args, device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer, losses = torch.optim.SGD(parameters, lr=0.1), []
     for step in range(steps):

@@ -160,18 +160,20 @@ def test_r2_of_poses_is_learnt_from_features_that_hold_them():
         assert scores["flat"] > enough, (target, scores)
 
 
-def test_transformed_views_are_what_the_targets_say():
-    """No rotation, no shift, ...: the target of an identity is 0; sizes of the targets as listed."""
+def test_targets_say_what_was_done():
+    """Sizes as listed; nothing done is 0; the extremes of each range are 1 in size."""
     dims = dict(rotation=1, color=4, blur=1, translation=2, crop=4, flip=1)
     for name, K in dims.items():
-        op, encode = eval_probe.family(name, 32)
-        params = op.resolve(op.draw(50, g), torch.full((50, 2), 32)) if name == "crop" else op.sample(50, g)
-        target = encode(params)
-        assert target.shape == (50, K) and target.abs().max() <= 1.0 + 1e-6
-    _, encode = eval_probe.family("crop", 32)
-    assert encode(dict(top=torch.zeros(1), left=torch.zeros(1), height=torch.ones(1), width=torch.ones(1))).abs().max() == 0
-    _, encode = eval_probe.family("color", 32)
-    assert encode(dict(brightness=torch.ones(1), contrast=torch.ones(1), saturation=torch.ones(1), hue=torch.zeros(1))).abs().max() == 0
+        params = eval_probe.family(name, 32).sample(500, g, torch.full((500, 2), 32))
+        target = eval_probe.family_target(name, params, 32)
+        assert target.shape == (500, K) and 0.5 < target.abs().max() <= 1.0 + 1e-6
+    one, zero = torch.ones(1), torch.zeros(1)
+    identity = dict(angle=zero, shift_x=zero, shift_y=zero, brightness=one, contrast=one, saturation=one, hue=zero, sigma=zero, top=zero, left=zero,
+                    height=one, width=one, flip=zero.bool())
+    assert all(eval_probe.family_target(name, identity, 32).abs().max() == 0 for name in dims)
+    assert eval_probe.family_target("rotation", dict(angle=torch.tensor([-45.0])), 32).item() == -1
+    corner = dict(top=zero, left=torch.tensor([0.5]), height=one / 2, width=one / 2)
+    assert eval_probe.family_target("crop", corner, 32)[0].tolist() == [-0.25, 0.25, -0.5, -0.5]
 
 
 # ---- the table --------------------------------------------------------------------------------------

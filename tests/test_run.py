@@ -338,3 +338,15 @@ def test_resuming_continues_the_log(tiny, tmp_path):
     ser.main([*tiny, "--out", str(tmp_path), "--resume"])
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(6)) and lines[4]["loss"] > 0
+
+
+def test_what_loader_workers_need_can_be_sent_to_them():
+    """Where processes are spawned and not forked (macOS, Windows) the loader travels as a pickle, and still knows its rows."""
+    import pickle
+    from functools import partial
+
+    args = ser.Args(**ser.RECIPES["blocks"] | dict(batch_size=16, img_size=16, patch_size=4))
+    ser.check(args)
+    policies, data = ser.make_policies(args), common.ImageSet(images=torch.randint(0, 256, (40, 3, 16, 16), dtype=torch.uint8))
+    loader = common.Loader(data, policies, partial(ser.draw_views, args, policies), args, torch.device("cpu"))
+    assert same(loader[1], pickle.loads(pickle.dumps(loader))[1])

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -222,7 +223,7 @@ def setup(equi="ser", **changes):
     model = ser.build(args, torch.device("cpu")).double()
     policies = ser.make_policies(args)
     data = common.ImageSet(images=torch.randint(0, 256, (32, 3, 16, 16), dtype=torch.uint8, generator=common.rng("test")))
-    loader = common.Loader(data, policies, ser.make_draw(args, policies), args, torch.device("cpu"))
+    loader = common.Loader(data, policies, partial(ser.draw_views, args, policies), args, torch.device("cpu"))
     batch = loader[0]
     params = {name: p for name, (_, p) in batch["views"].items()}
     views = {name: policies[name].augment(x, p).double() for name, (x, p) in batch["views"].items()}
@@ -266,7 +267,7 @@ def test_b2_has_one_crop_for_both_views_and_even_rows():
     assert all(torch.equal(params["eq1"][key], params["eq2"][key]) for key in ("top", "left", "height", "width"))
     assert not torch.equal(params["1"]["top"], params["2"]["top"])
     assert len(params["eq1"]["top"]) == 8 and len(params["1"]["top"]) == 8
-    rows = ser.make_draw(args, ser.make_policies(args))(common.rng(0))
+    rows = ser.draw_views(args, ser.make_policies(args), common.rng(0))
     b1, b2 = rows["1"][0], rows["eq1"][0]
     assert sorted([*b1.tolist(), *b2.tolist()]) == list(range(16))
     assert [(b2 // 4 == r).sum().item() for r in range(4)] == [2, 2, 2, 2]  # 4 processes: 2 rows each
