@@ -588,8 +588,13 @@ def progress(iterable=None, leave=False, **kwargs):
 
 
 def full_precision():
-    """A block without autocast, for losses."""
+    """A block without autocast, for losses; `upcast` what comes into it."""
     return torch.autocast("cuda", enabled=False)
+
+
+def upcast(x):
+    """bfloat16 -> float32; float32 and float64 stay."""
+    return x.float() if x.dtype == torch.bfloat16 else x
 
 
 def autocast(device, amp):

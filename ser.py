@@ -221,8 +221,9 @@ def dense_nt_xent(z1, z2, tau, chunk=2**23):
 
 
 def contrast(q, k, T):
-    """ctr(q, k) of MoCo-v3: q, k (b, d) normalised, row i of both the same image; keys of all processes are negatives.
-    2 T cross-entropy of q k^T / T against the diagonal."""
+    """ctr(q, k) of MoCo-v3: row i of q and k (b, d) is the same image; keys of all processes are negatives. With q and k
+    normalised, 2 T times the cross-entropy of q k^T / T against the diagonal."""
+    q, k = F.normalize(q, dim=1), F.normalize(k, dim=1)
     logits = q @ common.gather(k).T / T  # (b, B)
     labels = torch.arange(len(q), device=q.device) + common.rank() * len(q)
     return 2 * T * F.cross_entropy(logits, labels)
@@ -273,8 +274,9 @@ class MoCoV3(nn.Module):
         self.predictor = mlp(args.proj_dim, args.proj_hidden, args.proj_dim)
         self.momentum = copy.deepcopy(nn.ModuleDict(dict(backbone=backbone, projector=self.projector))).requires_grad_(False)
         if args.equi == "ser":
-            self.equi = nn.Sequential(nn.LayerNorm(backbone.dim, eps=1e-6), nn.Linear(backbone.dim, args.equi_dim, bias=False), nn.GELU(),
-                                      nn.Linear(args.equi_dim, args.equi_dim, bias=False))
+            self.equi_norm = nn.LayerNorm(backbone.dim, eps=1e-6)
+            self.equi_projector = nn.Sequential(nn.Linear(backbone.dim, args.equi_dim, bias=False), nn.GELU(),
+                                                nn.Linear(args.equi_dim, args.equi_dim, bias=False))
 
     def update_momentum(self, m):
         common.ema_update(self.momentum["backbone"], self.backbone, m)
@@ -302,19 +304,17 @@ def losses(model, views, params, args, forward=None):
         momentum, projector = model.momentum["backbone"], model.momentum["projector"]
         k1 = projector(encode(momentum, views, 1, args.equi_layer, forward and forward[1])[0])  # (b, d)
         k2 = projector(encode(momentum, views, 2, args.equi_layer, forward and forward[1])[0])
-    q1, q2, k1, k2 = (F.normalize(v if v.dtype == torch.float64 else v.float(), dim=1) for v in (q1, q2, k1, k2))
     with common.full_precision():
+        q1, q2, k1, k2 = (common.upcast(v) for v in (q1, q2, k1, k2))
         out = dict(L_inv=contrast(q1, k2, args.temp) + contrast(q2, k1, args.temp))
-    out["loss"] = out["L_inv"]
-    if map1 is not None:
-        k, f = relative(params["eq1"]["rot90"], params["eq1"]["flip"], params["eq2"]["rot90"], params["eq2"]["flip"])
-        norm, projector = model.equi[0], model.equi[1:]
-        with common.full_precision():  # rho_g in full precision
-            moved = act(norm(map1.to(norm.weight)), k, f, map2.shape[1:3])  # (n2, h2, w2, D)
-        z1, z2 = projector(moved).flatten(1, 2), projector(norm(map2)).flatten(1, 2)  # (n2, P, 512)
-        with common.full_precision():
-            out["L_equiv"] = dense_nt_xent(z1.to(norm.weight), z2.to(norm.weight), args.equi_temp)
-        out["loss"] = out["L_inv"] + args.equi_weight * out["L_equiv"]
+        out["loss"] = out["L_inv"]
+        if map1 is not None:
+            k, f = relative(params["eq1"]["rot90"], params["eq1"]["flip"], params["eq2"]["rot90"], params["eq2"]["flip"])
+            map1, map2 = model.equi_norm(common.upcast(map1)), model.equi_norm(common.upcast(map2))
+            moved = act(map1, k, f, map2.shape[1:3])  # (n2, h2, w2, D): rho_g f1(x1)
+            z1, z2 = model.equi_projector(moved).flatten(1, 2), model.equi_projector(map2).flatten(1, 2)  # (n2, P, equi_dim)
+            out["L_equiv"] = dense_nt_xent(z1, z2, args.equi_temp)
+            out["loss"] = out["L_inv"] + args.equi_weight * out["L_equiv"]
     return out, y1
 
 

@@ -84,6 +84,7 @@ def test_mistakes_with_the_output_directory(tiny, tmp_path, capsys):
     (tmp_path / "checkpoint.pt").write_bytes(good[:-100])
     mistake(capsys, ser.main, [*run, "--resume"], "checkpoint.pt", "damaged")
     (tmp_path / "checkpoint.pt").write_bytes(good)
+    gc.collect()
     lock = common.Run("ser", ser.Args(out=str(tmp_path), overwrite=True), "x", common.torch.device("cpu"))
     mistake(capsys, ser.main, [*run, "--overwrite"], "--out", "in use")
     del lock
