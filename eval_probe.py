@@ -117,24 +117,24 @@ def linear_probe(train, train_labels, test, classes, lrs, epochs, generator, bat
 def r2_scores(target, predicted):
     """R^2 of (N, K) targets: "flat", SIE's, against one mean over all N K entries, and "uniform", the mean over the K
     dimensions of each one's own R^2. A constant can score above 0 in the first (0.229 on the quaternions of 3DIEBench)."""
-    target, predicted = target.double(), predicted.double()
+    target, predicted = target.cpu().double(), predicted.cpu().double()
     error = (target - predicted).square()
     flat = 1 - error.sum() / (target - target.mean()).square().sum()
     uniform = (1 - error.sum(0) / (target - target.mean(0)).square().sum(0)).mean()
     return dict(flat=flat.item(), uniform=uniform.item())
 
 
-def regress(pairs, targets, test_pairs, epochs, generator, batch_size=256, lr=1e-3):
-    """A 3-layer MLP 2d-1024-1024-K from pairs of features to targets, MSE, Adam at a constant rate [SIE].
+def regress(sample, test_pairs, epochs, generator, batch_size=256, lr=1e-3):
+    """A 3-layer MLP 2D-1024-1024-K from pairs of features to targets, MSE, Adam at a constant rate [SIE].
 
-    pairs(epoch) -> (N, 2d) and targets(epoch) -> (N, K): fixed, or drawn afresh each epoch. -> predictions (M, K)."""
-    width, K = pairs(0).shape[1], targets(0).shape[1]
+    sample(epoch) -> (pairs (N, 2D), targets (N, K)), the same or others each epoch; test_pairs (M, 2D) -> (M, K)."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator.initial_seed())
-        mlp = nn.Sequential(nn.Linear(width, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, K)).to(test_pairs.device)
+        mlp = nn.Sequential(nn.Linear(test_pairs.shape[1], 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, sample(0)[1].shape[1]))
+    mlp = mlp.to(test_pairs.device)
     optimizer = torch.optim.Adam(mlp.parameters(), lr=lr)
     for epoch in common.progress(range(epochs), desc="regression", unit="epoch"):
-        x, t = pairs(epoch), targets(epoch)
+        x, t = sample(epoch)
         for batch in torch.randperm(len(x), generator=generator).split(batch_size):
             loss = F.mse_loss(mlp(x[batch]), t[batch])
             optimizer.zero_grad(set_to_none=True)
@@ -240,57 +240,60 @@ def probe(path, args, device):
         common.die(f"--tasks {' '.join(args.tasks)}: {root} has no classes (one folder per class); only r2 can do without")
     if train.classes != test.classes:
         common.die(f"--data-dir {root}: its train and test folders have different classes ({len(train.classes)} and {len(test.classes)})")
+    posed = "rotation" in train.factors
+    targets = args.r2_targets or (POSES if posed else FAMILIES)
+    if not posed and set(targets) & set(POSES):
+        common.die(f"--r2-targets {' '.join(targets)}: {name} has no poses; choose among {', '.join(FAMILIES)}")
+
     train, test = train.to(device), test.to(device)
     how = dict(device=device, amp=args.amp, workers=args.workers)
+    x, x_test = (common.features(backbone, d, encode=backbone.last_blocks, **how).to(device) for d in (train, test))  # (N, 4 D), (M, 4 D)
+    y, y_test = x[:, -backbone.dim :], x_test[:, -backbone.dim :]  # the final [CLS]
     results, protocol = {}, dict(data=name, train_images=len(train), test_images=len(test), view=f"centre crop {backbone.img_size} px")
-
-    if {"knn", "linear"} & set(args.tasks):
-        x, x_test = (common.features(backbone, d, encode=backbone.last_blocks, name="features", **how).to(device) for d in (train, test))
-        y, classes = train.labels.to(device), len(train.classes)
     if "knn" in args.tasks:
-        last = slice(-backbone.dim, None)  # the final [CLS]
-        results |= accuracies("knn", common.knn(x[:, last], y, x_test[:, last], args.knn_k, classes=classes), test.labels)
+        results |= accuracies("knn", common.knn(y, train.labels, y_test, args.knn_k, classes=len(train.classes)), test.labels)
         protocol["knn"] = dict(k=args.knn_k, temperature=0.07, feature="final [CLS]")
     if "linear" in args.tasks:
-        scores, lr = linear_probe(x, y, x_test, classes, args.linear_lrs, args.linear_epochs, common.rng(args.seed, "linear"))
+        scores, lr = linear_probe(x, train.labels.to(device), x_test, len(train.classes), args.linear_lrs, args.linear_epochs, common.rng(args.seed, "linear"))
         results |= accuracies("linear", scores, test.labels)
-        protocol["linear"] = dict(epochs=args.linear_epochs, batch_size=256, lrs=args.linear_lrs, chosen=lr, held_out=0.1, feature=f"[CLS] of the last {x.shape[1] // backbone.dim} blocks")
+        protocol["linear"] = dict(epochs=args.linear_epochs, batch_size=256, lrs=args.linear_lrs, chosen=lr, held_out=0.1,
+                                  feature=f"[CLS] of the last {x.shape[1] // backbone.dim} blocks")
     if "r2" in args.tasks:
-        posed = "rotation" in train.factors
-        targets = args.r2_targets or (POSES if posed else FAMILIES)
-        if not posed and set(targets) & set(POSES):
-            common.die(f"--r2-targets {' '.join(targets)}: {name} has no poses; choose among {', '.join(FAMILIES)}")
-        r2 = {}
+        sides, r2 = ((train, y), (test, y_test)), {}
         for target in targets:
-            r2[target] = r2_probe(target, backbone, train, test, args, how)
+            r2[target] = (r2_of_poses if target in POSES else r2_of_family)(target, backbone, sides, args, how)
         results |= {f"r2 {k}": v["flat"] for k, v in r2.items()}
         protocol["r2"] = dict(epochs=args.r2_epochs, batch_size=256, lr=1e-3, images=args.r2_images, both=r2)
     return results, protocol, state
 
 
-def r2_probe(target, backbone, train, test, args, how):
-    """Train one regression and score it on pairs of test images, which are the same for every checkpoint."""
-    generator, sides = common.rng(args.seed, "r2", target), []
-    if target in POSES:
-        x, x_test = (common.features(backbone, d, name=f"r2 {target}", **how) for d in (train, test))
-        pick = lambda epoch: partners(train.groups, common.rng(args.seed, "pairs", epoch))
-        first, other = torch.arange(len(test)), partners(test.groups, common.rng(args.seed, "test pairs"))
-        t_test, pairs_test = pose_target(target, test.factors, first, other), torch.cat([x_test, x_test[other]], 1)
-        pairs = lambda epoch: torch.cat([x, x[pick(epoch)]], 1).to(how["device"])
-        targets = lambda epoch: pose_target(target, train.factors, torch.arange(len(train)), pick(epoch)).to(how["device"])
-    else:
-        for data, most, seed in ((train, args.r2_images, args.seed), (test, max(2, args.r2_images // 2), args.seed + 1)):
-            rows = torch.arange(min(most, len(data))) * len(data) // min(most, len(data))
-            x1 = common.features(backbone, data, rows=rows, name=f"r2 {target}", **how)
-            view = SecondView(target, backbone.img_size, len(data), seed)
-            x2 = common.features(backbone, data, transform=view, rows=rows, name=f"r2 {target}", **how)
-            sides.append((torch.cat([x1, x2], 1).to(how["device"]), view.target[rows].to(how["device"])))
-        (x, t), (pairs_test, t_test) = sides
-        mean, std = t.mean(0), t.std(0)
-        t, t_test = (t - mean) / std, (t_test - mean) / std
-        pairs, targets = lambda epoch: x, lambda epoch: t
-    predicted = regress(pairs, targets, pairs_test.to(how["device"]), args.r2_epochs, generator)
-    return r2_scores(t_test.cpu(), predicted.cpu())
+def r2_of_poses(target, backbone, sides, args, how):
+    """Regress `target` from two views of an object: pairs drawn afresh each epoch, on test images one fixed draw, the same
+    for every checkpoint. sides: (set, its features (N, D)) of train and test."""
+
+    def sample(data, y, *key):
+        i, j = torch.arange(len(data)), partners(data.groups, common.rng(args.seed, *key))
+        return torch.cat([y, y[j]], 1), pose_target(target, data.factors, i, j).to(y.device)  # (N, 2 D), (N, K)
+
+    test_pairs, test_targets = sample(*sides[1], "test pairs")
+    predicted = regress(lambda epoch: sample(*sides[0], "pairs", epoch), test_pairs, args.r2_epochs, common.rng(args.seed, "r2", target))
+    return r2_scores(test_targets, predicted)
+
+
+def r2_of_family(target, backbone, sides, args, how):
+    """Regress `target` from an image and its transformed self, on evenly spaced images, one draw per image; targets are
+    standardised by the mean and deviation of the training draws."""
+    pairs, targets = [], []
+    for (data, y), most, seed in zip(sides, (args.r2_images, max(2, args.r2_images // 2)), (args.seed, args.seed + 1)):
+        rows = torch.arange(min(most, len(data))) * len(data) // min(most, len(data))  # (n,)
+        view = SecondView(target, backbone.img_size, len(data), seed)
+        y2 = common.features(backbone, data, transform=view, rows=rows, name=target, **how)  # (n, D)
+        pairs.append(torch.cat([y[rows], y2.to(y.device)], 1))  # (n, 2 D)
+        targets.append(view.target[rows].to(y.device))  # (n, K)
+    mean, std = targets[0].mean(0), targets[0].std(0)
+    train_targets, test_targets = ((t - mean) / std for t in targets)
+    predicted = regress(lambda epoch: (pairs[0], train_targets), pairs[1], args.r2_epochs, common.rng(args.seed, "r2", target))
+    return r2_scores(test_targets, predicted)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
