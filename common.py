@@ -166,13 +166,13 @@ def start(device="auto"):
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         if device == "mps":
             die("--device mps: several processes need CUDA or the CPU; use --device cpu")
-        if device == "cuda" and local_rank >= torch.cuda.device_count():
-            die(f"--nproc_per_node: process {local_rank} has no GPU, this machine has {torch.cuda.device_count()}")
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if device == "cuda" and local > torch.cuda.device_count():
+            die(f"--nproc_per_node {local}: this machine has {torch.cuda.device_count()} GPUs; start as many processes")
         dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=timedelta(minutes=10))
         atexit.register(dist.destroy_process_group)
     if device == "cuda":
         torch.cuda.set_device(local_rank)
-        torch.set_float32_matmul_precision("high")
         return torch.device("cuda", local_rank)
     return torch.device(device)
 
@@ -191,8 +191,9 @@ def seed_everything(*key):
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
+        x = x.contiguous()
         out = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(out, x.contiguous())
+        dist.all_gather(out, x)
         return torch.cat(out)
 
     @staticmethod
@@ -359,10 +360,11 @@ class Run:
     """A training run in its directory: log, progress bar, periodic saving, signals, resuming.
 
         run = Run("ser", args, "mocov3-ser", device)
-        step = run.restore(state.load)                          # 0, or where the checkpoint stands
-        for step, batch in run.steps(loader, state.dump):       # saves every --save-every steps, on a signal, at the end
+        begin = run.restore(load)                           # 0, or where the checkpoint stands
+        for step, batch in run.steps(loader, dump, begin):  # saves every --save-every steps, on a signal, at the end
             ...
             run.log(step, loss=loss, L_inv=L_inv, lr=lr, features=y)
+        run.finish(encoder, untrained_encoder, train, test)
     """
 
     # Arguments that a resumed run may change: where and how it runs, never what it computes.
@@ -373,6 +375,9 @@ class Run:
         self.out = Path(args.out or f"runs/{method}-{variant}-{args.data}-s{args.seed}")
         self.path = self.out / "checkpoint.pt"
         self.signal = self.bar = None
+        self.resumed = False
+        if args.resume and args.overwrite:
+            die("--resume and --overwrite: contradict each other; give one of them")
         if self.path.exists() and not (args.resume or args.overwrite):
             die(f"--out {self.out}: already holds a checkpoint; add --resume to continue, --overwrite to start afresh, or choose another --out")
         if rank() == 0:
@@ -417,15 +422,20 @@ class Run:
                 if now[name] != saved[name]:
                     die(f"--{name.replace('_', '-')} {now[name]}: the checkpoint in {self.out} was made with {saved[name]}; resume with that or choose another --out")
             load(state["train_state"], state["backbone_state"])
-            step = state["step"]
+            step, self.resumed = state["step"], True
             self.say(f"resuming {self.path} at step {step}")
         if rank() == 0:
+            if not self.resumed:  # what an overwritten run has left must not pass for this one's
+                for name in ("checkpoint.pt", "log.jsonl", "backbone.safetensors", "eval.jsonl", "views.png"):
+                    (self.out / name).unlink(missing_ok=True)
             (self.out / "args.json").write_text(json.dumps(dataclasses.asdict(self.args), indent=1) + "\n")
             for source in (Path(__file__).with_name(f"{self.method}.py"), Path(__file__)):
-                shutil.copy(source, self.out)
+                if source.resolve() != (self.out / source.name).resolve():
+                    shutil.copy(source, self.out)
             log = self.out / "log.jsonl"
-            lines = log.read_text().splitlines(keepends=True) if step and log.exists() else []
-            log.write_text("".join(line for line in lines if json.loads(line)["step"] < step))  # what was lost is done again
+            lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+            whole = [line for line in lines if line.endswith("}\n")]  # a kill may have torn the last one
+            log.write_text("".join(line for line in whole if json.loads(line)["step"] < step))  # what was not saved is done again
         return step
 
     def steps(self, loader, dump, begin=0):
@@ -444,10 +454,7 @@ class Run:
         try:
             for step in range(begin, total):
                 waiting = time.monotonic()
-                try:
-                    batch = next(batches)
-                except OSError as e:  # of a worker: the last line is ours, the others are torch's traceback
-                    die(f"{str(e).splitlines()[-1].removeprefix('OSError: ')}; mend or remove the file", 1, alone=True)
+                batch = next(batches)
                 self.waited += time.monotonic() - waiting
                 seed_everything(self.args.seed, step, rank())
                 yield step, batch
@@ -457,8 +464,10 @@ class Run:
                     self.save(step + 1, *dump())
                 if stop:
                     die(f"stopped by {signal.Signals(stop).name} after step {step + 1}; {self.path} is saved, continue with --resume", 128 + stop)
-            if begin < total or not self.path.exists():
+            if begin < total or not self.resumed:
                 self.save(total, *dump(), last=True)
+            else:
+                self.say(f"{self.path} is finished: {begin} of {total} steps")
         finally:
             self.bar.close()
             for s, handler in handlers.items():
@@ -498,8 +507,11 @@ class Run:
             line |= dict(images_per_s=round(done * self.args.batch_size / seconds, 1), data_wait=round(self.waited / seconds, 4), memory_gb=round(memory_gb(self.device), 3))
             self.logged, self.clock, self.waited = step + 1, now, 0.0
             if rank() == 0:
-                with open(self.out / "log.jsonl", "a") as f:
-                    f.write(json.dumps(line) + "\n")
+                try:
+                    with open(self.out / "log.jsonl", "a") as f:
+                        f.write(json.dumps(line) + "\n")
+                except OSError as e:
+                    tqdm.write(f"--out {self.out}: could not log step {step} ({e.strerror})", file=sys.stderr)
                 self.bar.set_postfix_str(" ".join(f"{k} {v:.3f}" for k, v in row.items()), refresh=False)
 
     def flush(self):
@@ -535,19 +547,23 @@ class Run:
             rows = [F.interpolate((v[:n].float().cpu() * std + mean).clamp(0, 1), (side, side)) for v in views]  # (n, 3, side, side)
             save_image(torch.cat([F.pad(r, (0, 0, 0, 0, 0, 0, 0, n - len(r)), value=1.0) for r in rows]), self.out / name, nrow=n)
 
-    def finish(self, backbone, untrained, train):
+    def finish(self, backbone, untrained, train, test):
         """After the last step: export the encoder for timm, score it by k-NN beside the untrained one, say what is next."""
         if rank() == 0:
             self.say(export_backbone(self.out / "backbone.safetensors", backbone))
-        test = load_data(self.args.data, self.args.data_dir, "test", self.args.img_size)
-        if test is not None and test.labels is not None and train.labels is not None:
+        if test is None or train.labels is None or train.classes != test.classes:
+            self.say("no k-NN score: the data has no test split with the same classes")
+        else:
             score = lambda b: knn_accuracy(b, train, test, self.device, self.args)
             self.say(f"k-NN accuracy on test images: {score(backbone):.3f} (the untrained encoder: {score(untrained):.3f}; chance: {1 / len(train.classes):.3f})")
         self.say(f"next: python eval_probe.py {self.path}")
 
     def save(self, step, backbone, train_state, last=False):
-        """Write checkpoint.pt from rank 0. A disk that is full costs one line, and the run its exit code only at the end."""
+        """Write checkpoint.pt from rank 0, never one that is not finite over one that is. A disk that is full costs one line,
+        and the run its exit code only at the end."""
         self.flush()
+        if self._agree(int(not all(torch.isfinite(v).all() for v in backbone.state_dict().values()))):
+            die(f"the weights are not finite after step {step - 1}; lower --lr; the last good state is in {self.out}", 1)
         state = dict(format=FORMAT, method=self.method, args=dataclasses.asdict(self.args), step=step,
                      backbone=backbone.description, backbone_state=backbone.state_dict(), train_state=train_state)
         error = 0
@@ -656,8 +672,12 @@ def open_image(path):
 
 
 def list_images(root):
-    """All image files below `root`, sorted by path, whatever the depth."""
-    found = [Path(folder) / f for folder, _, files in os.walk(root, followlinks=True) for f in files if Path(f).suffix.lower() in SUFFIXES]
+    """All image files below `root`, sorted by path, whatever the depth; hidden ones are left out."""
+    found, seen = [], set()
+    for folder, folders, files in os.walk(root, followlinks=True):
+        seen.add(os.path.realpath(folder))
+        folders[:] = [f for f in folders if not f.startswith(".") and os.path.realpath(os.path.join(folder, f)) not in seen]  # no loops
+        found += [Path(folder) / f for f in files if Path(f).suffix.lower() in SUFFIXES and not f.startswith(".")]
     return sorted(found, key=lambda p: p.relative_to(root).as_posix())
 
 
@@ -687,16 +707,20 @@ def imagefolder(root, split):
     return ImageSet(paths=paths, labels=torch.tensor([index[n] for n in names]), classes=tuple(classes))
 
 
+def check_data(name):
+    if name not in DATA_SETS:
+        die(f"--data {name}: unknown data set; there are {', '.join(DATA_SETS)}")
+
+
 def load_data(name, root, split, size):
     """The "train" or "test" split of a data set as an ImageSet; None when it has no such split. `size` is the side at
     which `blocks` is rendered; everything else keeps its own."""
+    check_data(name)
     if name == "blocks":
         return ImageSet(**cached(f"blocks-v3-{size}-{split}", lambda: blocks(split, size)))
-    if name == "imagefolder":
-        if root is None:
-            die("--data-dir: imagefolder needs the directory of the images")
-        return imagefolder(root, split)
-    die(f"--data {name}: unknown data set; there are {', '.join(DATA_SETS)}")
+    if root is None:
+        die("--data-dir: imagefolder needs the directory of the images")
+    return imagefolder(root, split)
 
 
 def cached(name, make):
@@ -918,10 +942,18 @@ class Loader(torch.utils.data.Dataset):
         """Iterate over the batches of `steps`; crops arrive on the device, parameters stay on the CPU."""
         workers = default_workers(self.workers) if self.data.images is None else 0
         loader = torch.utils.data.DataLoader(self, batch_size=None, sampler=steps, num_workers=workers, worker_init_fn=detach_worker,
-                                             pin_memory=self.device.type == "cuda", timeout=600 if workers else 0)
-        for batch in loader:
+                                             pin_memory=self.device.type == "cuda" and self.data.images is None, timeout=600 if workers else 0)
+        for batch in unbroken(loader):
             views = {name: (crops.to(self.device, non_blocking=True), params) for name, (crops, params) in batch["views"].items()}
             yield dict(rows=batch["rows"], views=views)
+
+
+def unbroken(loader):
+    """What a loader yields; an image that cannot be read ends the run with one line that names it, exit code 1."""
+    try:
+        yield from loader
+    except OSError as e:  # from a worker the last line is ours, the others are a traceback
+        die(f"{str(e).splitlines()[-1].removeprefix('OSError: ')}; mend or remove the file", 1, alone=True)
 
 
 def default_workers(workers):
@@ -1160,8 +1192,8 @@ class GridResize:
     def sample(self, n, generator=None, sizes=None):
         A = uniform(1, *self.area, generator) * self.grid ** 2  # (1,)
         a = uniform(1, math.log(self.ratio[0]), math.log(self.ratio[1]), generator).exp()  # (1,)
-        return {"grid_h": (A / a).sqrt().round().long().repeat(n),  # (n,)
-                "grid_w": (A * a).sqrt().round().long().repeat(n)}  # (n,)
+        h, w = ((A * ratio).sqrt().round().long().clamp(min=1) for ratio in (1 / a, a))  # (1,) each
+        return {"grid_h": h.repeat(n), "grid_w": w.repeat(n)}  # (n,) each
 
     def __call__(self, x, params):
         h, w = (self.patch * int(params[name][0]) for name in ("grid_h", "grid_w"))
@@ -1523,7 +1555,7 @@ def features(backbone, data, device, transform=None, encode=None, rows=None, amp
     transform(images, rows) -> uint8 (n, 3, S, S), default the centre crop; encode(x) -> (n, D) for normalised x, default
     the backbone. Each rank encodes every W-th row; none is encoded twice. The backbone runs in eval mode, without gradient.
     """
-    centre, normalise = CenterCrop(backbone.img_size), Normalize(backbone.mean, backbone.std)
+    centre, normalise = CenterCrop(backbone.img_size, interpolation="bicubic"), Normalize(backbone.mean, backbone.std)
     transform, encode = transform or centre, encode or backbone
     rows = torch.arange(len(data)) if rows is None else rows
     mine = rows[rank() :: world_size()]
@@ -1532,7 +1564,7 @@ def features(backbone, data, device, transform=None, encode=None, rows=None, amp
                                          num_workers=workers, worker_init_fn=detach_worker)
     out, training = [], backbone.training
     backbone.eval()
-    for x in progress(loader, desc=name, unit="batch"):
+    for x in progress(unbroken(loader), total=len(loader), desc=name, unit="batch"):
         x = normalise(x.to(device, non_blocking=True).float() / 255, {})
         with autocast(device, amp):
             out.append(encode(x).float().cpu())

@@ -16,7 +16,8 @@ Tasks
           the features are extracted a single time.
   r2      how well the features of two views tell what happened between them: a 3-layer MLP on their concatenation, MSE,
           Adam [SIE, Garrido et al. 2023]. Images: the second view is the first under one family of transformations
-          (rotation, color, blur, translation, crop, flip), a probe each, targets standardised. Posed objects (blocks): two views
+          (rotation, color, blur, translation, crop, flip), a probe each, targets standardised. SIE draws anew each epoch, for 300 epochs;
+          here one draw per image is encoded once, for 50. Posed objects (blocks): two views
           of one object; targets are the quaternion of q1^-1 q2 (pose) and the differences of the hues (hues), raw.
 """
 
@@ -110,7 +111,7 @@ def linear_probe(train, train_labels, test, classes, lrs, epochs, generator, bat
             step += 1
     score = lambda x: torch.addmm(b, x, W).view(len(x), L, classes)  # (n, L, C)
     correct = (score(train[held]).argmax(2) == train_labels[held][:, None]).float().mean(0)  # (L,)
-    best = int(correct.nan_to_num(-1).argmax())
+    best = int(correct.argmax())
     return score(test)[:, best], lrs[best]
 
 
@@ -180,7 +181,7 @@ class SecondView:
     parameters of its own, drawn from the seed; `view.target` (N, K) is what was done. A class, so that workers can have it."""
 
     def __init__(self, name, size, n, seed):
-        self.name, self.centre, self.op = name, CenterCrop(size), family(name, size)
+        self.name, self.centre, self.op = name, CenterCrop(size, interpolation="bicubic"), family(name, size)
         self.params = self.op.sample(n, common.rng(seed, "r2", name), torch.full((n, 2), size))
         self.target = family_target(name, self.params, size)  # (N, K)
 
@@ -223,7 +224,7 @@ def partners(groups, generator):
 
 def accuracies(name, scores, labels):
     """Scores (M, C), labels (M,) -> percent of test images whose class is the first, or among the first five."""
-    top = scores.topk(min(5, scores.shape[1]), dim=1).indices == labels[:, None].to(scores.device)  # (M, 5)
+    top = scores.sort(dim=1, descending=True, stable=True).indices[:, :5] == labels[:, None].to(scores.device)  # (M, 5)
     out = {name: 100 * top[:, 0].float().mean().item()}
     return out | ({f"{name} top-5": 100 * top.any(1).float().mean().item()} if scores.shape[1] > 5 else {})
 
@@ -238,7 +239,7 @@ def probe(path, args, device):
         common.die(f"--data-dir {root}: has no test split; probes need train/ and val/ or test/")
     if set(args.tasks) - {"r2"} and (train.labels is None or test.labels is None):
         common.die(f"--tasks {' '.join(args.tasks)}: {root} has no classes (one folder per class); only r2 can do without")
-    if train.classes != test.classes:
+    elif set(args.tasks) - {"r2"} and train.classes != test.classes:
         common.die(f"--data-dir {root}: its train and test folders have different classes ({len(train.classes)} and {len(test.classes)})")
     posed = "rotation" in train.factors
     targets = args.r2_targets or (POSES if posed else FAMILIES)
@@ -249,7 +250,7 @@ def probe(path, args, device):
     how = dict(device=device, amp=args.amp, workers=args.workers)
     x, x_test = (common.features(backbone, d, encode=backbone.last_blocks, **how).to(device) for d in (train, test))  # (N, 4 D), (M, 4 D)
     y, y_test = x[:, -backbone.dim :], x_test[:, -backbone.dim :]  # the final [CLS]
-    results, protocol = {}, dict(data=name, train_images=len(train), test_images=len(test), view=f"centre crop {backbone.img_size} px")
+    results, protocol = {}, dict(data=name, data_dir=root, amp=args.amp, device=device.type, train_images=len(train), test_images=len(test), view=f"centre crop {backbone.img_size} px")
     if "knn" in args.tasks:
         results |= accuracies("knn", common.knn(y, train.labels, y_test, args.knn_k, classes=len(train.classes)), test.labels)
         protocol["knn"] = dict(k=args.knn_k, temperature=0.07, feature="final [CLS]")
@@ -319,9 +320,9 @@ def table(results):
 
 
 def row_names(paths, states):
-    """A name for each checkpoint, equal for those that differ only in their seed: the run directory without its seed. Where
-    that would fold different runs, the first argument in which they differ is added."""
-    free = common.Run.FREE | {"seed"}
+    """A name for each checkpoint, equal for those that differ only in their seed (and in how and where they ran): the run
+    directory without its seed. Different runs of the same name are numbered."""
+    free = (common.Run.FREE | {"seed"}) - {"data_dir"}
     keys = [json.dumps([s["method"], s["step"], {k: v for k, v in s["args"].items() if k not in free}], sort_keys=True) for s in states]
     names = [re.sub(r"-s\d+$", "", Path(p).resolve().parent.name) for p in paths]
     out, owner = [], {}
@@ -338,14 +339,16 @@ def main(argv=None):
     if not args.checkpoints:
         common.die("no checkpoint given; name at least one, such as runs/ser-mocov3-ser-blocks-s0/checkpoint.pt")
     common.check_ranges(args, RANGES)
-    states = [common.load_checkpoint(p) for p in args.checkpoints]  # all are read before the first is probed
+    if len(set(args.checkpoints)) < len(args.checkpoints):
+        common.die("a checkpoint is given twice; name each once")
+    states = [{k: s[k] for k in ("method", "step", "args")} for s in map(common.load_checkpoint, args.checkpoints)]  # all, before the first is probed
     device, results = common.start(args.device), []
     for path, name in zip(args.checkpoints, row_names(args.checkpoints, states)):
         begin = time.monotonic()
         values, protocol, state = probe(path, args, device)
         results.append((name, values))
         if common.rank() == 0:
-            print(f"{path}: {protocol['data']}, {time.monotonic() - begin:.0f} s", file=sys.stderr)
+            print(f"{path}: {protocol['data']} {protocol['data_dir'] or ''}, {time.monotonic() - begin:.0f} s", file=sys.stderr)
             record = dict(time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), checkpoint=Path(path).name, step=state["step"],
                           sha256=hashlib.sha256(Path(path).read_bytes()).hexdigest(), torch=str(torch.__version__), results=values, protocol=protocol,
                           seed=args.seed)

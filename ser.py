@@ -113,9 +113,7 @@ NORMALISE = dict(blocks=common.BLOCKS, cifar10=common.CIFAR10)  # all others: Im
 def values_in_force(first):
     """The recipe that a first look at the command line asks for, as defaults for the second."""
     name = first.recipe or first.data
-    if name not in RECIPES:
-        common.die(f"--recipe {first.recipe or 'is missing'}: name one of {', '.join(RECIPES)} (for --data {first.data})")
-    return dict(recipe=name) | RECIPES[name]
+    return dict(recipe=name) | RECIPES[name] if name in RECIPES else {}  # `check` will complain
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -283,10 +281,10 @@ class MoCoV3(nn.Module):
         common.ema_update(self.momentum["projector"], self.projector, m)
 
 
-def encode(backbone, views, i, layer, forward=None):
+def encode(backbone, views, i, layer, compiled=None):
     """View i of a batch -> y (b, D), final [CLS] of [b1; b2], and the map of b2 after block `layer` (n2, h, w, D) or None.
-    `forward` is the compiled backbone, for b1, whose shapes never change."""
-    y = (forward or backbone)(views[f"{i}"])
+    `compiled` is the compiled backbone, for b1, whose shapes never change."""
+    y = (backbone if compiled is None else compiled)(views[f"{i}"])
     if f"eq{i}" not in views:
         return y, None
     x = views[f"eq{i}"]
@@ -295,15 +293,16 @@ def encode(backbone, views, i, layer, forward=None):
     return torch.cat([y, y2]), tokens[layer][:, -h * w :].unflatten(1, (h, w))
 
 
-def losses(model, views, params, args, forward=None):
-    """All of a step's mathematics: views {name: (n, 3, H, W)} and their params -> ({"loss", "L_inv", "L_equiv"}, y)."""
-    y1, map1 = encode(model.backbone, views, 1, args.equi_layer, forward and forward[0])  # (b, D), (n2, h1, w1, D)
-    y2, map2 = encode(model.backbone, views, 2, args.equi_layer, forward and forward[0])  # (b, D), (n2, h2, w2, D)
+def losses(model, views, params, args, compiled=(None, None)):
+    """All of a step's mathematics: views {name: (n, 3, H, W)} and their params -> ({"loss", "L_inv", "L_equiv"}, y). `compiled`
+    holds the compiled online and momentum backbones."""
+    y1, map1 = encode(model.backbone, views, 1, args.equi_layer, compiled[0])  # (b, D), (n2, h1, w1, D)
+    y2, map2 = encode(model.backbone, views, 2, args.equi_layer, compiled[0])  # (b, D), (n2, h2, w2, D)
     q1, q2 = model.predictor(model.projector(y1)), model.predictor(model.projector(y2))  # (b, d)
     with torch.no_grad():
         momentum, projector = model.momentum["backbone"], model.momentum["projector"]
-        k1 = projector(encode(momentum, views, 1, args.equi_layer, forward and forward[1])[0])  # (b, d)
-        k2 = projector(encode(momentum, views, 2, args.equi_layer, forward and forward[1])[0])
+        k1 = projector(encode(momentum, views, 1, args.equi_layer, compiled[1])[0])  # (b, d)
+        k2 = projector(encode(momentum, views, 2, args.equi_layer, compiled[1])[0])
     with common.full_precision():
         q1, q2, k1, k2 = (common.upcast(v) for v in (q1, q2, k1, k2))
         out = dict(L_inv=contrast(q1, k2, args.temp) + contrast(q2, k1, args.temp))
@@ -333,21 +332,30 @@ def build(args, device):
 
 def check(args):
     """Refuse what cannot work, in one line each, before anything is made."""
+    common.check_data(args.data)
+    if args.recipe not in RECIPES:
+        common.die(f"--recipe {args.recipe or 'is missing'}: name one of {', '.join(RECIPES)} (for --data {args.data})")
     common.check_ranges(args, RANGES)
+    for name in ("crop_scale", "equi_area"):
+        if getattr(args, name)[0] > getattr(args, name)[1]:
+            common.die(f"--{name.replace('_', '-')} {' '.join(map(str, getattr(args, name)))}: the lower end comes first")
+    if args.jitter[3] > 0.5:
+        common.die(f"--jitter {' '.join(map(str, args.jitter))}: hue is in turns, at most 0.5")
+    depth = common.vit_size(args.arch)["depth"]
+    if args.equi_layer > depth:
+        common.die(f"--equi-layer {args.equi_layer}: {args.arch} has {depth} blocks")
     if args.cls_layer is None:
         args.cls_layer = args.equi_layer if args.equi == "ser" else 0
-    depth = common.vit_size(args.arch)["depth"]
-    for name in ("equi_layer", "cls_layer"):
-        if getattr(args, name) >= depth + (name == "equi_layer"):
-            common.die(f"--{name.replace('_', '-')} {getattr(args, name)}: {args.arch} has {depth} blocks")
+    if args.cls_layer >= depth:
+        common.die(f"--cls-layer {args.cls_layer}: {args.arch} has {depth} blocks and [CLS] needs one of them; give --cls-layer 3, say")
     if args.epochs and args.warmup_epochs >= args.epochs:
         common.die(f"--warmup-epochs {args.warmup_epochs}: must be below --epochs {args.epochs}")
     if args.equi == "ser":
         n2 = second_part(args.batch_size, args.equi_ratio)
         if n2 >= args.batch_size:
-            common.die(f"--batch-size {args.batch_size}: SER's second part takes {n2} of it; raise it or lower --equi-ratio {args.equi_ratio}")
+            common.die(f"--batch-size {args.batch_size}: SER's second part takes {n2} of it (--equi-ratio {args.equi_ratio}, at least 8); raise it")
         if n2 % common.world_size():
-            common.die(f"--equi-ratio {args.equi_ratio}: SER's second part of {n2} images does not divide among {common.world_size()} processes")
+            common.die(f"--equi-ratio {args.equi_ratio}: SER's second part of {n2} images does not divide among {common.world_size()} processes; start 1, 2, 4 or 8")
 
 
 def main(argv=None):
@@ -356,7 +364,8 @@ def main(argv=None):
     check(args)
     model = build(args, device)
     policies = make_policies(args)
-    train = common.load_data(args.data, args.data_dir, "train", args.img_size).to(device)
+    train, test = (common.load_data(args.data, args.data_dir, split, args.img_size) for split in ("train", "test"))
+    train = train.to(device)
     loader = common.Loader(train, policies, partial(draw_views, args, policies), args, device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=args.weight_decay, fused=device.type == "cuda")
@@ -378,7 +387,7 @@ def main(argv=None):
     if args.equi == "ser":
         chance += f", L_equiv {torch.log1p(2.0 * (n2 - 1) * torch.tensor((args.img_size // args.patch_size) ** 2)):.2f}"
     run.introduce(train, loader, model, peak, chance)
-    forward = [torch.compile(b) for b in (model.backbone, model.momentum["backbone"])] if args.compile else None
+    compiled = [torch.compile(b) if args.compile else None for b in (model.backbone, model.momentum["backbone"])]
 
     for step, batch in run.steps(loader, dump, begin):
         epoch = step / loader.steps_per_epoch
@@ -391,14 +400,14 @@ def main(argv=None):
         if step == 0:
             run.picture("views.png", [views[name] for name in sorted(views)], model.backbone)
         with common.autocast(device, args.amp):
-            out, y = losses(model, views, params, args, forward)
+            out, y = losses(model, views, params, args, compiled)
         optimizer.zero_grad(set_to_none=True)
         out["loss"].backward()
         common.average_gradients(parameters)
         optimizer.step()
         run.log(step, features=y, lr=lr, epoch=epoch, **out)
 
-    run.finish(model.backbone, build(args, device).backbone, train)
+    run.finish(model.backbone, build(args, device).backbone, train, test)
 
 
 if __name__ == "__main__":

@@ -47,6 +47,10 @@ MISTAKES = {
     "warm-up longer than the run": (["{tiny}", "--epochs", "1"], "--warmup-epochs"),
     "layer beyond the encoder": (["{tiny}", "--equi-layer", "7"], "--equi-layer 7", "6 blocks"),
     "b2 larger than the batch": (["{tiny}", "--batch-size", "8"], "--batch-size 8", "second part"),
+    "range upside down": (["{tiny}", "--crop-scale", "1.0", "0.2"], "--crop-scale 1.0 0.2", "lower"),
+    "hue beyond the circle": (["{tiny}", "--jitter", "0.4", "0.4", "0.4", "3"], "--jitter", "0.5"),
+    "no block left for [CLS]": (["{tiny}", "--equi-layer", "6"], "--cls-layer 3"),
+    "resume and overwrite": (["{tiny}", "--resume", "--overwrite"], "--resume", "--overwrite"),
     "no such device": (["{tiny}", "--device", "mps"], "--device mps"),
     "empty value": (["{tiny}", "--data-dir="], "--data-dir", "empty"),
     "output under a file": (["{tiny}", "--out", "{tmp}/file/run"], "--out"),
@@ -78,7 +82,7 @@ def test_mistakes_with_the_output_directory(tiny, tmp_path, capsys):
     run = [*tiny, "--max-steps", "1", "--out", str(tmp_path)]
     ser.main(run)
     good = (tmp_path / "checkpoint.pt").read_bytes()
-    mistake(capsys, ser.main, run, "--resume", "--overwrite")
+    mistake(capsys, ser.main, run, "add --resume", "--overwrite")
     mistake(capsys, ser.main, [*run, "--resume", "--arch", "vit_tiny"], "--arch vit_tiny", "vit_pico")
     mistake(capsys, ser.main, [*run, "--resume", "--lr", "1"], "--lr 1")
     (tmp_path / "checkpoint.pt").write_bytes(good[:-100])
@@ -106,6 +110,7 @@ def test_mistakes_of_probing(tiny, folder, tmp_path, capsys):
     mistake(capsys, eval_probe.main, [], "no checkpoint")
     mistake(capsys, eval_probe.main, [str(tmp_path / "nothing.pt")], "nothing.pt")
     mistake(capsys, eval_probe.main, [checkpoint, "--tasks", "magic"], "magic")
+    mistake(capsys, eval_probe.main, [checkpoint, checkpoint], "twice")
     mistake(capsys, eval_probe.main, [checkpoint, "--data-dir", str(tmp_path / "gone")], "gone")
     mistake(capsys, eval_probe.main, [checkpoint, "--knn-k", "0"], "--knn-k 0")
     mistake(capsys, eval_probe.main, [checkpoint, "--tasks", "r2", "--r2-targets", "pose"], "--r2-targets pose", "rotation")
@@ -117,7 +122,7 @@ def test_mistakes_of_probing(tiny, folder, tmp_path, capsys):
 def test_a_tree_without_classes_trains_and_promises_no_score(tiny, folder, tmp_path, capsys):
     shutil.copytree(folder / "train" / "left", tmp_path / "tree" / "deep" / "er")
     ser.main([*tiny, "--data-dir", str(tmp_path / "tree"), "--max-steps", "1", "--epochs", "2", "--out", str(tmp_path / "run")])
-    assert "k-NN" not in capsys.readouterr().out and (tmp_path / "run" / "checkpoint.pt").exists()
+    assert "no k-NN score" in capsys.readouterr().out and (tmp_path / "run" / "checkpoint.pt").exists()
 
 
 @pytest.mark.parametrize("main, flags", [(ser.main, [*vars(ser.Args())]), (eval_probe.main, [k for k in vars(eval_probe.Args()) if k != "checkpoints"])])

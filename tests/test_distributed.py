@@ -49,7 +49,7 @@ def on_ranks(world, tmp_path, fn, *args):
 
 def train(equi, steps=5):
     """`steps` steps of tiny training in float64 -> (losses, gradients of the first step), as numpy."""
-    args = ser.Args(**ser.RECIPES["blocks"] | dict(equi=equi, batch_size=16, img_size=16, patch_size=4, proj_hidden=16, proj_dim=8, equi_dim=16, equi_ratio=0.5))
+    args = ser.Args(**ser.RECIPES["blocks"] | dict(recipe="blocks", equi=equi, batch_size=16, img_size=16, patch_size=4, proj_hidden=16, proj_dim=8, equi_dim=16, equi_ratio=0.5))
     ser.check(args)
     device = torch.device("cpu")
     model, policies = ser.build(args, device).double(), ser.make_policies(args)

@@ -345,8 +345,55 @@ def test_what_loader_workers_need_can_be_sent_to_them():
     import pickle
     from functools import partial
 
-    args = ser.Args(**ser.RECIPES["blocks"] | dict(batch_size=16, img_size=16, patch_size=4))
+    args = ser.Args(**ser.RECIPES["blocks"] | dict(recipe="blocks", batch_size=16, img_size=16, patch_size=4))
     ser.check(args)
     policies, data = ser.make_policies(args), common.ImageSet(images=torch.randint(0, 256, (40, 3, 16, 16), dtype=torch.uint8))
     loader = common.Loader(data, policies, partial(ser.draw_views, args, policies), args, torch.device("cpu"))
     assert same(loader[1], pickle.loads(pickle.dumps(loader))[1])
+
+
+def test_compile_trains_the_same(tiny, tmp_path, monkeypatch):
+    """With dynamo's eager backend, which needs no C++ compiler: the same steps, to rounding."""
+    from functools import partial
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    for name in ("plain", "compiled"):
+        ser.main([*tiny, "--max-steps", "2", "--out", str(tmp_path / name)] + ["--compile"] * (name == "compiled"))
+    plain, compiled = (content(tmp_path / name / "checkpoint.pt")["backbone_state"] for name in ("plain", "compiled"))
+    assert plain.keys() == compiled.keys()  # no prefix of the wrapper is saved
+    assert all(torch.allclose(plain[k], compiled[k], atol=1e-4) for k in plain)
+
+
+def test_an_overwritten_run_leaves_nothing(tiny, tmp_path, capsys):
+    ser.main([*tiny, "--equi", "none", "--max-steps", "1", "--out", str(tmp_path)])
+    trained = content(tmp_path / "checkpoint.pt")
+    import gc
+
+    gc.collect()
+    ser.main([*tiny, "--epochs", "0", "--overwrite", "--out", str(tmp_path)])  # the untrained encoder, in its place
+    assert content(tmp_path / "checkpoint.pt")["step"] == 0 and trained["step"] == 1
+    assert not (tmp_path / "backbone.safetensors").exists() and (tmp_path / "log.jsonl").read_text() == ""
+
+
+def test_weights_that_are_not_finite_are_not_saved(tiny, tmp_path, capsys, monkeypatch):
+    """Finite losses, but a step that ruins the weights: the checkpoint before it stays."""
+    step = torch.optim.AdamW.step
+
+    def ruin(self, *a, **k):
+        step(self, *a, **k)
+        if self.state[self.param_groups[0]["params"][0]]["step"] == 4:
+            self.param_groups[0]["params"][0].data.fill_(math.inf)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", ruin)
+    with pytest.raises(SystemExit) as end:
+        ser.main([*tiny, "--max-steps", "4", "--save-every", "1", "--out", str(tmp_path)])
+    assert end.value.code == 1 and "not finite" in capsys.readouterr().err
+    assert content(tmp_path / "checkpoint.pt")["step"] == 3
+
+
+def test_a_torn_log_does_not_keep_a_run_from_resuming(tiny, tmp_path):
+    ser.main([*tiny, "--out", str(tmp_path), "--max-steps", "2"])
+    with open(tmp_path / "log.jsonl", "a") as f:
+        f.write('{"step": 2, "ep')
+    ser.main([*tiny, "--out", str(tmp_path), "--resume", "--max-steps", "3"])
+    assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [0, 1, 2]

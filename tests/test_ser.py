@@ -218,7 +218,7 @@ def test_second_part(batch, ratio, n2):
 
 def setup(equi="ser", **changes):
     """(args, model, policies, views, params) of one step on random images, in float64."""
-    args = ser.Args(**ser.RECIPES["blocks"] | dict(equi=equi, batch_size=16, img_size=16, patch_size=4, proj_hidden=16, proj_dim=8, equi_dim=16) | changes)
+    args = ser.Args(**ser.RECIPES["blocks"] | dict(recipe="blocks", equi=equi, batch_size=16, img_size=16, patch_size=4, proj_hidden=16, proj_dim=8, equi_dim=16) | changes)
     ser.check(args)
     model = ser.build(args, torch.device("cpu")).double()
     policies = ser.make_policies(args)

@@ -1,0 +1,72 @@
+"""Image folders as people have them, and images of every kind."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import common
+
+
+def touch(path, size=(6, 4)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (10, 20, 30)).save(path)
+
+
+def test_layouts(tmp_path):
+    for name in ("train/b/1.png", "train/a/deep/2.JPG", "train/a/0.png", "val/a/3.png", "val/b/4.png"):
+        touch(tmp_path / "usual" / name)
+    train, val = (common.imagefolder(tmp_path / "usual", split) for split in ("train", "test"))
+    assert train.classes == val.classes == ("a", "b") and train.labels.tolist() == [0, 0, 1] and len(val) == 2
+    assert [p.name for p in train.paths] == ["0.png", "2.JPG", "1.png"]  # by path, the same everywhere
+    for name in ("x/1.png", "y/z/2.png", "3.png"):
+        touch(tmp_path / "tree" / name)
+    tree = common.imagefolder(tmp_path / "tree", "train")
+    assert len(tree) == 3 and tree.labels is None and common.imagefolder(tmp_path / "tree", "test") is None
+
+
+def test_hidden_files_and_loops_of_links(tmp_path):
+    touch(tmp_path / "train" / "a" / "1.png")
+    touch(tmp_path / "train" / "b" / "2.png")
+    touch(tmp_path / "train" / ".thumbnails" / "3.png")
+    (tmp_path / "train" / "a" / "._1.png").write_bytes(b"not an image")
+    (tmp_path / "train" / "a" / "loop").symlink_to(tmp_path / "train")
+    data = common.imagefolder(tmp_path, "train")
+    assert [p.name for p in data.paths] == ["1.png", "2.png"] and data.classes == ("a", "b")
+
+
+@pytest.mark.parametrize("mode, value, expected", [
+    ("L", 100, (100, 100, 100)), ("1", 1, (255, 255, 255)), ("P", None, None), ("CMYK", (255, 0, 0, 0), (0, 255, 255)),
+    ("RGBA", (200, 100, 50, 255), (200, 100, 50)), ("RGBA", (200, 100, 50, 0), (0, 0, 0)), ("LA", (80, 255), (80, 80, 80)),
+])
+def test_modes(tmp_path, mode, value, expected):
+    path = tmp_path / ("x.tif" if mode == "CMYK" else "x.png")
+    image = Image.new("RGB", (5, 3), (40, 90, 160)).convert("P") if mode == "P" else Image.new(mode, (5, 3), value)
+    image.save(path)
+    x = common.open_image(path)
+    assert x.shape == (3, 3, 5) and x.dtype == torch.uint8
+    want = torch.tensor(expected or Image.open(path).convert("RGB").getpixel((0, 0)))
+    assert (x[:, 1, 2].int() - want).abs().max() <= 1
+
+
+def test_16_bit_greys_are_rescaled_not_clipped(tmp_path):
+    ramp = np.linspace(0, 65535, 300).astype(np.uint16)[None].repeat(2, 0)
+    Image.fromarray(ramp).save(tmp_path / "ramp.png")
+    x = common.open_image(tmp_path / "ramp.png")[0, 0].int()
+    assert (x.diff() >= 0).all() and len(x.unique()) > 200 and x[0] == 0 and x[-1] == 255
+
+
+def test_orientation_is_applied(tmp_path):
+    image, exif = Image.new("RGB", (8, 4), (0, 0, 0)), Image.Exif()
+    exif[0x0112] = 6  # to be shown turned by 90 degrees
+    image.save(tmp_path / "x.jpg", exif=exif)
+    assert common.open_image(tmp_path / "x.jpg").shape == (3, 8, 4)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 500), (3000, 1)])
+def test_extreme_shapes_give_views(tmp_path, size):
+    touch(tmp_path / "x.png", size)
+    crop = common.RandomResizedCrop(16)
+    x = common.open_image(tmp_path / "x.png")
+    params = crop.sample(1, common.rng(0), torch.tensor([x.shape[1:]]))
+    assert crop([x], params).shape == (1, 3, 16, 16) and common.CenterCrop(16)([x]).shape == (1, 3, 16, 16)
