@@ -37,12 +37,14 @@ Recipes `blocks` and `cifar10` are ours; they raise equi_ratio to 0.125, because
 
 import copy
 import dataclasses
+import math
 from functools import partial
 from typing import Literal
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from timm.layers import DropPath
 from torch.utils.checkpoint import checkpoint
 
 import common
@@ -51,7 +53,7 @@ from common import CenterCrop, ColorJitter, Compose, GaussianBlur, Grayscale, Gr
 
 @dataclasses.dataclass
 class Args(common.RunArgs):
-    base: Literal["mocov3"] = "mocov3"
+    base: Literal["mocov3", "dino", "barlow"] = "mocov3"
     """the invariant method underneath"""
     equi: Literal["ser", "none"] = "ser"
     """the equivariance term; none is exactly the base"""
@@ -71,18 +73,38 @@ class Args(common.RunArgs):
     """range of the scaling: number of cells relative to the square grid"""
     equi_crop: Literal["random", "center"] = "random"
     """what b2's views are made of: one random crop shared by both views, or the centre of the image"""
-    temp: float = 0.2
-    """temperature T of MoCo-v3"""
-    momentum: float = 0.99
-    """of the momentum encoder at the start; it rises to 1 along half a cosine"""
     proj_hidden: int = 4096
-    """hidden width of projector and predictor"""
+    """hidden width of projector and predictor (mocov3, barlow) or of the head (dino)"""
     proj_dim: int = 256
-    """width of the embeddings that are contrasted"""
+    """width of the embeddings that are contrasted (mocov3), decorrelated (barlow), or of the head's bottleneck (dino)"""
+    temp: float = 0.2
+    """temperature T of MoCo-v3; of DINO's student"""
+    momentum: float = 0.99
+    """of the momentum encoder (mocov3) or the teacher (dino) at the start; it rises to 1 along half a cosine"""
+    prototypes: int = 65536
+    """width K of DINO's output"""
+    teacher_temp: tuple[float, float] = (0.04, 0.07)
+    """temperature of DINO's teacher: first and last value of its linear warm-up"""
+    teacher_temp_epochs: float = 10
+    """epochs of that warm-up"""
+    freeze_last_epochs: float = 1
+    """epochs at the start in which DINO's last layer does not learn"""
+    redundancy: float = 0.0051
+    """weight of the off-diagonal terms of Barlow Twins"""
     weight_decay: float = 0.1
-    """AdamW's, on all parameters"""
+    """AdamW's at the start: on all parameters (mocov3, barlow), on those of two or more dimensions (dino)"""
+    weight_decay_end: float = 0.1
+    """and at the end of half a cosine"""
     warmup_epochs: float = 10
-    """linear warm-up; then the learning rate falls to 0 along half a cosine"""
+    """linear warm-up; then the learning rate falls along half a cosine"""
+    lr_end: float = 0.0
+    """the learning rate at the end, as a share of the peak"""
+    clip: float | None = None
+    """largest norm of the gradient of each parameter tensor; default: no clipping"""
+    drop_path: float = 0.0
+    """stochastic depth of the trained encoder"""
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    """of the crops"""
     crop_scale: tuple[float, float] = (0.08, 1.0)
     """area of the random crops, relative to the image"""
     jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
@@ -94,18 +116,31 @@ class Args(common.RunArgs):
 
 
 RANGES = common.RANGES | dict(
-    equi_layer="[1, inf)", cls_layer="[0, inf)", equi_weight="[0, inf)", equi_ratio="[0, 1)", equi_temp="(0, inf)",
-    equi_dim="[1, inf)", equi_area="(0, inf)", temp="(0, inf)", momentum="[0, 1]", proj_hidden="[1, inf)",
-    proj_dim="[1, inf)", weight_decay="[0, inf)", warmup_epochs="[0, inf)", crop_scale="(0, 1]", jitter="[0, inf)",
-    blur="[0, 1]", solarize="[0, 1]")
+    equi_layer="[1, inf)", cls_layer="[0, inf)", equi_weight="[0, inf)", equi_ratio="[0, 1)", equi_temp="(0, inf)", equi_dim="[1, inf)",
+    equi_area="(0, inf)", proj_hidden="[1, inf)", proj_dim="[1, inf)", temp="(0, inf)", momentum="[0, 1]", prototypes="[2, inf)",
+    teacher_temp="(0, inf)", teacher_temp_epochs="[0, inf)", freeze_last_epochs="[0, inf)", redundancy="[0, inf)", weight_decay="[0, inf)",
+    weight_decay_end="[0, inf)", warmup_epochs="[0, inf)", lr_end="[0, 1]", clip="(0, inf)", drop_path="[0, 1)", crop_scale="(0, 1]",
+    jitter="[0, inf)", blur="[0, 1]", solarize="[0, 1]")
 
-SMALL = dict(img_size=32, blur=(0.0, 0.0), solarize=(0.0, 0.0), crop_scale=(0.2, 1.0), equi_ratio=0.125)
+# What a base needs: the settings of SER's ImageNet runs [its public code, where the paper only says "as published"].
+BASES = dict(
+    mocov3=dict(),
+    dino=dict(lr=1e-4, lr_end=0.0125, proj_hidden=2048, temp=0.1, momentum=0.982, weight_decay=0.04, weight_decay_end=0.4, clip=0.3,
+              drop_path=0.1, crop_scale=(0.25, 1.0), interpolation="bicubic", equi_weight=0.3, equi_temp=0.5),
+    barlow=dict(lr=1e-4, lr_end=0.001, proj_hidden=8192, proj_dim=8192, clip=0.3, interpolation="bicubic"),
+)
+SMALL = dict(img_size=32, blur=(0.0, 0.0), solarize=(0.0, 0.0), crop_scale=(0.2, 1.0), equi_ratio=0.125, drop_path=0.0)
 RECIPES = dict(
-    imagenet=dict(),  # the paper: ViT-S/16, 100 epochs, batch 2048 = 8 x 256, peak lr 2.4e-3
+    imagenet=dict(),  # the paper: ViT-S/16, 100 epochs, batch 2048 = 8 x 256, peak lr 2.4e-3 (DINO, Barlow Twins: 8e-4)
     imagenet100=dict(),  # not in the paper: its ImageNet values
     cifar10=dict(arch="vit_tiny", patch_size=4, epochs=200, batch_size=512, lr=5e-4, proj_hidden=1024, **SMALL),
-    blocks=dict(arch="vit_pico", patch_size=8, epochs=4, warmup_epochs=0.5, batch_size=128, lr=4e-3, momentum=0.9, proj_hidden=512,
-                proj_dim=128, **SMALL),  # a run this short wants a momentum encoder that keeps up
+    blocks=dict(arch="vit_pico", patch_size=8, epochs=4, warmup_epochs=0.5, batch_size=128, lr=4e-3, proj_hidden=512, proj_dim=128,
+                momentum=0.9, **SMALL),  # a run this short wants a momentum encoder that keeps up
+)
+SMALL_BASES = dict(  # and what the two small recipes, both ours, change for a base
+    mocov3=dict(),
+    dino=dict(lr=2e-3, momentum=0.98, prototypes=1024, teacher_temp_epochs=1.0, freeze_last_epochs=0.0, clip=3.0),
+    barlow=dict(proj_dim=512, clip=3.0),
 )
 NORMALISE = dict(blocks=common.BLOCKS, cifar10=common.CIFAR10)  # all others: ImageNet's mean and std
 
@@ -113,7 +148,9 @@ NORMALISE = dict(blocks=common.BLOCKS, cifar10=common.CIFAR10)  # all others: Im
 def values_in_force(first):
     """The recipe that a first look at the command line asks for, as defaults for the second."""
     name = first.recipe or first.data
-    return dict(recipe=name) | RECIPES[name] if name in RECIPES else {}  # `check` will complain
+    if name not in RECIPES:
+        return {}  # `check` will complain
+    return dict(recipe=name) | BASES[first.base] | RECIPES[name] | (SMALL_BASES[first.base] if name in ("blocks", "cifar10") else {})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -129,7 +166,7 @@ def second_part(batch_size, ratio):
 def make_policies(args):
     """{name: Compose}: views "1" and "2" of T; with SER also "eq1" and "eq2" of T_eq, on the same photometrics."""
     mean, std = NORMALISE.get(args.recipe, common.IMAGENET)
-    crop = RandomResizedCrop(args.img_size, args.crop_scale)
+    crop = RandomResizedCrop(args.img_size, args.crop_scale, interpolation=args.interpolation)
     eq_crop = crop if args.equi_crop == "random" else CenterCrop(args.img_size)
     grid = args.img_size // args.patch_size
     policies = {}
@@ -227,8 +264,25 @@ def contrast(q, k, T):
     return 2 * T * F.cross_entropy(logits, labels)
 
 
+def distill(students, teachers, centre, temp, teacher_temp):
+    """DINO: students and teachers are outputs (b, K) of views, in the same order. Cross-entropy of softmax(s / temp) against
+    softmax((t - centre) / teacher_temp), mean over the images and over all pairs of a teacher's and another student's view."""
+    t = [F.softmax((v - centre) / teacher_temp, dim=1) for v in teachers]
+    s = [F.log_softmax(v / temp, dim=1) for v in students]
+    terms = [-(p * q).sum(1).mean() for i, p in enumerate(t) for j, q in enumerate(s) if i != j]
+    return sum(terms) / len(terms)
+
+
+def redundancy_reduction(z1, z2, weight):
+    """Barlow Twins: z1, z2 (b, d), each column standardised over the global batch of B; with c = z1^T z2 / B over all
+    processes, sum_i (c_ii - 1)^2 + weight sum_{i != j} c_ij^2."""
+    c = common.all_reduce(z1.T @ z2) / (len(z1) * common.world_size())  # (d, d)
+    on = (c.diagonal() - 1).square().sum()
+    return on + weight * (c.square().sum() - c.diagonal().square().sum())
+
+
 # ----------------------------------------------------------------------------------------------------------------------
-# Model
+# Models: a base is its backbone, its heads, its teacher (if it has one), and `invariance`
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -260,25 +314,117 @@ def moco_init_(backbone):
     projection.requires_grad_(False)
 
 
+def equi_modules_(model, args):
+    """What SER adds to a base: a LayerNorm and the projector p of the tokens."""
+    if args.equi == "ser":
+        d = model.backbone.dim
+        model.equi_norm = nn.LayerNorm(d, eps=1e-6)
+        model.equi_projector = nn.Sequential(nn.Linear(d, args.equi_dim, bias=False), nn.GELU(), nn.Linear(args.equi_dim, args.equi_dim, bias=False))
+
+
 class MoCoV3(nn.Module):
-    """Online encoder, projector and predictor; the momentum encoder and projector that make the keys; with SER also the
-    LayerNorm and projector of the tokens."""
+    """Online encoder, projector and predictor make queries; the momentum encoder and projector make keys."""
+
+    evaluated, positions, last_layer = "backbone", "sincos", ()
 
     def __init__(self, backbone, args):
         super().__init__()
         moco_init_(backbone)
-        self.backbone = backbone
+        self.backbone, self.temp = backbone, args.temp
         self.projector = mlp(backbone.dim, args.proj_hidden, args.proj_hidden, args.proj_dim)
         self.predictor = mlp(args.proj_dim, args.proj_hidden, args.proj_dim)
-        self.momentum = copy.deepcopy(nn.ModuleDict(dict(backbone=backbone, projector=self.projector))).requires_grad_(False)
-        if args.equi == "ser":
-            self.equi_norm = nn.LayerNorm(backbone.dim, eps=1e-6)
-            self.equi_projector = nn.Sequential(nn.Linear(backbone.dim, args.equi_dim, bias=False), nn.GELU(),
-                                                nn.Linear(args.equi_dim, args.equi_dim, bias=False))
+        self.teacher = copy.deepcopy(nn.ModuleDict(dict(backbone=backbone, head=self.projector))).requires_grad_(False)
 
-    def update_momentum(self, m):
-        common.ema_update(self.momentum["backbone"], self.backbone, m)
-        common.ema_update(self.momentum["projector"], self.projector, m)
+    def invariance(self, y, t, epoch):
+        """[CLS] of views 1 and 2, of the online (y) and the momentum encoder (t), (b, D) each -> L_inv."""
+        q = [self.predictor(self.projector(v)) for v in y]  # (b, d)
+        with torch.no_grad():
+            k = [self.teacher["head"](v) for v in t]  # (b, d)
+        with common.full_precision():
+            q, k = map(common.upcast, q), map(common.upcast, k)
+            (q1, q2), (k1, k2) = q, k
+            return contrast(q1, k2, self.temp) + contrast(q2, k1, self.temp)
+
+    def chance(self, args):
+        return 4 * args.temp * math.log(args.batch_size)
+
+
+class DINOHead(nn.Module):
+    """D -> hidden -> hidden -> bottleneck, GELU between, L2-normalised, then K prototypes of a weight-normed layer."""
+
+    def __init__(self, dim, hidden, bottleneck, prototypes):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, bottleneck))
+        for m in self.mlp[::2]:
+            nn.init.trunc_normal_(m.weight, std=0.02)
+            nn.init.zeros_(m.bias)
+        self.last = nn.utils.parametrizations.weight_norm(nn.Linear(bottleneck, prototypes, bias=False))
+        nn.init.ones_(self.last.parametrizations.weight.original0)  # the norms g
+
+    def forward(self, y):  # (b, D) -> (b, K)
+        return self.last(F.normalize(self.mlp(y), dim=1))
+
+
+class DINO(nn.Module):
+    """A student learns what its own moving average, the teacher, says of the other view; a centre keeps the teacher from
+    saying always the same. The teacher is what is evaluated."""
+
+    evaluated, positions = "teacher.backbone", "learned"
+
+    def __init__(self, backbone, args):
+        super().__init__()
+        nn.init.trunc_normal_(backbone.cls_token, std=0.02)
+        self.backbone, self.temp, self.teacher_temp, self.teacher_temp_epochs = backbone, args.temp, args.teacher_temp, args.teacher_temp_epochs
+        self.head = DINOHead(backbone.dim, args.proj_hidden, args.proj_dim, args.prototypes)
+        self.teacher = copy.deepcopy(nn.ModuleDict(dict(backbone=backbone, head=self.head))).requires_grad_(False)
+        for m in self.teacher.modules():
+            if isinstance(m, DropPath):
+                m.drop_prob = 0.0  # stochastic depth is the student's
+        self.register_buffer("centre", torch.zeros(args.prototypes))
+        self.last_layer = list(self.head.last.parameters())
+
+    def invariance(self, y, t, epoch):
+        """[CLS] of views 1 and 2, of the student (y) and the teacher (t), (b, D) each -> L_inv. Moves the centre."""
+        first, last = self.teacher_temp
+        teacher_temp = last if epoch >= self.teacher_temp_epochs else first + (last - first) * epoch / self.teacher_temp_epochs
+        s = [self.head(v) for v in y]  # (b, K)
+        with torch.no_grad():
+            t = [self.teacher["head"](v) for v in t]  # (b, K)
+        with common.full_precision():
+            s, t = [common.upcast(v) for v in s], [common.upcast(v) for v in t]
+            loss = distill(s, t, self.centre, self.temp, teacher_temp)
+            self.centre = 0.9 * self.centre + 0.1 * common.all_reduce(torch.cat(t).mean(0)) / common.world_size()
+            return loss
+
+    def chance(self, args):
+        return math.log(args.prototypes)
+
+
+class BarlowTwins(nn.Module):
+    """One encoder, a wide projector; the cross-correlation of the two views should be the identity."""
+
+    evaluated, positions, last_layer, teacher = "backbone", "learned", (), None
+
+    def __init__(self, backbone, args):
+        super().__init__()
+        self.backbone, self.redundancy = backbone, args.redundancy
+        self.projector = mlp(backbone.dim, args.proj_hidden, args.proj_hidden, args.proj_dim)  # ends in BN without affine
+
+    def invariance(self, y, t, epoch):
+        """[CLS] of views 1 and 2, (b, D) each -> L_inv."""
+        z1, z2 = (self.projector(v) for v in y)  # (b, d)
+        with common.full_precision():
+            return redundancy_reduction(common.upcast(z1), common.upcast(z2), self.redundancy)
+
+    def chance(self, args):
+        return args.proj_dim  # of c = 0
+
+
+def update_teacher(model, m):
+    """teacher <- m teacher + (1 - m) online, encoder and head."""
+    if model.teacher is not None:
+        common.ema_update(model.teacher["backbone"], model.backbone, m)
+        common.ema_update(model.teacher["head"], model.projector if isinstance(model, MoCoV3) else model.head, m)
 
 
 def encode(backbone, views, i, layer, compiled=None):
@@ -293,21 +439,19 @@ def encode(backbone, views, i, layer, compiled=None):
     return torch.cat([y, y2]), tokens[layer][:, -h * w :].unflatten(1, (h, w))
 
 
-def losses(model, views, params, args, compiled=(None, None)):
+def losses(model, views, params, args, epoch=0.0, compiled=(None, None)):
     """All of a step's mathematics: views {name: (n, 3, H, W)} and their params -> ({"loss", "L_inv", "L_equiv"}, y). `compiled`
-    holds the compiled online and momentum backbones."""
+    holds the compiled online and teacher backbones."""
     y1, map1 = encode(model.backbone, views, 1, args.equi_layer, compiled[0])  # (b, D), (n2, h1, w1, D)
     y2, map2 = encode(model.backbone, views, 2, args.equi_layer, compiled[0])  # (b, D), (n2, h2, w2, D)
-    q1, q2 = model.predictor(model.projector(y1)), model.predictor(model.projector(y2))  # (b, d)
-    with torch.no_grad():
-        momentum, projector = model.momentum["backbone"], model.momentum["projector"]
-        k1 = projector(encode(momentum, views, 1, args.equi_layer, compiled[1])[0])  # (b, d)
-        k2 = projector(encode(momentum, views, 2, args.equi_layer, compiled[1])[0])
-    with common.full_precision():
-        q1, q2, k1, k2 = (common.upcast(v) for v in (q1, q2, k1, k2))
-        out = dict(L_inv=contrast(q1, k2, args.temp) + contrast(q2, k1, args.temp))
-        out["loss"] = out["L_inv"]
-        if map1 is not None:
+    t = None
+    if model.teacher is not None:
+        with torch.no_grad():
+            t = [encode(model.teacher["backbone"], views, i, args.equi_layer, compiled[1])[0] for i in (1, 2)]  # (b, D)
+    out = dict(L_inv=model.invariance((y1, y2), t, epoch))
+    out["loss"] = out["L_inv"]
+    if map1 is not None:
+        with common.full_precision():
             k, f = relative(params["eq1"]["rot90"], params["eq1"]["flip"], params["eq2"]["rot90"], params["eq2"]["flip"])
             map1, map2 = model.equi_norm(common.upcast(map1)), model.equi_norm(common.upcast(map2))
             moved = act(map1, k, f, map2.shape[1:3])  # (n2, h2, w2, D): rho_g f1(x1)
@@ -322,12 +466,23 @@ def losses(model, views, params, args, compiled=(None, None)):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+@torch.no_grad()
+def clip_each_(parameters, most):
+    """Scale down the gradient of every parameter tensor whose norm exceeds `most` (DINO clips each tensor by itself)."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    scale = [(most / (norm + 1e-6)).clamp(max=1.0) for norm in torch._foreach_norm(grads)]
+    torch._foreach_mul_(grads, scale)
+
+
 def build(args, device):
     """The model with its initial weights: seeded, the same on every process."""
     common.seed_everything(args.seed, "weights")
+    base = dict(mocov3=MoCoV3, dino=DINO, barlow=BarlowTwins)[args.base]
     mean, std = NORMALISE.get(args.recipe, common.IMAGENET)
-    backbone = common.make_backbone(args.arch, mean, std, img_size=args.img_size, patch_size=args.patch_size, cls_layer=args.cls_layer, pos="sincos")
-    return common.batchnorm_over_ranks(MoCoV3(backbone, args), device).to(device)
+    model = base(common.make_backbone(args.arch, mean, std, img_size=args.img_size, patch_size=args.patch_size, cls_layer=args.cls_layer,
+                                      pos=base.positions, drop_path=args.drop_path), args)
+    equi_modules_(model, args)
+    return common.batchnorm_over_ranks(model, device).to(device)
 
 
 def check(args):
@@ -363,51 +518,60 @@ def main(argv=None):
     device = common.start(args.device)
     check(args)
     model = build(args, device)
+    encoder = model.get_submodule(model.evaluated)
     policies = make_policies(args)
     train, test = (common.load_data(args.data, args.data_dir, split, args.img_size) for split in ("train", "test"))
     train = train.to(device)
     loader = common.Loader(train, policies, partial(draw_views, args, policies), args, device)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=args.weight_decay, fused=device.type == "cuda")
+    decayed = [p for p in parameters if args.base != "dino" or p.ndim > 1]
+    rest = [p for p in parameters if args.base == "dino" and p.ndim <= 1]
+    optimizer = torch.optim.AdamW([dict(params=decayed), dict(params=rest, weight_decay=0.0)], lr=0.0, fused=device.type == "cuda")
     peak = args.lr * args.batch_size / 256
 
     run = common.Run("ser", args, f"{args.base}-{args.equi}", device)
 
     def dump():
-        heads = {k: v for k, v in model.state_dict().items() if not k.startswith("backbone.")}
-        return model.backbone, dict(heads=heads, optimizer=optimizer.state_dict())
+        heads = {k: v for k, v in model.state_dict().items() if not k.startswith(f"{model.evaluated}.")}
+        return encoder, dict(heads=heads, optimizer=optimizer.state_dict())
 
     def load(train_state, backbone_state):
-        model.load_state_dict(train_state["heads"] | {f"backbone.{k}": v for k, v in backbone_state.items()})
+        model.load_state_dict(train_state["heads"] | {f"{model.evaluated}.{k}": v for k, v in backbone_state.items()})
         optimizer.load_state_dict(train_state["optimizer"])
 
     begin = run.restore(load)
     n2 = second_part(args.batch_size, args.equi_ratio)
-    chance = f"L_inv {4 * args.temp * torch.tensor(args.batch_size).log():.2f}"
+    chance = f"L_inv {model.chance(args):.2f}"
     if args.equi == "ser":
-        chance += f", L_equiv {torch.log1p(2.0 * (n2 - 1) * torch.tensor((args.img_size // args.patch_size) ** 2)):.2f}"
+        chance += f", L_equiv {math.log1p(2 * (n2 - 1) * model.backbone.grid**2):.2f}"
     run.introduce(train, loader, model, peak, chance)
-    compiled = [torch.compile(b) if args.compile else None for b in (model.backbone, model.momentum["backbone"])]
+    compiled = [torch.compile(b) if args.compile and b is not None else None for b in (model.backbone, model.teacher["backbone"] if model.teacher else None)]
 
     for step, batch in run.steps(loader, dump, begin):
         epoch = step / loader.steps_per_epoch
-        lr = common.warmup_cosine(epoch, args.epochs, args.warmup_epochs, peak)
+        lr = common.warmup_cosine(epoch, args.epochs, args.warmup_epochs, peak, args.lr_end * peak)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        model.update_momentum(common.cosine(epoch / args.epochs, args.momentum, 1.0))
+        optimizer.param_groups[0]["weight_decay"] = common.cosine(epoch / args.epochs, args.weight_decay, args.weight_decay_end)
         params = {name: p for name, (_, p) in batch["views"].items()}
         views = {name: policies[name].augment(x, p) for name, (x, p) in batch["views"].items()}
         if step == 0:
-            run.picture("views.png", [views[name] for name in sorted(views)], model.backbone)
+            run.picture("views.png", [views[name] for name in sorted(views)], encoder)
         with common.autocast(device, args.amp):
-            out, y = losses(model, views, params, args, compiled)
+            out, y = losses(model, views, params, args, epoch, compiled)
         optimizer.zero_grad(set_to_none=True)
         out["loss"].backward()
         common.average_gradients(parameters)
+        if args.clip is not None:
+            clip_each_(parameters, args.clip)
+        if epoch < args.freeze_last_epochs:
+            for p in model.last_layer:
+                p.grad = None
         optimizer.step()
+        update_teacher(model, common.cosine((step + 1) / loader.total_steps, args.momentum, 1.0))  # MoCo-v3's, before its next keys
         run.log(step, features=y, lr=lr, epoch=epoch, **out)
 
-    run.finish(model.backbone, build(args, device).backbone, train, test)
+    run.finish(encoder, build(args, device).get_submodule(model.evaluated), train, test)
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ MISTAKES = {
     "empty value": (["{tiny}", "--data-dir="], "--data-dir", "empty"),
     "output under a file": (["{tiny}", "--out", "{tmp}/file/run"], "--out"),
     "unknown flag": (["{tiny}", "--learning-rate", "1"], "--learning-rate"),
-    "not a choice": (["{tiny}", "--base", "byol"], "mocov3"),
+    "not a choice": (["{tiny}", "--base", "byol"], "barlow"),
 }
 
 
@@ -143,6 +143,16 @@ def test_help_shows_the_values_in_force(capsys):
             ser.main(argv)
         text = re.sub(r"\s+", " ", re.sub("[│╭╮╰╯─]", " ", capsys.readouterr().out))
         assert f"(default: {value})" in text.split("--batch-size INT")[1][:200]
+
+
+@pytest.mark.parametrize("base, expected", [
+    ("dino", dict(lr=1e-4, lr_end=0.0125, momentum=0.982, temp=0.1, teacher_temp=(0.04, 0.07), teacher_temp_epochs=10, weight_decay=0.04, weight_decay_end=0.4,
+                  clip=0.3, prototypes=65536, proj_hidden=2048, proj_dim=256, drop_path=0.1, crop_scale=(0.25, 1.0), equi_weight=0.3, equi_temp=0.5)),
+    ("barlow", dict(lr=1e-4, lr_end=0.001, weight_decay=0.1, clip=0.3, proj_hidden=8192, proj_dim=8192, redundancy=0.0051, equi_weight=1.0, equi_temp=0.3)),
+])
+def test_the_other_bases_of_the_paper(base, expected):
+    args = ser.Args(**ser.values_in_force(ser.Args(base=base, data="imagefolder", recipe="imagenet")))
+    assert {k: getattr(args, k) for k in expected} == expected
 
 
 def test_the_recipe_of_the_paper():

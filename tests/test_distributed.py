@@ -47,18 +47,18 @@ def on_ranks(world, tmp_path, fn, *args):
     return [results[r] for r in range(world)]
 
 
-def train(equi, steps=5):
+def train(base, equi, steps=5):
     """`steps` steps of tiny training in float64 -> (losses, gradients of the first step), as numpy."""
-    args = ser.Args(**ser.RECIPES["blocks"] | dict(recipe="blocks", equi=equi, batch_size=16, img_size=16, patch_size=4, proj_hidden=16, proj_dim=8, equi_dim=16, equi_ratio=0.5))
+    args = ser.Args(**ser.values_in_force(ser.Args(base=base)) | dict(base=base, prototypes=32, equi=equi, batch_size=16, img_size=16, patch_size=4, proj_hidden=16, proj_dim=8, equi_dim=16, equi_ratio=0.5))
     ser.check(args)
     device = torch.device("cpu")
     model, policies = ser.build(args, device).double(), ser.make_policies(args)
     data = common.ImageSet(images=torch.randint(0, 256, (40, 3, 16, 16), dtype=torch.uint8, generator=common.rng("test")))
     loader = common.Loader(data, policies, partial(ser.draw_views, args, policies), args, device)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer, losses = torch.optim.SGD(parameters, lr=0.1), []
+    optimizer, losses = torch.optim.SGD(parameters, lr=0.01), []
     for step in range(steps):
-        model.update_momentum(0.9)
+        ser.update_teacher(model, 0.9)
         views = loader[step]["views"]
         out, _ = ser.losses(model, {n: policies[n].augment(x, p).double() for n, (x, p) in views.items()}, {n: p for n, (_, p) in views.items()}, args)
         optimizer.zero_grad()
@@ -71,12 +71,12 @@ def train(equi, steps=5):
     return losses, gradients
 
 
-@pytest.mark.parametrize("equi", ["ser", "none"])
-def test_1_2_and_4_processes_train_the_same_model(equi, tmp_path):
-    (losses, gradients), *_ = on_ranks(1, tmp_path, train, equi)
+@pytest.mark.parametrize("base, equi", [("mocov3", "ser"), ("mocov3", "none"), ("dino", "ser"), ("barlow", "ser")])
+def test_1_2_and_4_processes_train_the_same_model(base, equi, tmp_path):
+    (losses, gradients), *_ = on_ranks(1, tmp_path, train, base, equi)
     scale = max(abs(g).max() for g in gradients)
     for world in (2, 4):
-        for other_losses, other_gradients in on_ranks(world, tmp_path, train, equi):
+        for other_losses, other_gradients in on_ranks(world, tmp_path, train, base, equi):
             assert torch.allclose(torch.tensor(other_losses), torch.tensor(losses), rtol=1e-8, atol=0)
             for a, b in zip(gradients, other_gradients):
                 assert abs(a - b).max() <= 1e-8 * max(abs(a).max(), 1e-3 * scale)
