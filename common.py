@@ -54,7 +54,7 @@ class RunArgs:
     needs, then the recipe, then the flags given by hand."""
 
     data: str = "blocks"
-    """data set: blocks (rendered on the spot), or imagefolder with --data-dir"""
+    """data set: blocks (rendered on the spot); cifar10, cifar100, imagenet, imagenet100 or imagefolder with --data-dir"""
     data_dir: str | None = None
     """where the data set lies; an image folder is train/ with val/ or test/, or any tree of images"""
     recipe: str | None = None
@@ -83,6 +83,8 @@ class RunArgs:
     """start afresh although --out already holds a checkpoint"""
     workers: int | None = None
     """loader processes for image folders; default: as many as this process has cores, at most 8; results do not depend on it"""
+    skip_corrupt: bool = False
+    """open every image of a folder first and leave out those that cannot be read (they are counted and listed)"""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """auto takes CUDA, then MPS, then the CPU"""
     amp: Literal["auto", "off"] = "auto"
@@ -535,9 +537,12 @@ class Run:
         """Print what is about to run: data, recipe in force, learning rate after scaling, the loss of pure chance."""
         recipe = " ".join(f"{k}={v}" for k, v in dataclasses.asdict(self.args).items() if k not in self.FREE)
         count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        if rank() == 0 and data.skipped:
+            (self.out / "skipped.txt").write_text("".join(f"{path}\n" for path in data.skipped))
         self.say(
             f"{self.method}: {len(data):,} images of {self.args.data}, {self.args.epochs} epochs of {loader.steps_per_epoch} steps, on {world_size()} x {self.device.type}, into {self.out}",
             f"  {recipe}",
+            *[f"  {len(data.skipped)} images cannot be read and are left out; they are listed in {self.out / 'skipped.txt'}"] * bool(data.skipped),
             f"  {count:,} trainable parameters; learning rate {self.args.lr:g} x {self.args.batch_size}/256 = {peak:g} at its peak; chance: {chance}")
 
     def picture(self, name, views, backbone, n=8):
@@ -626,7 +631,14 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and std of eac
 CIFAR10 = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 BLOCKS = ((0.39, 0.39, 0.39), (0.14, 0.14, 0.14))
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
-DATA_SETS = ("blocks", "imagefolder")
+DATA_SETS = ("blocks", "cifar10", "cifar100", "imagenet", "imagenet100", "imagefolder")
+IMAGENET100 = """01558993 01692333 01729322 01735189 01749939 01773797 01820546 01855672 01978455 01980166 01983481 02009229 02018207
+    02085620 02086240 02086910 02087046 02089867 02089973 02090622 02091831 02093428 02099849 02100583 02104029 02105505 02106550 02107142
+    02108089 02109047 02113799 02113978 02114855 02116738 02119022 02123045 02138441 02172182 02231487 02259212 02326432 02396427 02483362
+    02488291 02701002 02788148 02804414 02859443 02869837 02877765 02974003 03017168 03032252 03062245 03085013 03259280 03379051 03424325
+    03492542 03494278 03530642 03584829 03594734 03637318 03642806 03764736 03775546 03777754 03785016 03787032 03794056 03837869 03891251
+    03903868 03930630 03947888 04026417 04067472 04099969 04111531 04127249 04136333 04229816 04238763 04336792 04418357 04429376 04435653
+    04485082 04493381 04517823 04589890 04592741 07714571 07715103 07753275 07831146 07836838 13037406 13040303"""  # wnids [CMC]
 
 
 @dataclasses.dataclass
@@ -640,6 +652,7 @@ class ImageSet:
     factors: dict = dataclasses.field(default_factory=dict)  # name -> (N,) or (N, d): how each image was made
     groups: torch.Tensor | None = None  # int64 (N,): images with the same number show the same object
     masks: torch.Tensor | None = None  # bool (N, H, W), where the object is
+    skipped: tuple = ()  # files that could not be read and are left out
     boxes: torch.Tensor | None = None  # (N, 4): its top, left, height, width in fractions of the image
 
     def __len__(self):
@@ -681,13 +694,13 @@ def list_images(root):
     return sorted(found, key=lambda p: p.relative_to(root).as_posix())
 
 
-def imagefolder(root, split):
+def imagefolder(root, split, classes=None):
     """A folder of images: root/train/<class>/... with root/val or root/test, or any tree (then all of it is "train").
 
-    A class is a folder directly below the split's; images that lie in none leave the set without labels. Returns None
-    when the split does not exist.
+    A class is a folder directly below the split's, `classes` the only ones to take (default: all); images that lie in none
+    leave the set without labels. Returns None when the split does not exist.
     """
-    root = Path(root or "")
+    root = Path(root)
     if not root.is_dir():
         die(f"--data-dir {root}: no such directory; an image folder is train/<class>/*.jpg with val/ or test/, or any tree of images")
     if (root / "train").is_dir():
@@ -696,15 +709,31 @@ def imagefolder(root, split):
         folder = root if split == "train" else None
     if folder is None:
         return None
-    paths = list_images(folder)
+    names, paths = [], []
+    for path in list_images(folder):
+        parts = path.relative_to(folder).parts
+        name = parts[0] if len(parts) > 1 else None
+        if classes is None or name in classes:
+            names.append(name)
+            paths.append(path)
     if not paths:
         die(f"--data-dir {folder}: holds no images ({', '.join(sorted(SUFFIXES))})")
-    names = [p.relative_to(folder).parts[0] if len(p.relative_to(folder).parts) > 1 else None for p in paths]
-    classes = sorted(set(names) - {None})
-    if None in names or len(classes) < 2:
+    found = sorted(set(names) - {None})
+    if None in names or len(found) < 2:
         return ImageSet(paths=paths)
-    index = {c: i for i, c in enumerate(classes)}
-    return ImageSet(paths=paths, labels=torch.tensor([index[n] for n in names]), classes=tuple(classes))
+    index = {c: i for i, c in enumerate(found)}
+    return ImageSet(paths=paths, labels=torch.tensor([index[n] for n in names]), classes=tuple(found))
+
+
+def cifar(name, root, split):
+    """CIFAR-10 or -100 as torchvision keeps it: 50,000 and 10,000 images of 32 x 32 px."""
+    import torchvision
+
+    try:
+        data = getattr(torchvision.datasets, name.upper())(root, train=split == "train")
+    except RuntimeError:
+        die(f"--data-dir {root}: holds no {name.upper()}; torchvision.datasets.{name.upper()}({str(root)!r}, download=True) would fetch it")
+    return ImageSet(images=torch.from_numpy(data.data).permute(0, 3, 1, 2), labels=torch.tensor(data.targets), classes=tuple(data.classes))
 
 
 def check_data(name):
@@ -712,15 +741,55 @@ def check_data(name):
         die(f"--data {name}: unknown data set; there are {', '.join(DATA_SETS)}")
 
 
-def load_data(name, root, split, size):
+def load_data(name, root, split, size, skip_corrupt=False, workers=None):
     """The "train" or "test" split of a data set as an ImageSet; None when it has no such split. `size` is the side at
-    which `blocks` is rendered; everything else keeps its own."""
+    which `blocks` is rendered; everything else keeps its own. `skip_corrupt` opens every file first and leaves out the
+    ones that cannot be read."""
     check_data(name)
     if name == "blocks":
         return ImageSet(**cached(f"blocks-v3-{size}-{split}", lambda: blocks(split, size)))
     if root is None:
-        die("--data-dir: imagefolder needs the directory of the images")
-    return imagefolder(root, split)
+        die(f"--data-dir: {name} needs the directory of its images")
+    if name.startswith("cifar"):
+        return cifar(name, root, split)
+    data = imagefolder(root, split, {f"n{wnid}" for wnid in IMAGENET100.split()} if name == "imagenet100" else None)
+    expected = dict(imagenet=1000, imagenet100=100).get(name)
+    if expected and (data is None or len(data.classes) != expected):
+        die(f"--data-dir {root}: {name} is train/<wnid>/*.JPEG and val/<wnid>/*.JPEG with {expected} classes, found {len(data.classes) if data else 'no ' + split}; or use --data imagefolder")
+    return without_unreadable(data, workers) if skip_corrupt and data is not None else data
+
+
+class _Unreadable(torch.utils.data.Dataset):
+    """i -> the rows of chunk i whose files cannot be read."""
+
+    def __init__(self, data, chunks):
+        self.data, self.chunks = data, chunks
+
+    def __len__(self):
+        return len(self.chunks)
+
+    def __getitem__(self, i):
+        bad = []
+        for row in self.chunks[i].tolist():
+            try:
+                open_image(self.data.paths[row])
+            except OSError:
+                bad.append(row)
+        return bad
+
+
+def without_unreadable(data, workers):
+    """Open every image once, each rank its share, and leave out those that cannot be read: they are then in `skipped`."""
+    chunks = torch.arange(len(data))[rank() :: world_size()].split(256)
+    loader = torch.utils.data.DataLoader(_Unreadable(data, chunks), batch_size=None, num_workers=default_workers(workers), worker_init_fn=detach_worker)
+    bad = {row for rows in progress(loader, desc="opening images", unit="x 256") for row in rows}
+    if world_size() > 1:
+        every = [None] * world_size()
+        dist.all_gather_object(every, bad)
+        bad = set().union(*every)
+    keep = [i for i in range(len(data)) if i not in bad]
+    return dataclasses.replace(data, paths=[data.paths[i] for i in keep], labels=None if data.labels is None else data.labels[keep],
+                               skipped=tuple(data.paths[i] for i in sorted(bad)))
 
 
 def cached(name, make):
@@ -953,7 +1022,7 @@ def unbroken(loader):
     try:
         yield from loader
     except OSError as e:  # from a worker the last line is ours, the others are a traceback
-        die(f"{str(e).splitlines()[-1].removeprefix('OSError: ')}; mend or remove the file", 1, alone=True)
+        die(f"{str(e).splitlines()[-1].removeprefix('OSError: ')}; mend or remove the file, or add --skip-corrupt", 1, alone=True)
 
 
 def default_workers(workers):

@@ -66,6 +66,8 @@ class Args:
     """training images of the regression, evenly spaced (test images: half as many); a forward pass each per target"""
     seed: int = 0
     """seed of the probes' weights, of their batches and of the transformations"""
+    skip_corrupt: bool = False
+    """open every image of a folder first and leave out those that cannot be read"""
     workers: int | None = None
     """loader processes for image folders; default: as many as this process has cores, at most 8"""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
@@ -234,7 +236,7 @@ def probe(path, args, device):
     backbone, state = common.load_backbone(path)
     backbone = backbone.to(device)
     name, root = args.data or state["args"]["data"], args.data_dir or state["args"]["data_dir"]
-    train, test = (common.load_data(name, root, split, backbone.img_size) for split in ("train", "test"))
+    train, test = (common.load_data(name, root, split, backbone.img_size, args.skip_corrupt, args.workers) for split in ("train", "test"))
     if test is None:
         common.die(f"--data-dir {root}: has no test split; probes need train/ and val/ or test/")
     if set(args.tasks) - {"r2"} and (train.labels is None or test.labels is None):

@@ -1,4 +1,4 @@
-"""SER: soft equivariance regularisation of intermediate tokens, on an invariant self-supervised base (MoCo-v3).
+"""SER: soft equivariance regularisation of intermediate tokens, on MoCo-v3, DINO or Barlow Twins.
 
 Paper: "Soft Equivariance Regularization for Invariant Self-Supervised Learning" (ICLR 2026, arXiv 2603.06693).
 
@@ -13,16 +13,17 @@ view by the group element that leads to the other view should give the other vie
     z  = p(rho_g f1(x_1)),  z' = p(f1(x_2)),  g = g_2 g_1^-1                  (n, P, D), P cells of view 2's grid
     l(z_ij) = -s(z_ij, z'_ij) + log( exp s(z_ij, z'_ij) + sum_{m != i, l} exp s(z_ij, z_ml) + exp s(z_ij, z'_ml) )
     L_equiv = mean of l over both sides, s(a, b) = cos(a, b) / tau            (negatives: cells of other images)
-    L = L_inv(b1 and b2) + lambda L_equiv(b2)
+    L = L_inv(b1 and b2) + lambda L_equiv(b2)         L_inv: `contrast`, `distill` or `redundancy_reduction`, below
 
 Usage
     python ser.py                                                      # rendered images, CPU, minutes
-    python ser.py --equi none                                          # plain MoCo-v3
+    python ser.py --base dino --equi none                              # a base alone
     python ser.py --data imagefolder --data-dir DIR --recipe cifar10   # any folder of images
-    torchrun --nproc_per_node=8 ser.py --data imagefolder --data-dir IMAGENET --recipe imagenet --compile
+    torchrun --nproc_per_node=8 ser.py --data imagenet --data-dir IMAGENET --compile
 
 Where the paper is silent or at odds with itself, this file takes (source in brackets):
-  * equi_ratio 0.01, lambda 1 [launch commands of the public code, github.com/aitrics-chris/SER]; at least 8 images.
+  * equi_ratio 0.01, lambda 1 (DINO: 0.3) [launch commands of the public code, github.com/aitrics-chris/SER]; at least
+    8 images. tau is the paper's: 0.3, DINO 0.5.
   * scaling changes the grid of patches: one (h, w) a view and step, area 0.7 to 1.3 of the square grid, aspect 3/4 to
     4/3, positions resampled bicubically [public code]; nothing leaves the image, so there is no mask.
   * x for b2 is one random resized crop, shared by both views, so that g is free of crops [public code]; `--equi-crop
@@ -32,6 +33,9 @@ Where the paper is silent or at odds with itself, this file takes (source in bra
   * a LayerNorm before the projector; the projector after rho_g [paper's Algorithm 1]; 6 heads in ViT-S [DINO, timm].
   * MoCo-v3 itself follows github.com/facebookresearch/moco-v3: fixed sin-cos positions, frozen random patch projection,
     weight decay on everything, no clipping. Base lr 3e-4 [SER's public code; the same peak as MoCo-v3's own recipe].
+  * DINO (github.com/facebookresearch/dino) and Barlow Twins (github.com/facebookresearch/barlowtwins), on AdamW, with the
+    learning rates, clipping per tensor, teacher momentum and crops of SER's public code. DINO's teacher moves by the
+    momentum of the coming step, not of the past one.
 Recipes `blocks` and `cifar10` are ours; they raise equi_ratio to 0.125, because 1 % of a small batch is nothing.
 """
 
@@ -93,8 +97,8 @@ class Args(common.RunArgs):
     """weight of the off-diagonal terms of Barlow Twins"""
     weight_decay: float = 0.1
     """AdamW's at the start: on all parameters (mocov3, barlow), on those of two or more dimensions (dino)"""
-    weight_decay_end: float = 0.1
-    """and at the end of half a cosine"""
+    weight_decay_end: float | None = None
+    """and at the end of half a cosine; default: it stays as it is"""
     warmup_epochs: float = 10
     """linear warm-up; then the learning rate falls along half a cosine"""
     lr_end: float = 0.0
@@ -501,6 +505,8 @@ def check(args):
         common.die(f"--equi-layer {args.equi_layer}: {args.arch} has {depth} blocks")
     if args.cls_layer is None:
         args.cls_layer = args.equi_layer if args.equi == "ser" else 0
+    if args.weight_decay_end is None:
+        args.weight_decay_end = args.weight_decay
     if args.cls_layer >= depth:
         common.die(f"--cls-layer {args.cls_layer}: {args.arch} has {depth} blocks and [CLS] needs one of them; give --cls-layer 3, say")
     if args.epochs and args.warmup_epochs >= args.epochs:
@@ -520,7 +526,7 @@ def main(argv=None):
     model = build(args, device)
     encoder = model.get_submodule(model.evaluated)
     policies = make_policies(args)
-    train, test = (common.load_data(args.data, args.data_dir, split, args.img_size) for split in ("train", "test"))
+    train, test = (common.load_data(args.data, args.data_dir, split, args.img_size, args.skip_corrupt, args.workers) for split in ("train", "test"))
     train = train.to(device)
     loader = common.Loader(train, policies, partial(draw_views, args, policies), args, device)
     parameters = [p for p in model.parameters() if p.requires_grad]

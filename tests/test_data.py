@@ -70,3 +70,42 @@ def test_extreme_shapes_give_views(tmp_path, size):
     x = common.open_image(tmp_path / "x.png")
     params = crop.sample(1, common.rng(0), torch.tensor([x.shape[1:]]))
     assert crop([x], params).shape == (1, 3, 16, 16) and common.CenterCrop(16)([x]).shape == (1, 3, 16, 16)
+
+
+def test_cifar_as_torchvision_keeps_it(tmp_path, capsys, monkeypatch):
+    """A tiny archive in the published layout, its checksums replaced by its own."""
+    import hashlib
+    import pickle
+
+    import torchvision
+
+    root, g = tmp_path / "cifar-10-batches-py", np.random.default_rng(0)
+    root.mkdir()
+    pixels = g.integers(0, 256, (4, 3072), dtype=np.uint8)
+    sums = {}
+    for name in ("data_batch_1", "test_batch", "batches.meta"):
+        content = dict(label_names=list("abcdefghij")) if name == "batches.meta" else dict(data=pixels, labels=[3, 1, 4, 1])
+        (root / name).write_bytes(pickle.dumps(content))
+        sums[name] = hashlib.md5((root / name).read_bytes()).hexdigest()
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "train_list", [["data_batch_1", sums["data_batch_1"]]])
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "test_list", [["test_batch", sums["test_batch"]]])
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "meta", dict(filename="batches.meta", key="label_names", md5=sums["batches.meta"]))
+    for split in ("train", "test"):
+        data = common.load_data("cifar10", str(tmp_path), split, 32)
+        assert torch.equal(data.images.flatten(1), torch.from_numpy(pixels)) and data.labels.tolist() == [3, 1, 4, 1] and len(data.classes) == 10
+    with pytest.raises(SystemExit) as end:
+        common.load_data("cifar100", str(tmp_path), "train", 32)
+    assert end.value.code == 2 and "download=True" in capsys.readouterr().err
+
+
+def test_imagenet100_is_cut_out_of_imagenet(tmp_path, capsys):
+    wnids = ["n" + w for w in common.IMAGENET100.split()]
+    assert len(set(wnids)) == 100 and wnids == sorted(wnids)
+    for w in [*wnids, "n00000001", "n99999999"]:
+        touch(tmp_path / "train" / w / "1.JPEG", (1, 1))
+        touch(tmp_path / "val" / w / "2.JPEG", (1, 1))
+    data = common.load_data("imagenet100", str(tmp_path), "train", 224)
+    assert data.classes == tuple(wnids) and data.labels.tolist() == list(range(100))
+    with pytest.raises(SystemExit):
+        common.load_data("imagenet", str(tmp_path), "train", 224)
+    assert "1000 classes, found 102" in capsys.readouterr().err

@@ -322,15 +322,44 @@ def test_torch_save_is_what_we_think_it_is():
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])
-def test_a_damaged_image_stops_the_run_with_its_name(tiny, folder, tmp_path, capsys, workers):
+def test_a_damaged_image_stops_the_run_with_its_name_or_is_left_out(tiny, folder, tmp_path, capsys, workers):
     import shutil
 
     shutil.copytree(folder, tmp_path / "data")
+    shutil.copy(folder / "train" / "left" / "03.png", tmp_path / "data" / "train" / "left" / "99.png")  # 25 images
     (tmp_path / "data" / "train" / "left" / "03.png").write_bytes(b"\x89PNG nothing more")
+    argv = [*tiny, "--data-dir", str(tmp_path / "data"), "--workers", workers, "--out", str(tmp_path / "run")]
     with pytest.raises(SystemExit) as end:
-        ser.main([*tiny, "--data-dir", str(tmp_path / "data"), "--workers", workers, "--out", str(tmp_path / "run")])
+        ser.main(argv)
     errors = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if "error:" in line]
-    assert end.value.code == 1 and len(errors) == 1 and "03.png" in errors[0], errors
+    assert end.value.code == 1 and len(errors) == 1 and "03.png" in errors[0] and "--skip-corrupt" in errors[0], errors
+    ser.main([*argv[:-1], str(tmp_path / "again"), "--skip-corrupt", "--max-steps", "1"])
+    assert "1 images cannot be read" in capsys.readouterr().out
+    assert (tmp_path / "again" / "skipped.txt").read_text() == f"{tmp_path / 'data' / 'train' / 'left' / '03.png'}\n"
+
+
+def test_sigterm_to_the_whole_group_with_busy_workers_saves_and_ends(tiny, tmp_path, monkeypatch):
+    """What schedulers do: the loader's workers get the signal too, and are in the middle of something."""
+    open_image = common.open_image
+    monkeypatch.setattr(common, "open_image", lambda path: time.sleep(0.05) or open_image(path))
+    child = os.fork()
+    if child == 0:
+        os.setpgid(0, 0)
+        code = 1
+        try:
+            ser.main([*tiny, "--workers", "2", "--epochs", "50", "--out", str(tmp_path)])
+        except SystemExit as end:
+            code = end.code
+        os._exit(code)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "log.jsonl").exists() or not (tmp_path / "log.jsonl").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(child, signal.SIGTERM)
+    killed = time.monotonic()
+    _, status = os.waitpid(child, 0)
+    assert os.WEXITSTATUS(status) == 143 and common.load_checkpoint(tmp_path / "checkpoint.pt")["step"] >= 1
+    assert time.monotonic() - killed < 10
 
 
 def test_resuming_continues_the_log(tiny, tmp_path):
