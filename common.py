@@ -1659,7 +1659,7 @@ def knn(train, train_labels, test, k=20, temperature=0.07, classes=None):
     return torch.cat(scores)
 
 
-def knn_accuracy(backbone, train, test, device, args, most=(12_000, 4_000)):
+def knn_accuracy(backbone, train, test, device, args, most=(8_000, 2_000)):
     """The score at the end of a run: 20-NN on test images; sets larger than `most` are thinned evenly, to stay quick."""
     rows = [torch.arange(min(n, len(d))) * len(d) // min(n, len(d)) for n, d in zip(most, (train, test))]
     f = [features(backbone, d, device, rows=r, amp=args.amp, workers=args.workers, name="k-NN") for r, d in zip(rows, (train, test))]
