@@ -246,7 +246,8 @@ class BatchNormOverRanks(nn.modules.batchnorm._BatchNorm):
     def _check_input_dim(self, x):
         pass
 
-    def forward(self, x):  # (b, C, ...)
+    def forward(self, x):
+        """x (b, C, ...) -> the same shape, normalised over the global batch and all but the channels."""
         if not self.training:
             return super().forward(x)
         dims, n = [0, *range(2, x.dim())], x.numel() // x.shape[1] * world_size()

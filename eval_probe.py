@@ -44,6 +44,8 @@ POSES = ("pose", "hues")
 
 @dataclasses.dataclass
 class Args:
+    """Which checkpoints, which probes, on which data."""
+
     checkpoints: tyro.conf.Positional[tuple[str, ...]] = ()
     """checkpoint.pt files written by the method scripts"""
     tasks: tuple[Literal["knn", "linear", "r2"], ...] = ("knn", "linear")
@@ -337,6 +339,7 @@ def row_names(paths, states):
 
 
 def main(argv=None):
+    """Probe every checkpoint, append its results to the eval.jsonl beside it, print one table; returns its rows."""
     args = common.parse(Args, lambda first: {}, argv, description=__doc__)
     if not args.checkpoints:
         common.die("no checkpoint given; name at least one, such as runs/ser-mocov3-ser-blocks-s0/checkpoint.pt")

@@ -36,6 +36,7 @@ Where the paper is silent or at odds with itself, this file takes (source in bra
   * DINO (github.com/facebookresearch/dino) and Barlow Twins (github.com/facebookresearch/barlowtwins), on AdamW, with the
     learning rates, clipping per tensor, teacher momentum and crops of SER's public code. DINO's teacher moves by the
     momentum of the coming step, not of the past one.
+
 Recipes `blocks` and `cifar10` are ours; they raise equi_ratio to 0.125, because 1 % of a small batch is nothing.
 """
 
@@ -57,6 +58,8 @@ from common import CenterCrop, ColorJitter, Compose, GaussianBlur, Grayscale, Gr
 
 @dataclasses.dataclass
 class Args(common.RunArgs):
+    """What SER, its bases and their views need, beside the arguments that all scripts share."""
+
     base: Literal["mocov3", "dino", "barlow"] = "mocov3"
     """the invariant method underneath"""
     equi: Literal["ser", "none"] = "ser"
@@ -520,6 +523,7 @@ def check(args):
 
 
 def main(argv=None):
+    """Train: arguments -> model, data, optimiser -> steps -> checkpoint and a k-NN score."""
     args = common.parse(Args, values_in_force, argv, description=__doc__)
     device = common.start(args.device)
     check(args)

@@ -36,7 +36,7 @@ def floats(n, h, w, seed=0):
     return images(n, h, w, seed).float() / 255
 
 
-def close(a, b, tol=TOL):
+def assert_close(a, b, tol=TOL):
     assert a.shape == b.shape and a.dtype == b.dtype
     assert (a.double() - b.double()).abs().max() <= tol
 
@@ -59,7 +59,7 @@ def test_crop_equals_torchvision(mode, h, w, size, layout):
         y = op(source, p)
         assert y.dtype == torch.uint8 and y.shape == (12, 3, size, size)
         for i, box in enumerate(pixels(p, sizes).tolist()):
-            close(y[i], V2.resized_crop(x[i], *box, [size, size], MODES[mode], antialias=True), 1)
+            assert_close(y[i], V2.resized_crop(x[i], *box, [size, size], MODES[mode], antialias=True), 1)
 
 
 @pytest.mark.parametrize("size", [24, 96])
@@ -68,7 +68,7 @@ def test_crop_equals_torchvision_v1(size):
     x, box = images(4, 50, 61) // 3 + 80, [3, 7, 40, 50]
     for mode in MODES:
         y = A.crop_resize(x, torch.tensor([box] * 4), size, mode)
-        close(y, TF.resized_crop(x, *box, [size, size], MODES[mode], antialias=True), 1)
+        assert_close(y, TF.resized_crop(x, *box, [size, size], MODES[mode], antialias=True), 1)
 
 
 def test_crop_of_a_list():
@@ -79,7 +79,7 @@ def test_crop_of_a_list():
         p = op.sample(len(xs), gen(), torch.tensor(shapes))
         y = op(xs, p)
         for i, box in enumerate(pixels(p, torch.tensor(shapes)).tolist()):
-            close(y[i], V2.resized_crop(xs[i], *box, [size, size], antialias=True), 1)
+            assert_close(y[i], V2.resized_crop(xs[i], *box, [size, size], antialias=True), 1)
 
 
 @pytest.mark.parametrize("h,w", [(5000, 1), (1, 5000), (1, 1), (4, 4), (9, 1)])
@@ -91,8 +91,8 @@ def test_extreme_sources(h, w, mode):
         y, p = A.crop_resize(x, whole, size, mode), op.sample(3, gen(), sizes)
         z = op(x, p)
         for i, box in enumerate(pixels(p, sizes).tolist()):
-            close(y[i], V2.resize(x[i], [size, size], MODES[mode], antialias=True), 1)
-            close(z[i], V2.resized_crop(x[i], *box, [size, size], MODES[mode], antialias=True), 1)
+            assert_close(y[i], V2.resize(x[i], [size, size], MODES[mode], antialias=True), 1)
+            assert_close(z[i], V2.resized_crop(x[i], *box, [size, size], MODES[mode], antialias=True), 1)
 
 
 def torchvision_box(monkeypatch, area, aspect, corner, h, w, scale, ratio):
@@ -157,8 +157,8 @@ def test_center_crop(mode):
     assert y.dtype == torch.uint8
     for a, x in zip(y, xs):
         b = TF.center_crop(V2.resize(x, [56], MODES[mode], antialias=True), 49)
-        close(a, b, 1)
-        close(op(x[None], {})[0], b, 1)
+        assert_close(a, b, 1)
+        assert_close(op(x[None], {})[0], b, 1)
     x = images(4, 32, 32)
     for resize in (32, 36):
         assert torch.equal(A.CenterCrop(32, resize)(x), x) and torch.equal(A.CenterCrop(32, resize)(list(x)), x)
@@ -174,13 +174,13 @@ def test_flip_gray_rot90_solarize_normalize():
         x[:, :, 0, 0] = torch.tensor(128 / 255, dtype=dtype)
         on = torch.rand(16, generator=gen()) < 0.5
         pick = lambda f, x=x, on=on: torch.stack([f(a) if o else a for a, o in zip(x, on)])
-        close(A.HorizontalFlip()(x.clone(), {"flip": on}), pick(TF.hflip), 0)
-        close(A.Grayscale()(x.clone(), {"gray": on}), pick(lambda a: TF.rgb_to_grayscale(a, 3)), 1e-6)
-        close(A.Solarize()(x.clone(), {"solarize": on}), pick(lambda a: TF.solarize(a, 128 / 255)), 1e-6)
-        close(A.Normalize([0.4, 0.5, 0.6], [0.1, 0.2, 0.3])(x.clone()), TF.normalize(x, [0.4, 0.5, 0.6], [0.1, 0.2, 0.3]), 1e-6)
+        assert_close(A.HorizontalFlip()(x.clone(), {"flip": on}), pick(TF.hflip), 0)
+        assert_close(A.Grayscale()(x.clone(), {"gray": on}), pick(lambda a: TF.rgb_to_grayscale(a, 3)), 1e-6)
+        assert_close(A.Solarize()(x.clone(), {"solarize": on}), pick(lambda a: TF.solarize(a, 128 / 255)), 1e-6)
+        assert_close(A.Normalize([0.4, 0.5, 0.6], [0.1, 0.2, 0.3])(x.clone()), TF.normalize(x, [0.4, 0.5, 0.6], [0.1, 0.2, 0.3]), 1e-6)
         if h == w:
             k = torch.randint(4, (16,), generator=gen())
-            close(A.Rot90()(x.clone(), {"rot90": k}), torch.stack([torch.rot90(a, int(i), (1, 2)) for a, i in zip(x, k)]), 0)
+            assert_close(A.Rot90()(x.clone(), {"rot90": k}), torch.stack([torch.rot90(a, int(i), (1, 2)) for a, i in zip(x, k)]), 0)
 
 
 def test_solarize_matches_uint8_levels():
@@ -210,7 +210,7 @@ def test_jitter_all_orders(dtype, h, w, strength):
     op, n = A.ColorJitter(*strength, p=0.9), 96
     p, x = op.sample(n, gen(), None), floats(n, h, w).to(dtype)
     p["order"] = torch.tensor(list(itertools.permutations(range(4)))).repeat(4, 1)
-    close(op(x.clone(), p), reference_jitter(x, p))
+    assert_close(op(x.clone(), p), reference_jitter(x, p))
 
 
 def test_jitter_law():
@@ -240,7 +240,7 @@ def test_blur(dtype, h, w, kernel):
     y, k = op(x.clone(), p), 13 if kernel is None else kernel
     taps = [min(k, 2 * w - 1), min(k, 2 * h - 1)]  # torchvision: width first
     want = [TF.gaussian_blur(a, taps, [s, s]) if s > 0 else a for a, s in zip(x, p["sigma"].tolist())]
-    close(y, torch.stack(want), 1e-5)
+    assert_close(y, torch.stack(want), 1e-5)
 
 
 def test_grid_resize():
@@ -250,7 +250,7 @@ def test_grid_resize():
         p = op.sample(6, gen(seed))
         h, w = int(p["grid_h"][0]), int(p["grid_w"][0])
         assert (p["grid_h"] == h).all() and (p["grid_w"] == w).all() and p["grid_h"].shape == (6,)
-        close(op(x.clone(), p), TF.resize(x, [4 * h, 4 * w], MODES["bicubic"], antialias=True), 1e-6)
+        assert_close(op(x.clone(), p), TF.resize(x, [4 * h, 4 * w], MODES["bicubic"], antialias=True), 1e-6)
         seen.add((h, w))
     assert len(seen) > 8
     grids = torch.stack([torch.stack(list(op.sample(1, g).values())) for g in [gen()] for _ in range(3000)])[:, :, 0].double()
@@ -299,16 +299,16 @@ def test_compose_equals_the_ops_in_order_and_again(size, h, w):
     assert torch.equal(y, c(x, p)) and torch.equal(x, before) and y.dtype == torch.float32 and y.is_contiguous()
     assert torch.equal(y, c(x.contiguous(memory_format=torch.channels_last), p))
     crops = c.crop(x, p)
-    close(c.augment(crops, p), y, 1e-5)
+    assert_close(c.augment(crops, p), y, 1e-5)
     one = torch.cat([c(x[i : i + 1], {k: v[i : i + 1] for k, v in p.items()}) for i in range(n)])
-    close(one, y, 1e-5)  # chunks do not matter
+    assert_close(one, y, 1e-5)  # chunks do not matter
     z = crops.float() / 255
     kept = z.clone()
-    close(c.augment(z, p), y, 1e-5)
+    assert_close(c.augment(z, p), y, 1e-5)
     assert torch.equal(z, kept)
     for op in c.ops:
         z = op(z, p)
-    close(z, y, 1e-5)
+    assert_close(z, y, 1e-5)
     ref = crops.float() / 255
     ref = torch.stack([torch.rot90(TF.hflip(a) if f else a, int(k), (1, 2)) for a, f, k in zip(ref, p["flip"], p["rot90"])])
     ref = reference_jitter(ref, p)
@@ -316,7 +316,7 @@ def test_compose_equals_the_ops_in_order_and_again(size, h, w):
     ref = [TF.gaussian_blur(a, 13, [s, s]) if s else a for a, s in zip(ref, p["sigma"].tolist())]
     keep = (torch.stack(ref) - 128 / 255).abs() > 1e-4  # solarising is a jump of one level there
     ref = torch.stack([FT.solarize(a, 128 / 255) if s else a for a, s in zip(ref, p["solarize"])])
-    close(y[keep], TF.normalize(ref, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])[keep])
+    assert_close(y[keep], TF.normalize(ref, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])[keep])
 
 
 def test_compose_float64_lists_grids_and_names():
@@ -328,7 +328,7 @@ def test_compose_float64_lists_grids_and_names():
     x64 = c.crop(xs, p).double() / 255
     y64 = c.augment(x64, p)
     assert y64.dtype == torch.float64
-    close(y64.float(), y, 1e-3)
+    assert_close(y64.float(), y, 1e-3)
 
 
 @pytest.mark.parametrize("size", [9, 32])
@@ -339,7 +339,7 @@ def test_affine_equals_torchvision(size):
     assert torch.allclose(op(x, p)[0], x[0], atol=1e-6)
     whole = p | dict(shift_x=p["shift_x"].round(), shift_y=p["shift_y"].round())  # torchvision shifts by whole pixels
     for a, b, angle, dx, dy in zip(x, op(x, whole), p["angle"].tolist(), whole["shift_x"].tolist(), whole["shift_y"].tolist()):
-        close(b, TF.affine(a, angle, [int(dx), int(dy)], 1.0, [0.0], InterpolationMode.BILINEAR), 2e-4)
+        assert_close(b, TF.affine(a, angle, [int(dx), int(dy)], 1.0, [0.0], InterpolationMode.BILINEAR), 2e-4)
 
 
 def test_identity_parameters_are_the_identity():
@@ -357,7 +357,7 @@ def test_chunks_with_small_images():
     p = c.sample(n, gen())
     y = c(x, p)
     for s in (slice(0, 255), slice(255, 258), slice(600, 700)):
-        close(c(x[s], {k: v[s] for k, v in p.items()}), y[s], 1e-6)
+        assert_close(c(x[s], {k: v[s] for k, v in p.items()}), y[s], 1e-6)
     q = c.sample(n, gen())
     assert all(torch.equal(p[k], q[k]) for k in p)  # the generator decides everything
     z = images(16, 4, 4)  # tiny images with blur
@@ -378,4 +378,4 @@ def test_a_device_is_never_asked():
 def test_float_input_in_channels_last_order():
     c, x = A.Compose(recipe(32).ops[1:]), floats(8, 32, 32)
     p = c.sample(8, gen())
-    close(c(x.contiguous(memory_format=torch.channels_last), p).contiguous(), c(x, p), 1e-5)
+    assert_close(c(x.contiguous(memory_format=torch.channels_last), p).contiguous(), c(x, p), 1e-5)

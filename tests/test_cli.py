@@ -14,7 +14,7 @@ import ser
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def mistake(capsys, main, argv, *words):
+def expect_mistake(capsys, main, argv, *words):
     """main(argv) ends with exit code 2 and one line that holds `words`; tyro's own box counts as the line."""
     gc.collect()  # earlier runs of this process let go of their directories
     capsys.readouterr()
@@ -68,29 +68,29 @@ def test_mistakes_of_training(name, tiny, folder, tmp_path, capsys):
     for a in argv:
         filled += tiny if a == "{tiny}" else [a.format(folder=folder, tmp=tmp_path)]
     out = [] if "--out" in argv else ["--out", str(tmp_path / "run")]
-    mistake(capsys, ser.main, [*filled, *out], *words)
+    expect_mistake(capsys, ser.main, [*filled, *out], *words)
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
 
 
 def test_mistakes_of_processes(tiny, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(common, "world_size", lambda: 5)
-    mistake(capsys, ser.main, [*tiny, "--equi", "none", "--out", str(tmp_path)], "--batch-size 12", "5 processes", "10")
-    mistake(capsys, ser.main, [*tiny, "--out", str(tmp_path)], "8 images", "5 processes")
+    expect_mistake(capsys, ser.main, [*tiny, "--equi", "none", "--out", str(tmp_path)], "--batch-size 12", "5 processes", "10")
+    expect_mistake(capsys, ser.main, [*tiny, "--out", str(tmp_path)], "8 images", "5 processes")
 
 
 def test_mistakes_with_the_output_directory(tiny, tmp_path, capsys):
     run = [*tiny, "--max-steps", "1", "--out", str(tmp_path)]
     ser.main(run)
     good = (tmp_path / "checkpoint.pt").read_bytes()
-    mistake(capsys, ser.main, run, "add --resume", "--overwrite")
-    mistake(capsys, ser.main, [*run, "--resume", "--arch", "vit_tiny"], "--arch vit_tiny", "vit_pico")
-    mistake(capsys, ser.main, [*run, "--resume", "--lr", "1"], "--lr 1")
+    expect_mistake(capsys, ser.main, run, "add --resume", "--overwrite")
+    expect_mistake(capsys, ser.main, [*run, "--resume", "--arch", "vit_tiny"], "--arch vit_tiny", "vit_pico")
+    expect_mistake(capsys, ser.main, [*run, "--resume", "--lr", "1"], "--lr 1")
     (tmp_path / "checkpoint.pt").write_bytes(good[:-100])
-    mistake(capsys, ser.main, [*run, "--resume"], "checkpoint.pt", "damaged")
+    expect_mistake(capsys, ser.main, [*run, "--resume"], "checkpoint.pt", "damaged")
     (tmp_path / "checkpoint.pt").write_bytes(good)
     gc.collect()
     lock = common.Run("ser", ser.Args(out=str(tmp_path), overwrite=True), "x", common.torch.device("cpu"))
-    mistake(capsys, ser.main, [*run, "--overwrite"], "--out", "in use")
+    expect_mistake(capsys, ser.main, [*run, "--overwrite"], "--out", "in use")
     del lock
     gc.collect()
     ser.main([*run, "--overwrite"])
@@ -107,16 +107,16 @@ def test_every_argument_that_computes_is_fixed_on_resume():
 def test_mistakes_of_probing(tiny, folder, tmp_path, capsys):
     ser.main([*tiny, "--epochs", "0", "--out", str(tmp_path / "run")])
     checkpoint = str(tmp_path / "run" / "checkpoint.pt")
-    mistake(capsys, eval_probe.main, [], "no checkpoint")
-    mistake(capsys, eval_probe.main, [str(tmp_path / "nothing.pt")], "nothing.pt")
-    mistake(capsys, eval_probe.main, [checkpoint, "--tasks", "magic"], "magic")
-    mistake(capsys, eval_probe.main, [checkpoint, checkpoint], "twice")
-    mistake(capsys, eval_probe.main, [checkpoint, "--data-dir", str(tmp_path / "gone")], "gone")
-    mistake(capsys, eval_probe.main, [checkpoint, "--knn-k", "0"], "--knn-k 0")
-    mistake(capsys, eval_probe.main, [checkpoint, "--tasks", "r2", "--r2-targets", "pose"], "--r2-targets pose", "rotation")
+    expect_mistake(capsys, eval_probe.main, [], "no checkpoint")
+    expect_mistake(capsys, eval_probe.main, [str(tmp_path / "nothing.pt")], "nothing.pt")
+    expect_mistake(capsys, eval_probe.main, [checkpoint, "--tasks", "magic"], "magic")
+    expect_mistake(capsys, eval_probe.main, [checkpoint, checkpoint], "twice")
+    expect_mistake(capsys, eval_probe.main, [checkpoint, "--data-dir", str(tmp_path / "gone")], "gone")
+    expect_mistake(capsys, eval_probe.main, [checkpoint, "--knn-k", "0"], "--knn-k 0")
+    expect_mistake(capsys, eval_probe.main, [checkpoint, "--tasks", "r2", "--r2-targets", "pose"], "--r2-targets pose", "rotation")
     flat = tmp_path / "flat"
     shutil.copytree(folder / "train" / "left", flat)
-    mistake(capsys, eval_probe.main, [checkpoint, "--data-dir", str(flat)], "test split")
+    expect_mistake(capsys, eval_probe.main, [checkpoint, "--data-dir", str(flat)], "test split")
 
 
 def test_a_tree_without_classes_trains_and_promises_no_score(tiny, folder, tmp_path, capsys):
