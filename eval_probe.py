@@ -353,7 +353,8 @@ def main(argv=None):
         values, protocol, state = probe(path, args, device)
         results.append((name, values))
         if common.rank() == 0:
-            print(f"{path}: {protocol['data']} {protocol['data_dir'] or ''}, {time.monotonic() - begin:.0f} s", file=sys.stderr)
+            where = " ".join(v for v in (protocol["data"], protocol["data_dir"]) if v)
+            print(f"{path}: {where}, {time.monotonic() - begin:.0f} s", file=sys.stderr)
             record = dict(time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), checkpoint=Path(path).name, step=state["step"],
                           sha256=hashlib.sha256(Path(path).read_bytes()).hexdigest(), torch=str(torch.__version__), results=values, protocol=protocol,
                           seed=args.seed)

@@ -71,7 +71,7 @@ def train(base, equi, steps=5):
     return losses, gradients
 
 
-@pytest.mark.parametrize("base, equi", [("mocov3", "ser"), ("mocov3", "none"), ("dino", "ser"), ("barlow", "ser")])
+@pytest.mark.parametrize("base, equi", [(base, equi) for base in ser.BASES for equi in ("ser", "none")])
 def test_1_2_and_4_processes_train_the_same_model(base, equi, tmp_path):
     (losses, gradients), *_ = on_ranks(1, tmp_path, train, base, equi)
     scale = max(abs(g).max() for g in gradients)
