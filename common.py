@@ -630,6 +630,7 @@ def autocast(device, amp):
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and std of each channel, of images in [0, 1]
 CIFAR10 = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+CIFAR100 = ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
 BLOCKS = ((0.39, 0.39, 0.39), (0.14, 0.14, 0.14))
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 DATA_SETS = ("blocks", "cifar10", "cifar100", "imagenet", "imagenet100", "imagefolder")

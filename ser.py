@@ -144,12 +144,13 @@ RECIPES = dict(
     blocks=dict(arch="vit_pico", patch_size=8, epochs=4, warmup_epochs=0.5, batch_size=128, lr=4e-3, proj_hidden=512, proj_dim=128,
                 momentum=0.9, **SMALL),  # a run this short wants a momentum encoder that keeps up
 )
+RECIPES["cifar100"] = RECIPES["cifar10"]
 SMALL_BASES = dict(  # and what the two small recipes, both ours, change for a base
     mocov3=dict(),
     dino=dict(lr=2e-3, momentum=0.98, prototypes=1024, teacher_temp_epochs=1.0, freeze_last_epochs=0.0, clip=3.0),
     barlow=dict(proj_dim=512, clip=3.0),
 )
-NORMALISE = dict(blocks=common.BLOCKS, cifar10=common.CIFAR10)  # all others: ImageNet's mean and std
+NORMALISE = dict(blocks=common.BLOCKS, cifar10=common.CIFAR10, cifar100=common.CIFAR100)  # all others: ImageNet's mean and std
 
 
 def values_in_force(first):
@@ -157,7 +158,7 @@ def values_in_force(first):
     name = first.recipe or first.data
     if name not in RECIPES:
         return {}  # `check` will complain
-    return dict(recipe=name) | BASES[first.base] | RECIPES[name] | (SMALL_BASES[first.base] if name in ("blocks", "cifar10") else {})
+    return dict(recipe=name) | BASES[first.base] | RECIPES[name] | (SMALL_BASES[first.base] if name in ("blocks", "cifar10", "cifar100") else {})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
