@@ -349,8 +349,7 @@ class MoCoV3(nn.Module):
         with torch.no_grad():
             k = [self.teacher["head"](v) for v in t]  # (b, d)
         with common.full_precision():
-            q, k = map(common.upcast, q), map(common.upcast, k)
-            (q1, q2), (k1, k2) = q, k
+            (q1, q2), (k1, k2) = ([common.upcast(v) for v in views] for views in (q, k))
             return contrast(q1, k2, self.temp) + contrast(q2, k1, self.temp)
 
     def chance(self, args):

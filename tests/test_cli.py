@@ -162,3 +162,27 @@ def test_the_recipe_of_the_paper():
                     jitter=(0.4, 0.4, 0.2, 0.1), blur=(1.0, 0.1), solarize=(0.0, 0.2), equi_area=(0.7, 1.3))
     assert {k: getattr(args, k) for k in expected} == expected
     assert args.lr * args.batch_size / 256 == pytest.approx(2.4e-3)
+
+
+def test_the_commands_of_the_readme_run(tiny, folder, tmp_path, monkeypatch, capsys):
+    """Every ser.py and eval_probe.py line of README.md, through main(argv), on tiny images: the last of a repeated flag counts."""
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"^```sh\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.M | re.S)
+    lines = [c.split("#")[0].strip() for line in "".join(blocks).splitlines() for c in re.split(r";|&&", line)]
+    shell = re.search(r'^S="(.*)"$', "".join(blocks), flags=re.M).group(1)
+    trained = 0
+    for line in lines:
+        words = line.replace("$S", shell).split()
+        script = next((i for i, w in enumerate(words) if w in ("ser.py", "eval_probe.py")), None)
+        if script is None:
+            continue
+        argv = words[script + 1 :]
+        if words[script] == "ser.py":
+            trained += 1
+            ser.main([*argv, *tiny[:-2], "--prototypes", "32", *(["--epochs", "0"] if "0" in argv else []), "--max-steps", "1", "--device", "cpu", "--no-compile",
+                      "--out", f"run-{trained}-s0"])
+        else:
+            flags = argv[next((i for i, w in enumerate(argv) if w.startswith("--")), len(argv)) :]
+            flags = flags[: flags.index("--data")] if "--data" in flags else flags
+            eval_probe.main(["run-1-s0/checkpoint.pt", *flags, "--linear-epochs", "1", "--r2-epochs", "1", "--r2-images", "12", "--device", "cpu"])
+    assert trained >= 8
