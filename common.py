@@ -176,6 +176,7 @@ def start(device="auto"):
     if device == "cuda":
         torch.cuda.set_device(local_rank)
         return torch.device("cuda", local_rank)
+    torch.empty(31 << 20, dtype=torch.uint8)  # freed at once, and from now on glibc keeps freed blocks up to this size: half the page faults
     return torch.device(device)
 
 
@@ -977,15 +978,17 @@ class Loader(torch.utils.data.Dataset):
     """step -> this rank's rows of the global batch, cropped.
 
     `draw(generator)` returns for each kind of view {name: (rows of the global batch (n,), params)}, for all ranks
-    alike; `policies[name]` is the Compose whose crop makes it. What depends on pixels alone (decoding, cropping) happens
-    here, per rank: on the device when the set lives there, otherwise in worker processes, each of which makes whole
-    batches. Nothing depends on how many workers or ranks there are.
+    alike; `policies[name]` is the Compose that makes it. What needs whole images (decoding, cropping) happens here, per
+    rank: on the device when the set lives there, otherwise in worker processes, each of which makes whole batches. The
+    rest is `finish`, batched on the device; without another device the workers do that too. Nothing depends on how many
+    workers or ranks there are.
     """
 
     def __init__(self, data, policies, draw, args, device):
         self.data, self.policies, self.draw, self.device = data, policies, draw, device
         self.seed, self.batch_size, self.workers = args.seed, args.batch_size, args.workers
         self.rank, self.share = rank(), args.batch_size // world_size()  # a worker process does not know them
+        self.whole = data.images is None and device.type == "cpu"  # workers do all
         self.steps_per_epoch = len(data) // args.batch_size  # the incomplete last batch is dropped
         self.total_steps = args.epochs * self.steps_per_epoch
         if len(data) < args.batch_size:
@@ -1006,17 +1009,22 @@ class Loader(torch.utils.data.Dataset):
             at, policy = at[mine] - low, self.policies[name]
             params = policy.resolve({key: value[mine] for key, value in params.items()}, sizes[at])
             source = [images[i] for i in at.tolist()] if isinstance(images, list) else images[at.to(images.device)]
-            views[name] = policy.crop(source, params), params  # uint8 (n, 3, S, S)
+            views[name] = (policy if self.whole else policy.crop)(source, params), params  # (n, 3, S, S), else uint8
         return dict(rows=rows, views=views)
 
     def batches(self, steps):
-        """Iterate over the batches of `steps`; crops arrive on the device, parameters stay on the CPU."""
+        """Iterate over the batches of `steps`, for `finish`; crops arrive on the device, parameters stay on the CPU."""
         workers = default_workers(self.workers) if self.data.images is None else 0
         loader = torch.utils.data.DataLoader(self, batch_size=None, sampler=steps, num_workers=workers, worker_init_fn=detach_worker,
                                              pin_memory=self.device.type == "cuda" and self.data.images is None, timeout=600 if workers else 0)
         for batch in unbroken(loader):
             views = {name: (crops.to(self.device, non_blocking=True), params) for name, (crops, params) in batch["views"].items()}
             yield dict(rows=batch["rows"], views=views)
+
+    def finish(self, batch):
+        """What `batches` yields -> the views {name: float (n, 3, H, W)} and {name: params}."""
+        views = {name: x if self.whole else self.policies[name].augment(x, params) for name, (x, params) in batch["views"].items()}
+        return views, {name: params for name, (_, params) in batch["views"].items()}
 
 
 def unbroken(loader):

@@ -563,8 +563,7 @@ def main(argv=None):
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.param_groups[0]["weight_decay"] = common.cosine(epoch / args.epochs, args.weight_decay, args.weight_decay_end)
-        params = {name: p for name, (_, p) in batch["views"].items()}
-        views = {name: policies[name].augment(x, p) for name, (x, p) in batch["views"].items()}
+        views, params = loader.finish(batch)
         if step == 0:
             run.picture("views.png", [views[name] for name in sorted(views)], encoder)
         with common.autocast(device, args.amp):

@@ -105,7 +105,7 @@ def main():
     parser.add_argument("size", type=int, choices=VIEWS, help="side of the views in pixels")
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
-    size, rounds = options.size, options.rounds
+    size, rounds, device = options.size, options.rounds, common.start("cpu")
     batch_size, held, n = (256, 4096, 8192) if size == 32 else (32, 128, 1024)  # images held in memory, images an epoch
     images = smooth_images(held, 32 if size == 32 else 256).contiguous(memory_format=torch.channels_last)  # as decoders leave them
     policies, transforms = our_policies(size), pil_transforms(size)
@@ -115,9 +115,9 @@ def main():
 
     def ours(workers):
         data = Decoded(paths=[images[i % held] for i in range(n)]) if workers else common.ImageSet(images=images.repeat(n // held, 1, 1, 1))
-        loader = common.Loader(data, policies, draw, argparse.Namespace(seed=0, batch_size=batch_size, workers=workers, epochs=1), torch.device("cpu"))
+        loader = common.Loader(data, policies, draw, argparse.Namespace(seed=0, batch_size=batch_size, workers=workers, epochs=1), device)
         for batch in loader.batches(range(loader.steps_per_epoch)):
-            yield [policies[name].augment(x, params) for name, (x, params) in batch["views"].items()]
+            yield loader.finish(batch)
 
     def torchvision(workers):
         pictures = [Image.fromarray(x.permute(1, 2, 0).numpy()) for x in images]

@@ -59,8 +59,8 @@ def train(base, equi, steps=5):
     optimizer, losses = torch.optim.SGD(parameters, lr=0.01), []
     for step in range(steps):
         ser.update_teacher(model, 0.9)
-        views = loader[step]["views"]
-        out, _ = ser.losses(model, {n: policies[n].augment(x, p).double() for n, (x, p) in views.items()}, {n: p for n, (_, p) in views.items()}, args)
+        views, params = loader.finish(loader[step])
+        out, _ = ser.losses(model, {name: x.double() for name, x in views.items()}, params, args)
         optimizer.zero_grad()
         out["loss"].backward()
         common.average_gradients(parameters)

@@ -288,10 +288,8 @@ def setup(equi="ser", base="mocov3", **changes):
     policies = ser.make_policies(args)
     data = common.ImageSet(images=torch.randint(0, 256, (32, 3, 16, 16), dtype=torch.uint8, generator=common.rng("test")))
     loader = common.Loader(data, policies, partial(ser.draw_views, args, policies), args, torch.device("cpu"))
-    batch = loader[0]
-    params = {name: p for name, (_, p) in batch["views"].items()}
-    views = {name: policies[name].augment(x, p).double() for name, (x, p) in batch["views"].items()}
-    return args, model, views, params
+    views, params = loader.finish(loader[0])
+    return args, model, {name: x.double() for name, x in views.items()}, params
 
 
 @pytest.mark.parametrize("base", ser.BASES)
