@@ -1,4 +1,4 @@
-"""SER: soft equivariance regularisation of intermediate tokens, on MoCo-v3, DINO or Barlow Twins.
+"""SER: soft equivariance regularisation of intermediate tokens, on MoCo-v3, DINO or Barlow Twins; and what it is compared to.
 
 Paper: "Soft Equivariance Regularization for Invariant Self-Supervised Learning" (ICLR 2026, arXiv 2603.06693).
 
@@ -15,9 +15,15 @@ view by the group element that leads to the other view should give the other vie
     L_equiv = mean of l over both sides, s(a, b) = cos(a, b) / tau            (negatives: cells of other images)
     L = L_inv(b1 and b2) + lambda L_equiv(b2)         L_inv: `contrast`, `distill` or `redundancy_reduction`, below
 
+The baselines leave out b2 and predict what happened to a view from [CLS]: after the last norm (`--equi-layer 0`, as
+published), or decoupled after block k: AugSelf the differences of the transformations' parameters, STL one image's
+transformation in another image, EquiMod a view's embedding from the un-augmented image's, E-SSL a rotation.
+
 Usage
     python ser.py                                                      # rendered images, CPU, minutes
     python ser.py --base dino --equi none                              # a base alone
+    python ser.py --equi augself --equi-layer 3                        # a baseline, decoupled
+    python ser.py --local-views 4                                      # two global and four local views
     python ser.py --data imagefolder --data-dir DIR --recipe cifar10   # any folder of images
     torchrun --nproc_per_node=8 ser.py --data imagenet --data-dir IMAGENET --compile
 
@@ -36,6 +42,12 @@ Where the paper is silent or at odds with itself, this file takes (source in bra
   * DINO (github.com/facebookresearch/dino) and Barlow Twins (github.com/facebookresearch/barlowtwins), on AdamW, with the
     learning rates, clipping per tensor, teacher momentum and crops of SER's public code. DINO's teacher moves by the
     momentum of the coming step, not of the past one.
+  * 2+4 views [public code]: locals and all of b2's views have jitter and half of them blur, but neither grey nor
+    solarisation; each pair of b2 is made of one crop; L_equiv is the sum over one global and two local pairs, each within
+    itself; ten terms of MoCo-v3, summed (DINO: averaged).
+  * the baselines on MoCo-v3 follow github.com/hankook/AugSelf (gradient through both views, each view mirrors the centre of
+    its crop with its own flip), github.com/jaemyung-u/stl, github.com/ADevillers/EquiMod (its 18 parameters standardised by a
+    batch norm) and github.com/rdangovs/essl (the weight for SimCLR, 0.4; Barlow Twins 8), with heads of SER's sizes.
 
 Recipes `blocks` and `cifar10` are ours; they raise equi_ratio to 0.125, because 1 % of a small batch is nothing.
 """
@@ -53,7 +65,7 @@ from timm.layers import DropPath
 from torch.utils.checkpoint import checkpoint
 
 import common
-from common import CenterCrop, ColorJitter, Compose, GaussianBlur, Grayscale, GridResize, HorizontalFlip, Normalize, RandomResizedCrop, Rot90, Solarize
+from common import CenterCrop, ColorJitter, Compose, GaussianBlur, Grayscale, GridResize, HorizontalFlip, Normalize, RandomResizedCrop, Rot90, Solarize, upcast
 
 
 @dataclasses.dataclass
@@ -62,24 +74,34 @@ class Args(common.RunArgs):
 
     base: Literal["mocov3", "dino", "barlow"] = "mocov3"
     """the invariant method underneath"""
-    equi: Literal["ser", "none"] = "ser"
+    equi: Literal["ser", "none", "augself", "stl", "equimod", "essl"] = "ser"
     """the equivariance term; none is exactly the base"""
     equi_layer: int = 3
-    """block after which the tokens are made equivariant"""
+    """block after which the tokens (ser) or [CLS] (the others) are made equivariant; 0: the final [CLS]"""
     cls_layer: int | None = None
-    """block after which [CLS] enters; default: --equi-layer with ser, 0 (the input) with none"""
+    """block after which [CLS] enters; default: --equi-layer with ser, 0 (the input) with all others"""
     equi_weight: float = 1.0
     """lambda, the weight of L_equiv (0 keeps the late [CLS] and the views of SER: the paper's control)"""
     equi_ratio: float = 0.01
     """share of the global batch in b2, rounded to a multiple of 8 and never below 8"""
     equi_temp: float = 0.3
-    """tau, the temperature of L_equiv"""
+    """tau, the temperature of L_equiv (ser, stl, equimod)"""
     equi_dim: int = 512
     """width of the projector p of the tokens"""
     equi_area: tuple[float, float] = (0.7, 1.3)
     """range of the scaling: number of cells relative to the square grid"""
     equi_crop: Literal["random", "center"] = "random"
     """what b2's views are made of: one random crop shared by both views, or the centre of the image"""
+    equi_params: tuple[Literal["crop", "color", "flip", "blur", "solarize", "rotation"], ...] = ("crop", "color")
+    """which parameters AugSelf predicts; rotation also turns the views"""
+    equi_trans_weight: float = 0.1
+    """weight of STL's L_trans within its L_equiv"""
+    local_views: Literal[0, 4] = 0
+    """small crops of each image beside the two large ones"""
+    local_size: int = 96
+    """their side in pixels, and that of E-SSL's rotated crop"""
+    local_scale: tuple[float, float] = (0.05, 0.25)
+    """their area, relative to the image"""
     proj_hidden: int = 4096
     """hidden width of projector and predictor (mocov3, barlow) or of the head (dino)"""
     proj_dim: int = 256
@@ -123,8 +145,8 @@ class Args(common.RunArgs):
 
 
 RANGES = common.RANGES | dict(
-    equi_layer="[1, inf)", cls_layer="[0, inf)", equi_weight="[0, inf)", equi_ratio="[0, 1)", equi_temp="(0, inf)", equi_dim="[1, inf)",
-    equi_area="(0, inf)", proj_hidden="[1, inf)", proj_dim="[1, inf)", temp="(0, inf)", momentum="[0, 1]", prototypes="[2, inf)",
+    equi_layer="[0, inf)", cls_layer="[0, inf)", equi_weight="[0, inf)", equi_ratio="[0, 1)", equi_temp="(0, inf)", equi_dim="[1, inf)",
+    equi_area="(0, inf)", equi_trans_weight="[0, inf)", local_size="[1, inf)", local_scale="(0, 1]", proj_hidden="[1, inf)", proj_dim="[1, inf)", temp="(0, inf)", momentum="[0, 1]", prototypes="[2, inf)",
     teacher_temp="(0, inf)", teacher_temp_epochs="[0, inf)", freeze_last_epochs="[0, inf)", redundancy="[0, inf)", weight_decay="[0, inf)",
     weight_decay_end="[0, inf)", warmup_epochs="[0, inf)", lr_end="[0, 1]", clip="(0, inf)", drop_path="[0, 1)", crop_scale="(0, 1]",
     jitter="[0, inf)", blur="[0, 1]", solarize="[0, 1]")
@@ -133,10 +155,19 @@ RANGES = common.RANGES | dict(
 BASES = dict(
     mocov3=dict(),
     dino=dict(lr=1e-4, lr_end=0.0125, proj_hidden=2048, temp=0.1, momentum=0.982, weight_decay=0.04, weight_decay_end=0.4, clip=0.3,
-              drop_path=0.1, crop_scale=(0.25, 1.0), interpolation="bicubic", equi_weight=0.3, equi_temp=0.5),
+              drop_path=0.1, crop_scale=(0.25, 1.0), interpolation="bicubic"),
     barlow=dict(lr=1e-4, lr_end=0.001, proj_hidden=8192, proj_dim=8192, clip=0.3, interpolation="bicubic"),
 )
-SMALL = dict(img_size=32, blur=(0.0, 0.0), solarize=(0.0, 0.0), crop_scale=(0.2, 1.0), equi_ratio=0.125, drop_path=0.0)
+EQUIS = dict(  # what an equivariance term needs, its own views among it
+    ser=dict(),
+    none=dict(equi_layer=0),
+    augself=dict(equi_layer=0, equi_weight=0.5, jitter=(0.4, 0.4, 0.4, 0.1), blur=(0.5, 0.5), solarize=(0.0, 0.0)),
+    stl=dict(equi_layer=0, equi_temp=0.2, crop_scale=(0.2, 1.0), blur=(0.5, 0.5), solarize=(0.0, 0.0)),
+    equimod=dict(equi_layer=0, equi_temp=0.2),
+    essl=dict(equi_layer=0, equi_weight=0.4, local_scale=(0.05, 0.14)),
+)
+PAIRS = {("dino", "ser"): dict(equi_weight=0.3, equi_temp=0.5), ("barlow", "essl"): dict(equi_weight=8.0)}
+SMALL = dict(img_size=32, local_size=16, local_scale=(0.1, 0.5), blur=(0.0, 0.0), solarize=(0.0, 0.0), crop_scale=(0.2, 1.0), equi_ratio=0.125, drop_path=0.0)
 RECIPES = dict(
     imagenet=dict(),  # the paper: ViT-S/16, 100 epochs, batch 2048 = 8 x 256, peak lr 2.4e-3 (DINO, Barlow Twins: 8e-4)
     imagenet100=dict(),  # not in the paper: its ImageNet values
@@ -158,7 +189,8 @@ def values_in_force(first):
     name = first.recipe or first.data
     if name not in RECIPES:
         return {}  # `check` will complain
-    return dict(recipe=name) | BASES[first.base] | RECIPES[name] | (SMALL_BASES[first.base] if name in ("blocks", "cifar10", "cifar100") else {})
+    small = SMALL_BASES[first.base] if RECIPES[name].get("img_size") == 32 else {}
+    return dict(recipe=name) | BASES[first.base] | EQUIS[first.equi] | PAIRS.get((first.base, first.equi), {}) | RECIPES[name] | small
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -172,34 +204,49 @@ def second_part(batch_size, ratio):
 
 
 def make_policies(args):
-    """{name: Compose}: views "1" and "2" of T; with SER also "eq1" and "eq2" of T_eq, on the same photometrics."""
-    mean, std = NORMALISE.get(args.recipe, common.IMAGENET)
+    """{view: Compose}: "1" and "2" of T, and local views "3" to "6". SER has "eq1" to "eq6" of T_eq beside them, EquiMod
+    "plain", the un-augmented image, E-SSL "rotated", the crop that `losses` will rotate."""
+    normalise = Normalize(*NORMALISE.get(args.recipe, common.IMAGENET))
     crop = RandomResizedCrop(args.img_size, args.crop_scale, interpolation=args.interpolation)
-    eq_crop = crop if args.equi_crop == "random" else CenterCrop(args.img_size)
-    grid = args.img_size // args.patch_size
+    local_crop = RandomResizedCrop(args.local_size, args.local_scale)
+
+    def view(crop, group, gray=0.2, blur=0.0, solarize=0.0):
+        return Compose([crop, ColorJitter(*args.jitter, p=0.8), Grayscale(gray), GaussianBlur(p=blur), Solarize(p=solarize), *group, normalise])
+
+    flip = [HorizontalFlip()] + [Rot90()] * (args.equi == "augself" and "rotation" in args.equi_params)
+    plainer = dict(gray=0.0, blur=0.5 if any(args.blur) else 0.0)  # photometrics of the 2+4 variant
     policies = {}
-    for i in (0, 1):
-        photometric = [ColorJitter(*args.jitter, p=0.8), Grayscale(0.2), GaussianBlur(p=args.blur[i]), Solarize(p=args.solarize[i])]
-        policies[f"{i + 1}"] = Compose([crop, *photometric, HorizontalFlip(), Normalize(mean, std)])
+    for i in range(2 + args.local_views):
+        cut = crop if i < 2 else local_crop
+        photometrics = dict(blur=args.blur[i], solarize=args.solarize[i]) if i < 2 else plainer
+        policies[f"{i + 1}"] = view(cut, flip, **photometrics)
         if args.equi == "ser":
-            group = [HorizontalFlip(), Rot90(), GridResize(args.patch_size, grid, args.equi_area)]
-            policies[f"eq{i + 1}"] = Compose([eq_crop, *photometric, *group, Normalize(mean, std)])
+            eq_cut = CenterCrop(args.img_size) if i < 2 and args.equi_crop == "center" else cut
+            group = [HorizontalFlip(), Rot90(), GridResize(args.patch_size, cut.size // args.patch_size, args.equi_area)]
+            policies[f"eq{i + 1}"] = view(eq_cut, group, **(plainer if args.local_views else photometrics))
+    if args.equi == "equimod":
+        policies["plain"] = Compose([CenterCrop(args.img_size), normalise])
+    if args.equi == "essl":
+        policies["rotated"] = view(local_crop, flip, blur=0.1 if any(args.blur) else 0.0)
     return policies
 
 
 def draw_views(args, policies, generator):
     """{view: (rows of the global batch, what its policy draws for them)}. b2's rows lie evenly over the batch, so that the
-    contiguous rows of each process hold the same number of them; its two views share one crop."""
+    contiguous rows of each process hold the same number of them; its views share a crop two by two. STL's rows share
+    all but flip and blur two by two."""
     rows = torch.arange(args.batch_size)
-    b2 = torch.tensor([], dtype=torch.long)
-    if args.equi == "ser":
-        n2 = second_part(args.batch_size, args.equi_ratio)
-        b2 = torch.arange(n2) * args.batch_size // n2  # (n2,)
+    n2 = second_part(args.batch_size, args.equi_ratio) if args.equi == "ser" else 0
+    b2 = torch.arange(n2) * args.batch_size // max(n2, 1)  # (n2,)
     b1 = rows[~torch.isin(rows, b2)]  # (n1,)
     views = {name: (b2 if name.startswith("eq") else b1) for name in policies}
     drawn = {name: (at, policies[name].draw(len(at), generator)) for name, at in views.items()}
-    if args.equi == "ser":
-        drawn["eq2"][1].update({key: drawn["eq1"][1][key] for key in policies["eq1"].crop.draws})
+    for name, (_, draws) in drawn.items():
+        if name in ("eq2", "eq4", "eq6"):
+            draws |= {key: drawn[f"eq{int(name[2]) - 1}"][1][key] for key in policies[name].crop.draws}
+        if args.equi == "stl":
+            for key in (*policies[name].crop.draws, "brightness", "contrast", "saturation", "hue", "order", "gray"):
+                draws[key] = draws[key][::2].repeat_interleave(2, 0)
     return drawn
 
 
@@ -238,8 +285,9 @@ def act(z, k, f, size):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def dense_nt_xent(z1, z2, tau, chunk=2**23):
-    """L_equiv (Section 3.3): z1 = p(rho_g f1(x1)) and z2 = p(f1(x2)), each (n, P, D) on this process, -> scalar.
+def nt_xent(z1, z2, tau, chunk=2**23):
+    """L_equiv (Section 3.3): z1 = p(rho_g f1(x1)) and z2 = p(f1(x2)), each (n, P, D) on this process, -> scalar. With one
+    cell, P = 1, it is SimCLR's loss over 2 n rows.
 
     Positive: the same cell of the same image on the other side. Negatives: all cells, both sides, of other images of
     all processes; cells of the anchor's own image are neither. One image in all gives 0. Anchors go in chunks of about
@@ -294,13 +342,14 @@ def redundancy_reduction(z1, z2, weight):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def hidden(*dims):
+    """Linear-BN-ReLU from each width to the next, no biases."""
+    return [layer for a, b in zip(dims, dims[1:]) for layer in (nn.Linear(a, b, bias=False), nn.BatchNorm1d(b), nn.ReLU(inplace=True))]
+
+
 def mlp(*dims):
-    """Linear-BN-ReLU, ..., Linear-BN without affine; no biases (MoCo-v3's projector and predictor)."""
-    layers = []
-    for i, (a, b) in enumerate(zip(dims, dims[1:])):
-        last = i == len(dims) - 2
-        layers += [nn.Linear(a, b, bias=False), nn.BatchNorm1d(b, affine=not last)] + [nn.ReLU(inplace=True)] * (not last)
-    return nn.Sequential(*layers)
+    """`hidden`, then Linear-BN without affine (MoCo-v3's projector and predictor)."""
+    return nn.Sequential(*hidden(*dims[:-1]), nn.Linear(*dims[-2:], bias=False), nn.BatchNorm1d(dims[-1], affine=False))
 
 
 def moco_init_(backbone):
@@ -322,14 +371,6 @@ def moco_init_(backbone):
     projection.requires_grad_(False)
 
 
-def equi_modules_(model, args):
-    """What SER adds to a base: a LayerNorm and the projector p of the tokens."""
-    if args.equi == "ser":
-        d = model.backbone.dim
-        model.equi_norm = nn.LayerNorm(d, eps=1e-6)
-        model.equi_projector = nn.Sequential(nn.Linear(d, args.equi_dim, bias=False), nn.GELU(), nn.Linear(args.equi_dim, args.equi_dim, bias=False))
-
-
 class MoCoV3(nn.Module):
     """Online encoder, projector and predictor make queries; the momentum encoder and projector make keys."""
 
@@ -344,16 +385,16 @@ class MoCoV3(nn.Module):
         self.teacher = copy.deepcopy(nn.ModuleDict(dict(backbone=backbone, head=self.projector))).requires_grad_(False)
 
     def invariance(self, y, t, epoch):
-        """[CLS] of views 1 and 2, of the online (y) and the momentum encoder (t), (b, D) each -> L_inv."""
+        """[CLS] of all views from the online encoder (y) and of views 1 and 2 from the momentum encoder (t), (b, D) each ->
+        L_inv, the sum over all pairs of a query and another view's key."""
         q = [self.predictor(self.projector(v)) for v in y]  # (b, d)
         with torch.no_grad():
             k = [self.teacher["head"](v) for v in t]  # (b, d)
         with common.full_precision():
-            (q1, q2), (k1, k2) = ([common.upcast(v) for v in views] for views in (q, k))
-            return contrast(q1, k2, self.temp) + contrast(q2, k1, self.temp)
+            return sum(contrast(upcast(a), upcast(b), self.temp) for i, a in enumerate(q) for j, b in enumerate(k) if i != j)
 
     def chance(self, args):
-        return 4 * args.temp * math.log(args.batch_size)
+        return (2 + 2 * args.local_views) * 2 * args.temp * math.log(args.batch_size)
 
 
 class DINOHead(nn.Module):
@@ -391,14 +432,15 @@ class DINO(nn.Module):
         self.last_layer = list(self.head.last.parameters())
 
     def invariance(self, y, t, epoch):
-        """[CLS] of views 1 and 2, of the student (y) and the teacher (t), (b, D) each -> L_inv. Moves the centre."""
+        """[CLS] of all views from the student (y) and of views 1 and 2 from the teacher (t), (b, D) each -> L_inv. Moves the
+        centre."""
         first, last = self.teacher_temp
         teacher_temp = last if epoch >= self.teacher_temp_epochs else first + (last - first) * epoch / self.teacher_temp_epochs
         s = [self.head(v) for v in y]  # (b, K)
         with torch.no_grad():
             t = [self.teacher["head"](v) for v in t]  # (b, K)
         with common.full_precision():
-            s, t = [common.upcast(v) for v in s], [common.upcast(v) for v in t]
+            s, t = [upcast(v) for v in s], [upcast(v) for v in t]
             loss = distill(s, t, self.centre, self.temp, teacher_temp)
             self.centre = 0.9 * self.centre + 0.1 * common.all_reduce(torch.cat(t).mean(0)) / common.world_size()
             return loss
@@ -421,7 +463,7 @@ class BarlowTwins(nn.Module):
         """[CLS] of views 1 and 2, (b, D) each -> L_inv."""
         z1, z2 = (self.projector(v) for v in y)  # (b, d)
         with common.full_precision():
-            return redundancy_reduction(common.upcast(z1), common.upcast(z2), self.redundancy)
+            return redundancy_reduction(upcast(z1), upcast(z2), self.redundancy)
 
     def chance(self, args):
         return args.proj_dim  # of c = 0
@@ -434,38 +476,194 @@ def update_teacher(model, m):
         common.ema_update(model.teacher["head"], model.projector if isinstance(model, MoCoV3) else model.head, m)
 
 
-def encode(backbone, views, i, layer, compiled=None):
-    """View i of a batch -> y (b, D), final [CLS] of [b1; b2], and the map of b2 after block `layer` (n2, h, w, D) or None.
-    `compiled` is the compiled backbone, for b1, whose shapes never change."""
-    y = (backbone if compiled is None else compiled)(views[f"{i}"])
-    if f"eq{i}" not in views:
-        return y, None
-    x = views[f"eq{i}"]
-    y2, tokens = backbone.trace(x, (layer,))
-    h, w = backbone.cells(x)
-    return torch.cat([y, y2]), tokens[layer][:, -h * w :].unflatten(1, (h, w))
+# ----------------------------------------------------------------------------------------------------------------------
+# Equivariance terms: each maps e, {view: tokens after block `equi_layer` (n, N, D)}, and the views' parameters to L_equiv
+# ----------------------------------------------------------------------------------------------------------------------
 
 
-def losses(model, views, params, args, epoch=0.0, compiled=(None, None)):
-    """All of a step's mathematics: views {name: (n, 3, H, W)} and their params -> ({"loss", "L_inv", "L_equiv"}, y). `compiled`
-    holds the compiled online and teacher backbones."""
-    y1, map1 = encode(model.backbone, views, 1, args.equi_layer, compiled[0])  # (b, D), (n2, h1, w1, D)
-    y2, map2 = encode(model.backbone, views, 2, args.equi_layer, compiled[0])  # (b, D), (n2, h2, w2, D)
+class SER(nn.Module):
+    """The map of one view, moved by rho_g, against the map of the other; pairs of views of b2."""
+
+    def __init__(self, dim, args):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.projector = nn.Sequential(nn.Linear(dim, args.equi_dim, bias=False), nn.GELU(), nn.Linear(args.equi_dim, args.equi_dim, bias=False))
+        self.tau, self.pairs = args.equi_temp, [("eq1", "eq2"), ("eq3", "eq4"), ("eq5", "eq6")][: 1 + args.local_views // 2]
+        images, sides = second_part(args.batch_size, args.equi_ratio), [args.img_size, args.local_size, args.local_size]
+        self.chance = sum(math.log1p(2 * (images - 1) * (side // args.patch_size) ** 2) for side in sides[: len(self.pairs)])
+
+    def forward(self, e, params):
+        return dict(L_equiv=sum(self.pair(e[a], params[a], e[b], params[b]) for a, b in self.pairs))
+
+    def pair(self, tokens1, p1, tokens2, p2):
+        k, f = relative(p1["rot90"], p1["flip"], p2["rot90"], p2["flip"])
+        map1, map2 = self.map(tokens1, p1), self.map(tokens2, p2)
+        moved = act(map1, k, f, map2.shape[1:3])  # (n2, h2, w2, D): rho_g f1(x1)
+        z1, z2 = self.projector(moved).flatten(1, 2), self.projector(map2).flatten(1, 2)  # (n2, P, equi_dim)
+        return nt_xent(z1, z2, self.tau)
+
+    def map(self, tokens, p):  # (n2, N, D) -> (n2, h, w, D), without [CLS]
+        h, w = int(p["grid_h"][0]), int(p["grid_w"][0])
+        return self.norm(upcast(tokens[:, -h * w :])).unflatten(1, (h, w))
+
+
+class Baseline(nn.Module):
+    """Reads [CLS] after block `equi_layer` through a LayerNorm of its own; with layer 0 the final one, as it is."""
+
+    chance = None
+
+    def __init__(self, dim, args):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, eps=1e-6) if args.equi_layer else nn.Identity()
+
+    def cls(self, tokens):  # (n, N, D) -> (n, D)
+        return self.norm(upcast(tokens[:, 0]))
+
+
+class AugSelf(Baseline):
+    """"Improving Transferability of Representations via Augmentation-Aware Self-Supervision" (arXiv 2111.09613): from both
+    views' y predict the difference of their transformations, one head for each kind."""
+
+    outputs = dict(crop=4, color=4, flip=1, blur=1, solarize=1, rotation=4)
+
+    def __init__(self, dim, args):
+        super().__init__(dim, args)
+        self.heads = nn.ModuleDict({kind: nn.Sequential(*hidden(2 * dim, 512, 512), nn.Linear(512, self.outputs[kind])) for kind in args.equi_params})
+        self.spread = torch.tensor([[min(2 * v, 1 + v) for v in args.jitter[:3]] + [2 * args.jitter[3]]]).clamp(min=1e-6)  # max - min
+
+    def describe(self, p):
+        """Parameters of a view -> {kind: (n, .)}: what is compared between the views."""
+        column = (p["left"] + p["width"] / 2)[:, None]
+        column = torch.where(p["flip"][:, None], 1 - column, column)  # the mirrored image's centre is mirrored
+        colour = torch.stack([p["brightness"] - 1, p["contrast"] - 1, p["saturation"] - 1, p["hue"]], 1)
+        return dict(crop=torch.cat([(p["top"] + p["height"] / 2)[:, None], column, p["height"][:, None], p["width"][:, None]], 1),
+                    color=colour / self.spread, flip=p["flip"][:, None].float(), blur=p["sigma"][:, None], rotation=p.get("rot90"),
+                    solarize=torch.where(p["solarize"], 128 / 255, 1.0)[:, None])  # the threshold; 1 changes nothing
+
+    def forward(self, e, params):
+        y1, y2 = self.cls(e["1"]), self.cls(e["2"])
+        y = torch.cat([torch.cat([y1, y2], 1), torch.cat([y2, y1], 1)])  # (2 n, 2 D), both directions
+        w1, w2 = self.describe(params["1"]), self.describe(params["2"])
+        out = {}
+        for kind, head in self.heads.items():
+            a, b = (torch.cat(w).to(y.device) for w in ((w1[kind], w2[kind]), (w2[kind], w1[kind])))  # (2 n, .)
+            if kind == "rotation":
+                loss = F.cross_entropy(head(y), (a - b) % 4)
+            elif kind == "flip":
+                loss = F.binary_cross_entropy_with_logits(head(y), (a == b).to(y))
+            else:
+                loss = F.mse_loss(torch.tanh(head(y)), (a - b).to(y))
+            out[f"L_{kind}"] = loss
+        return out | dict(L_equiv=sum(out.values()))
+
+
+class STL(Baseline):
+    """"Self-supervised Transformation Learning for Equivariant Representations" (arXiv 2501.08712). Images 2i and 2i + 1 are
+    transformed alike, so what the pair of views of one says of the transformation, t, must do to the other's y."""
+
+    def __init__(self, dim, args):
+        super().__init__(dim, args)
+        self.transformation = nn.Sequential(*hidden(2 * dim, 128), nn.Linear(128, 128, bias=False))
+        self.hypernetwork = nn.Linear(128, dim * dim, bias=False)
+        self.project = nn.Sequential(*hidden(dim, 512), nn.Linear(512, 128, bias=False))
+        self.project_t = nn.Sequential(*hidden(128, 128), nn.Linear(128, 128, bias=False))
+        self.temp, self.trans_weight = args.equi_temp, args.equi_trans_weight
+        self.chance = math.log(4 * args.batch_size - 1) + args.equi_trans_weight * math.log(2 * args.batch_size - 1)
+
+    def forward(self, e, params):
+        y1, y2 = self.cls(e["1"]), self.cls(e["2"])  # (n, D)
+        t12, t21 = self.transformation(torch.cat([y1, y2], 1)), self.transformation(torch.cat([y2, y1], 1))  # (n, 128)
+        moved = torch.cat([self.apply_partners(t21, y2), self.apply_partners(t12, y1)])  # (2 n, D), close to [y1; y2]
+        z, z_hat = self.project(torch.cat([y1, y2])), self.project(moved)  # (2 n, 128)
+        t = self.project_t(torch.cat([t12, t21]))  # (2 n, 128)
+        L_trans = nt_xent(t[0::2, None], t[1::2, None], self.temp)
+        return dict(L_trans=L_trans, L_equiv=nt_xent(z[:, None], z_hat[:, None], self.temp) + self.trans_weight * L_trans)
+
+    def apply_partners(self, t, y):
+        """W(t of the partner) y for each row: (n, 128), (n, D) -> (n, D)."""
+        partner = torch.arange(len(t), device=t.device) ^ 1
+        W = self.hypernetwork(t[partner]).unflatten(1, (y.shape[1], y.shape[1]))  # (n, D, D)
+        return (W @ y[:, :, None])[:, :, 0]
+
+
+class EquiMod(Baseline):
+    """"EquiMod: An Equivariance Module to Improve Visual Instance Discrimination" (arXiv 2211.01244): from the embedding u0
+    of the un-augmented image and a view's parameters predict the view's embedding u, among those of all other views."""
+
+    def __init__(self, dim, args):
+        super().__init__(dim, args)
+        self.project = mlp(dim, dim, dim, 128)
+        self.encode = nn.Sequential(nn.BatchNorm1d(18, affine=False), nn.Linear(18, 128, bias=False), nn.BatchNorm1d(128))
+        self.predict = mlp(256, 128)
+        self.temp, self.chance = args.equi_temp, math.log(4 * args.batch_size - 1)
+
+    @staticmethod
+    def describe(p):
+        """Parameters of a view -> (n, 18): box 4, flip, jitter on, its order 4, factors 4, gray, blur on, sigma, solarise."""
+        factors = torch.stack([p["brightness"], p["contrast"], p["saturation"], p["hue"]], 1)  # (n, 4)
+        jittered = (factors != torch.tensor([1.0, 1.0, 1.0, 0.0])).any(1)
+        scalars = lambda *values: torch.stack([v.float() for v in values], 1)
+        return torch.cat([scalars(p["top"], p["left"], p["height"], p["width"], p["flip"], jittered), p["order"].float(), factors,
+                          scalars(p["gray"], p["sigma"] > 0, p["sigma"], p["solarize"])], 1)
+
+    def forward(self, e, params):
+        u0, u1, u2 = (self.project(self.cls(e[view])) for view in ("plain", "1", "2"))  # (n, 128)
+        a = [self.encode(self.describe(params[view]).to(u0)) for view in ("1", "2")]  # (n, 128)
+        u, u_hat = torch.cat([u1, u2]), torch.cat([self.predict(torch.cat([u0, v], 1)) for v in a])  # (2 n, 128)
+        gain = F.cosine_similarity(u, u_hat) - F.cosine_similarity(u, u0.repeat(2, 1))  # above 0: better than the identity
+        return dict(L_equiv=nt_xent(u[:, None], u_hat[:, None], self.temp), cosine_gain=gain.mean())
+
+
+class ESSL(Baseline):
+    """"Equivariant Contrastive Learning" (arXiv 2111.00899): by how many quarter turns was a small crop rotated?"""
+
+    chance = math.log(4)
+
+    def __init__(self, dim, args):
+        super().__init__(dim, args)
+        layer = lambda: [nn.Linear(dim, dim), nn.LayerNorm(dim), nn.ReLU(inplace=True)]
+        self.head = nn.Sequential(*layer(), *layer(), nn.Linear(dim, 256), nn.LayerNorm(256), nn.Linear(256, 4))
+
+    def forward(self, e, params):
+        logits = self.head(self.cls(e["rotated"]))  # (4 n, 4)
+        turns = torch.arange(4, device=logits.device).repeat_interleave(len(logits) // 4)
+        return dict(L_equiv=F.cross_entropy(logits, turns), rotation_accuracy=(logits.argmax(1) == turns).float().mean())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A step
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def encode(backbone, x, layer=0, trace=None):
+    """x (n, 3, H, W) -> y (n, D), the final [CLS], and the tokens after block `layer` (n, N, D), of which there is only y
+    with layer 0. `trace` is the backbone's, compiled."""
+    y, tokens = (trace or backbone.trace)(x, (layer,) if layer else ())
+    return y, tokens[layer] if layer else y[:, None]
+
+
+def losses(model, views, params, args, epoch=0.0, traces=(None, None)):
+    """All of a step's mathematics: views {name: (n, 3, H, W)} and their params -> ({"loss", "L_inv", "L_equiv", ...}, y of
+    view 1). `traces` holds the compiled `trace` of the online and teacher backbones, for views whose shape never changes."""
+    if "rotated" in views:
+        views = views | dict(rotated=torch.cat([views["rotated"].rot90(k, (2, 3)) for k in range(4)]))  # 0, 90, 180, 270 degrees
+    y, e = {}, {}
+    for view, x in views.items():
+        y[view], e[view] = encode(model.backbone, x, args.equi_layer, None if view.startswith("eq") else traces[0])
+    whole = lambda y, i: torch.cat([y[view] for view in (f"{i}", f"eq{i}") if view in y])  # (b, D): [b1; b2]
     t = None
     if model.teacher is not None:
         with torch.no_grad():
-            t = [encode(model.teacher["backbone"], views, i, args.equi_layer, compiled[1])[0] for i in (1, 2)]  # (b, D)
-    out = dict(L_inv=model.invariance((y1, y2), t, epoch))
+            t = {view: encode(model.teacher["backbone"], views[view], trace=None if view.startswith("eq") else traces[1])[0] for view in ("1", "2", "eq1", "eq2") if view in views}
+            t = [whole(t, 1), whole(t, 2)]
+    y = [whole(y, i + 1) for i in range(2 + args.local_views)]
+    out = dict(L_inv=model.invariance(y, t, epoch))
     out["loss"] = out["L_inv"]
-    if map1 is not None:
+    if model.equi is not None:
         with common.full_precision():
-            k, f = relative(params["eq1"]["rot90"], params["eq1"]["flip"], params["eq2"]["rot90"], params["eq2"]["flip"])
-            map1, map2 = model.equi_norm(common.upcast(map1)), model.equi_norm(common.upcast(map2))
-            moved = act(map1, k, f, map2.shape[1:3])  # (n2, h2, w2, D): rho_g f1(x1)
-            z1, z2 = model.equi_projector(moved).flatten(1, 2), model.equi_projector(map2).flatten(1, 2)  # (n2, P, equi_dim)
-            out["L_equiv"] = dense_nt_xent(z1, z2, args.equi_temp)
-            out["loss"] = out["L_inv"] + args.equi_weight * out["L_equiv"]
-    return out, y1
+            out |= model.equi(e, params)
+        out["loss"] = out["L_inv"] + args.equi_weight * out["L_equiv"]
+    return out, y[0]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -488,7 +686,8 @@ def build(args, device):
     mean, std = NORMALISE.get(args.recipe, common.IMAGENET)
     model = base(common.make_backbone(args.arch, mean, std, img_size=args.img_size, patch_size=args.patch_size, cls_layer=args.cls_layer,
                                       pos=base.positions, drop_path=args.drop_path), args)
-    equi_modules_(model, args)
+    equi = dict(none=None, ser=SER, augself=AugSelf, stl=STL, equimod=EquiMod, essl=ESSL)[args.equi]
+    model.equi = equi and equi(model.backbone.dim, args)
     return common.batchnorm_over_ranks(model, device).to(device)
 
 
@@ -498,20 +697,32 @@ def check(args):
     if args.recipe not in RECIPES:
         common.die(f"--recipe {args.recipe or 'is missing'}: name one of {', '.join(RECIPES)} (for --data {args.data})")
     common.check_ranges(args, RANGES)
-    for name in ("crop_scale", "equi_area"):
+    for name in ("crop_scale", "equi_area", "local_scale"):
         if getattr(args, name)[0] > getattr(args, name)[1]:
             common.die(f"--{name.replace('_', '-')} {' '.join(map(str, getattr(args, name)))}: the lower end comes first")
     if args.jitter[3] > 0.5:
         common.die(f"--jitter {' '.join(map(str, args.jitter))}: hue is in turns, at most 0.5")
     depth = common.vit_size(args.arch)["depth"]
-    if args.equi_layer > depth:
-        common.die(f"--equi-layer {args.equi_layer}: {args.arch} has {depth} blocks")
+    if args.equi_layer > depth or args.equi == "ser" and args.equi_layer == 0:
+        common.die(f"--equi-layer {args.equi_layer}: {args.arch} has {depth} blocks" + (", and ser takes the tokens after one of them" if args.equi == "ser" else ""))
     if args.cls_layer is None:
         args.cls_layer = args.equi_layer if args.equi == "ser" else 0
     if args.weight_decay_end is None:
         args.weight_decay_end = args.weight_decay
     if args.cls_layer >= depth:
         common.die(f"--cls-layer {args.cls_layer}: {args.arch} has {depth} blocks and [CLS] needs one of them; give --cls-layer 3, say")
+    if args.equi not in ("ser", "none") and 0 < args.equi_layer <= args.cls_layer:
+        common.die(f"--equi-layer {args.equi_layer}: {args.equi} takes [CLS] there, which enters after block {args.cls_layer}; give --cls-layer 0")
+    if args.local_views and args.equi not in ("ser", "none"):
+        common.die(f"--local-views {args.local_views}: goes with --equi ser or none; {args.equi} has views of its own")
+    if args.local_views and args.base == "barlow":
+        common.die(f"--local-views {args.local_views}: Barlow Twins correlates two views; take --base mocov3 or dino")
+    if (args.local_views or args.equi == "essl") and args.local_size % args.patch_size:
+        common.die(f"--local-size {args.local_size}: not divisible by --patch-size {args.patch_size}")
+    if args.equi == "stl" and args.batch_size // common.world_size() % 2:
+        common.die(f"--batch-size {args.batch_size}: stl pairs images, so each of the {common.world_size()} processes needs an even number")
+    if args.equi == "augself" and not args.equi_params:
+        common.die("--equi-params: name what augself is to predict, e.g. crop color")
     if args.epochs and args.warmup_epochs >= args.epochs:
         common.die(f"--warmup-epochs {args.warmup_epochs}: must be below --epochs {args.epochs}")
     if args.equi == "ser":
@@ -539,7 +750,7 @@ def main(argv=None):
     optimizer = torch.optim.AdamW([dict(params=decayed), dict(params=rest, weight_decay=0.0)], lr=0.0, fused=device.type == "cuda")
     peak = args.lr * args.batch_size / 256
 
-    run = common.Run("ser", args, f"{args.base}-{args.equi}", device)
+    run = common.Run("ser", args, f"{args.base}-{args.equi}" + "-2+4" * (args.local_views > 0), device)
 
     def dump():
         heads = {k: v for k, v in model.state_dict().items() if not k.startswith(f"{model.evaluated}.")}
@@ -550,12 +761,12 @@ def main(argv=None):
         optimizer.load_state_dict(train_state["optimizer"])
 
     begin = run.restore(load)
-    n2 = second_part(args.batch_size, args.equi_ratio)
     chance = f"L_inv {model.chance(args):.2f}"
-    if args.equi == "ser":
-        chance += f", L_equiv {math.log1p(2 * (n2 - 1) * model.backbone.grid**2):.2f}"
+    if model.equi is not None and model.equi.chance is not None:
+        chance += f", L_equiv {model.equi.chance:.2f}"
     run.introduce(train, loader, model, peak, chance)
-    compiled = [torch.compile(b) if args.compile and b is not None else None for b in (model.backbone, model.teacher["backbone"] if model.teacher else None)]
+    backbones = (model.backbone, model.teacher["backbone"] if model.teacher else None)
+    traces = [torch.compile(b.trace, dynamic=False) if args.compile and b is not None else None for b in backbones]
 
     for step, batch in run.steps(loader, dump, begin):
         epoch = step / loader.steps_per_epoch
@@ -567,7 +778,7 @@ def main(argv=None):
         if step == 0:
             run.picture("views.png", [views[name] for name in sorted(views)], encoder)
         with common.autocast(device, args.amp):
-            out, y = losses(model, views, params, args, epoch, compiled)
+            out, y = losses(model, views, params, args, epoch, traces)
         optimizer.zero_grad(set_to_none=True)
         out["loss"].backward()
         common.average_gradients(parameters)

@@ -55,6 +55,13 @@ MISTAKES = {
     "empty value": (["{tiny}", "--data-dir="], "--data-dir", "empty"),
     "output under a file": (["{tiny}", "--out", "{tmp}/file/run"], "--out"),
     "unknown flag": (["{tiny}", "--learning-rate", "1"], "--learning-rate"),
+    "ser without a layer": (["{tiny}", "--equi-layer", "0"], "--equi-layer 0", "tokens"),
+    "[CLS] after the layer that reads it": (["{tiny}", "--equi", "augself", "--equi-layer", "2", "--cls-layer", "2"], "--equi-layer 2", "--cls-layer 0"),
+    "local views of a baseline": (["{tiny}", "--equi", "essl", "--local-views", "4"], "--local-views 4", "ser or none"),
+    "local views of Barlow Twins": (["{tiny}", "--base", "barlow", "--local-views", "4"], "--local-views 4", "mocov3"),
+    "local size not divisible": (["{tiny}", "--local-views", "4", "--local-size", "6"], "--local-size 6", "--patch-size 4"),
+    "odd batch for pairs": (["{tiny}", "--equi", "stl", "--batch-size", "11"], "--batch-size 11", "even"),
+    "nothing to predict": (["{tiny}", "--equi", "augself", "--equi-params"], "--equi-params", "crop color"),
     "not a choice": (["{tiny}", "--base", "byol"], "barlow"),
 }
 

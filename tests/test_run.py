@@ -196,11 +196,12 @@ def content(path):
     return {k: c[k] for k in ("step", "backbone", "backbone_state", "train_state")}
 
 
-@pytest.mark.parametrize("how, base", [(signal.SIGKILL, "mocov3"), (signal.SIGTERM, "mocov3"), (signal.SIGINT, "mocov3"), (signal.SIGKILL, "dino"), (signal.SIGKILL, "barlow")])
-def test_a_killed_run_resumes_to_the_bits_of_an_uninterrupted_one(tiny, tmp_path, how, base):
+@pytest.mark.parametrize("how, base, equi", [(signal.SIGKILL, "mocov3", "ser"), (signal.SIGTERM, "mocov3", "ser"), (signal.SIGINT, "mocov3", "ser"), (signal.SIGKILL, "dino", "ser"),
+                                             (signal.SIGKILL, "barlow", "ser"), *((signal.SIGKILL, "mocov3", equi) for equi in ("augself", "stl", "equimod", "essl"))])
+def test_a_killed_run_resumes_to_the_bits_of_an_uninterrupted_one(tiny, tmp_path, how, base, equi):
     """A child trains and gets the signal in the middle of step 3 of 6; its successor ends where an undisturbed run ends. DINO's
     temperature, weight decay and frozen last layer are then in mid-schedule."""
-    tiny = [*tiny, "--base", base, "--prototypes", "32", "--teacher-temp-epochs", "2", "--freeze-last-epochs", "1"]
+    tiny = [*tiny, "--base", base, "--equi", equi, "--prototypes", "32", "--teacher-temp-epochs", "2", "--freeze-last-epochs", "1"]
     ser.main([*tiny, "--out", str(tmp_path / "whole")])
     child = os.fork()
     if child == 0:

@@ -101,48 +101,48 @@ def loop_nt_xent(z1, z2, tau):
 
 
 @pytest.mark.parametrize("chunk", [1, 200, 2**23])
-def test_dense_nt_xent_equals_the_loop(chunk):
+def test_nt_xent_equals_the_loop(chunk):
     z1, z2 = torch.randn(2, 3, 4, 5, dtype=torch.float64)
-    assert ser.dense_nt_xent(z1, z2, 0.3, chunk).item() == pytest.approx(loop_nt_xent(z1, z2, 0.3), abs=1e-12)
+    assert ser.nt_xent(z1, z2, 0.3, chunk).item() == pytest.approx(loop_nt_xent(z1, z2, 0.3), abs=1e-12)
 
 
 @pytest.mark.parametrize("n, P, tau, value", [(2, 4, 0.3, 0.251064), (3, 2, 0.5, 0.733657), (4, 9, 1.0, 3.038097)])
-def test_dense_nt_xent_of_orthonormal_features(n, P, tau, value):
+def test_nt_xent_of_orthonormal_features(n, P, tau, value):
     """All cells of all images orthogonal, both sides equal: -1/tau + ln(e^(1/tau) + 2 (n - 1) P)."""
     z = torch.eye(n * P).view(n, P, -1)
-    assert ser.dense_nt_xent(z, z, tau).item() == pytest.approx(value, abs=2e-5)
+    assert ser.nt_xent(z, z, tau).item() == pytest.approx(value, abs=2e-5)
 
 
 @pytest.mark.parametrize("n, P, value", [(2, 4, 2.197225), (3, 2, 2.197225), (4, 9, 4.007333), (24, 196, 9.1069)])
-def test_dense_nt_xent_of_constant_features(n, P, value):
+def test_nt_xent_of_constant_features(n, P, value):
     z = torch.ones(n, P, 3)
-    assert ser.dense_nt_xent(z, 5 * z, 0.3).item() == pytest.approx(value, abs=1e-4)  # scale does not matter
+    assert ser.nt_xent(z, 5 * z, 0.3).item() == pytest.approx(value, abs=1e-4)  # scale does not matter
 
 
-def test_dense_nt_xent_edges():
+def test_nt_xent_edges():
     z = torch.randn(1, 6, 4, requires_grad=True)
-    loss = ser.dense_nt_xent(z, z, 0.3)
+    loss = ser.nt_xent(z, z, 0.3)
     loss.backward()
     assert loss.item() == 0 and z.grad.abs().max() == 0  # one image: no negatives, no gradient
     antipodal = t([[1.0, 0.0]], [[-1.0, 0.0]])
-    assert ser.dense_nt_xent(antipodal, antipodal, 0.5).item() == pytest.approx(0.035976, abs=1e-6)
+    assert ser.nt_xent(antipodal, antipodal, 0.5).item() == pytest.approx(0.035976, abs=1e-6)
     pairs = torch.eye(4)[:, None]
-    assert ser.dense_nt_xent(pairs, pairs, 0.2).item() == pytest.approx(0.039632, abs=1e-6)  # SimCLR's form: one cell
+    assert ser.nt_xent(pairs, pairs, 0.2).item() == pytest.approx(0.039632, abs=1e-6)  # SimCLR's form: one cell
 
 
-def test_dense_nt_xent_knows_which_cells_correspond():
+def test_nt_xent_knows_which_cells_correspond():
     z = torch.eye(8).view(2, 4, 8)
     turned = z[:, [1, 0, 2, 3]]
-    assert ser.dense_nt_xent(turned, turned, 0.3).item() == pytest.approx(ser.dense_nt_xent(z, z, 0.3).item(), abs=1e-6)
-    assert ser.dense_nt_xent(z, turned, 0.3) > ser.dense_nt_xent(z, z, 0.3) + 0.9
+    assert ser.nt_xent(turned, turned, 0.3).item() == pytest.approx(ser.nt_xent(z, z, 0.3).item(), abs=1e-6)
+    assert ser.nt_xent(z, turned, 0.3) > ser.nt_xent(z, z, 0.3) + 0.9
 
 
-def test_dense_nt_xent_gradient_through_the_chunks():
+def test_nt_xent_gradient_through_the_chunks():
     z1, z2 = (torch.randn(3, 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    assert torch.autograd.gradcheck(lambda a, b: ser.dense_nt_xent(a, b, 0.5, chunk=30), (z1, z2))
+    assert torch.autograd.gradcheck(lambda a, b: ser.nt_xent(a, b, 0.5, chunk=30), (z1, z2))
 
 
-def test_dense_nt_xent_keeps_little_memory():
+def test_nt_xent_keeps_little_memory():
     """What autograd saves, and the largest tensor of forward and backward, against the full matrix of logits."""
     n, P = 16, 36
     z = torch.randn(n, P, 8, requires_grad=True)
@@ -157,7 +157,7 @@ def test_dense_nt_xent_keeps_little_memory():
 
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x), Watch():
-        loss = ser.dense_nt_xent(z, z.detach(), 0.3, chunk=2 * P * n * 2 * P)  # one image's rows a chunk
+        loss = ser.nt_xent(z, z.detach(), 0.3, chunk=2 * P * n * 2 * P)  # one image's rows a chunk
         loss.backward()
     full = (2 * n * P) ** 2
     assert largest <= full / n and sum(saved) < full / 4
@@ -250,7 +250,7 @@ def small_model():
     args = ser.Args(recipe="imagenet", equi="ser", cls_layer=3)
     with torch.device("meta"):
         model = ser.MoCoV3(common.ViT("vit_small", cls_layer=3), args)
-        ser.equi_modules_(model, args)
+        model.equi = ser.SER(384, args)
     return model
 
 
@@ -258,7 +258,16 @@ def test_parameter_counts_of_the_paper(small_model):
     count = lambda m: sum(p.numel() for p in m.parameters())
     assert count(small_model.projector) == 19_415_040
     assert count(small_model.predictor) == 2_105_344
-    assert count(small_model.equi_projector) == 458_752 and count(small_model.equi_norm) == 768
+    assert count(small_model.equi.projector) == 458_752 and count(small_model.equi.norm) == 768
+
+
+@pytest.mark.parametrize("name, online", [("AugSelf", 44_209_672), ("STL", 62_176_256), ("EquiMod", 43_271_680), ("ESSL", 43_288_068)])
+def test_parameter_counts_of_the_baselines(name, online):
+    """Online parameters on MoCo-v3 with learned positions, 42,890,752 without any term; decoupled, a LayerNorm more."""
+    for layer, norm in ((0, 0), (3, 768)):
+        with torch.device("meta"):
+            term = getattr(ser, name)(384, ser.Args(recipe="imagenet", equi_layer=layer))
+        assert 42_890_752 + sum(p.numel() for p in term.parameters()) == online + norm
 
 
 def test_trainable_parameters_of_moco_v3():
@@ -282,7 +291,7 @@ def test_second_part(batch, ratio, n2):
 
 def setup(equi="ser", base="mocov3", **changes):
     """(args, model, policies, views, params) of one step on random images, in float64."""
-    args = ser.Args(**ser.values_in_force(ser.Args(base=base)) | dict(base=base, equi=equi, prototypes=32, batch_size=16, img_size=16, patch_size=4, proj_hidden=16, proj_dim=8, equi_dim=16) | changes)
+    args = ser.Args(**ser.values_in_force(ser.Args(base=base, equi=equi)) | dict(base=base, equi=equi, prototypes=32, batch_size=16, img_size=16, patch_size=4, proj_hidden=16, proj_dim=8, equi_dim=16) | changes)
     ser.check(args)
     model = ser.build(args, torch.device("cpu")).double()
     policies = ser.make_policies(args)
@@ -298,7 +307,7 @@ def test_l_equiv_trains_f1_and_its_projector_and_nothing_else(base):
     out, _ = ser.losses(model, views, params, args)
     out["L_equiv"].backward()
     for name, p in model.named_parameters():
-        touched = name.startswith(("equi_", "backbone.blocks.0.", "backbone.blocks.1."))
+        touched = name.startswith(("equi.", "backbone.blocks.0.", "backbone.blocks.1."))
         touched |= base != "mocov3" and name.startswith(("backbone.patch_embed.", "backbone.pos_embed"))  # MoCo-v3 freezes them
         grad = 0 if p.grad is None else p.grad.abs().max().item()
         assert (grad > 0) == touched, name
@@ -383,11 +392,12 @@ def test_flops_of_ser_are_those_of_its_base():
         n2 = ser.second_part(256, args.equi_ratio) if equi == "ser" else 0
         with torch.device("meta"):
             model = ser.MoCoV3(common.ViT("vit_small", cls_layer=args.cls_layer, pos="learned"), args)
-            ser.equi_modules_(model, args)
+            model.equi = ser.SER(384, args) if n2 else None
             views = {"1": torch.empty(256 - n2, 3, 224, 224), "2": torch.empty(256 - n2, 3, 224, 224)}
             if n2:
                 views |= {"eq1": torch.empty(n2, 3, 224, 224), "eq2": torch.empty(n2, 3, 224, 224)}
-        params = {v: dict(rot90=torch.zeros(n2, dtype=torch.long), flip=torch.zeros(n2, dtype=torch.bool)) for v in ("eq1", "eq2")}
+        group = dict(rot90=torch.zeros(n2, dtype=torch.long), flip=torch.zeros(n2, dtype=torch.bool), grid_h=torch.full((n2,), 14), grid_w=torch.full((n2,), 14))
+        params = dict(eq1=group, eq2=group)
         with FlopCounterMode(display=False) as counter:
             ser.losses(model, views, params, args)[0]["loss"].backward()
         return counter.get_total_flops()
