@@ -178,7 +178,7 @@ RECIPES = dict(
 RECIPES["cifar100"] = RECIPES["cifar10"]
 SMALL_BASES = dict(  # and what the two small recipes, both ours, change for a base
     mocov3=dict(),
-    dino=dict(lr=2e-3, momentum=0.98, prototypes=1024, teacher_temp_epochs=1.0, freeze_last_epochs=0.0, clip=3.0),
+    dino=dict(lr=1e-3, prototypes=1024, teacher_temp=(0.04, 0.04), momentum=0.99, freeze_last_epochs=0.0, clip=3.0),
     barlow=dict(proj_dim=512, clip=3.0),
 )
 NORMALISE = dict(blocks=common.BLOCKS, cifar10=common.CIFAR10, cifar100=common.CIFAR100)  # all others: ImageNet's mean and std
