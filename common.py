@@ -276,7 +276,7 @@ def batchnorm_over_ranks(model, device):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Run: schedules, moving averages
+# Run: schedules, moving averages, clipping
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -296,6 +296,14 @@ def warmup_cosine(epoch, epochs, warmup, peak, end=0.0):
 def ema_update(target, online, m):
     """target <- m target + (1 - m) online, for parameters; buffers (batch norm statistics) stay the target's own."""
     torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), 1 - m)
+
+
+@torch.no_grad()
+def clip_each_(parameters, most):
+    """Scale down the gradient of every parameter tensor whose norm exceeds `most` (DINO clips each tensor by itself)."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    scale = [(most / (norm + 1e-6)).clamp(max=1.0) for norm in torch._foreach_norm(grads)]
+    torch._foreach_mul_(grads, scale)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

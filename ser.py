@@ -42,12 +42,14 @@ Where the paper is silent or at odds with itself, this file takes (source in bra
   * DINO (github.com/facebookresearch/dino) and Barlow Twins (github.com/facebookresearch/barlowtwins), on AdamW, with the
     learning rates, clipping per tensor, teacher momentum and crops of SER's public code. DINO's teacher moves by the
     momentum of the coming step, not of the past one.
-  * 2+4 views [public code]: locals and all of b2's views have jitter and half of them blur, but neither grey nor
-    solarisation; each pair of b2 is made of one crop; L_equiv is the sum over one global and two local pairs, each within
-    itself; ten terms of MoCo-v3, summed (DINO: averaged).
-  * the baselines on MoCo-v3 follow github.com/hankook/AugSelf (gradient through both views, each view mirrors the centre of
-    its crop with its own flip), github.com/jaemyung-u/stl, github.com/ADevillers/EquiMod (its 18 parameters standardised by a
-    batch norm) and github.com/rdangovs/essl (the weight for SimCLR, 0.4; Barlow Twins 8), with heads of SER's sizes.
+  * 2+4 views: locals and all of b2's views have jitter and half of them blur, but neither grey nor solarisation; each pair
+    of b2 is made of one crop; ten terms of MoCo-v3, summed (DINO: averaged) [public code]. L_equiv is the formula above,
+    summed over one global and two local pairs; the public code's offset counts images where it should count tokens.
+  * AugSelf (github.com/hankook/AugSelf): one head a parameter, 44.2 M parameters where SER's table has 43.7; gradient through
+    both views; each view mirrors the centre of its crop with its own flip; the crops of MoCo-v3.
+  * STL (github.com/jaemyung-u/stl): partners have one box in fractions of their image. EquiMod (github.com/ADevillers/EquiMod):
+    its 18 parameters are standardised by a batch norm. E-SSL (github.com/rdangovs/essl): the weight for SimCLR, 0.4; Barlow
+    Twins 8. Heads as wide as in SER's table.
 
 Recipes `blocks` and `cifar10` are ours; they raise equi_ratio to 0.125, because 1 % of a small batch is nothing.
 """
@@ -91,7 +93,7 @@ class Args(common.RunArgs):
     equi_area: tuple[float, float] = (0.7, 1.3)
     """range of the scaling: number of cells relative to the square grid"""
     equi_crop: Literal["random", "center"] = "random"
-    """what b2's views are made of: one random crop shared by both views, or the centre of the image"""
+    """what b2's two large views are made of: one random crop shared by both, or the centre of the image"""
     equi_params: tuple[Literal["crop", "color", "flip", "blur", "solarize", "rotation"], ...] = ("crop", "color")
     """which parameters AugSelf predicts; rotation also turns the views"""
     equi_trans_weight: float = 0.1
@@ -101,7 +103,7 @@ class Args(common.RunArgs):
     local_size: int = 96
     """their side in pixels, and that of E-SSL's rotated crop"""
     local_scale: tuple[float, float] = (0.05, 0.25)
-    """their area, relative to the image"""
+    """area of these crops, relative to the image"""
     proj_hidden: int = 4096
     """hidden width of projector and predictor (mocov3, barlow) or of the head (dino)"""
     proj_dim: int = 256
@@ -139,17 +141,17 @@ class Args(common.RunArgs):
     jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
     """strengths of brightness, contrast, saturation and hue jitter, applied to 80 % of the views"""
     blur: tuple[float, float] = (1.0, 0.1)
-    """probability of Gaussian blur in view 1 and view 2"""
+    """probability of Gaussian blur in view 1 and view 2; where both are 0 no other view is blurred either"""
     solarize: tuple[float, float] = (0.0, 0.2)
     """probability of solarisation in view 1 and view 2"""
 
 
 RANGES = common.RANGES | dict(
     equi_layer="[0, inf)", cls_layer="[0, inf)", equi_weight="[0, inf)", equi_ratio="[0, 1)", equi_temp="(0, inf)", equi_dim="[1, inf)",
-    equi_area="(0, inf)", equi_trans_weight="[0, inf)", local_size="[1, inf)", local_scale="(0, 1]", proj_hidden="[1, inf)", proj_dim="[1, inf)", temp="(0, inf)", momentum="[0, 1]", prototypes="[2, inf)",
-    teacher_temp="(0, inf)", teacher_temp_epochs="[0, inf)", freeze_last_epochs="[0, inf)", redundancy="[0, inf)", weight_decay="[0, inf)",
-    weight_decay_end="[0, inf)", warmup_epochs="[0, inf)", lr_end="[0, 1]", clip="(0, inf)", drop_path="[0, 1)", crop_scale="(0, 1]",
-    jitter="[0, inf)", blur="[0, 1]", solarize="[0, 1]")
+    equi_area="(0, inf)", equi_trans_weight="[0, inf)", local_size="[1, inf)", local_scale="(0, 1]", proj_hidden="[1, inf)", proj_dim="[1, inf)",
+    temp="(0, inf)", momentum="[0, 1]", prototypes="[2, inf)", teacher_temp="(0, inf)", teacher_temp_epochs="[0, inf)",
+    freeze_last_epochs="[0, inf)", redundancy="[0, inf)", weight_decay="[0, inf)", weight_decay_end="[0, inf)", warmup_epochs="[0, inf)",
+    lr_end="[0, 1]", clip="(0, inf)", drop_path="[0, 1)", crop_scale="(0, 1]", jitter="[0, inf)", blur="[0, 1]", solarize="[0, 1]")
 
 # What a base needs: the settings of SER's ImageNet runs [its public code, where the paper only says "as published"].
 BASES = dict(
@@ -221,11 +223,11 @@ def make_policies(args):
         photometrics = dict(blur=args.blur[i], solarize=args.solarize[i]) if i < 2 else plainer
         policies[f"{i + 1}"] = view(cut, flip, **photometrics)
         if args.equi == "ser":
-            eq_cut = CenterCrop(args.img_size) if i < 2 and args.equi_crop == "center" else cut
+            eq_cut = CenterCrop(args.img_size, interpolation=args.interpolation) if i < 2 and args.equi_crop == "center" else cut
             group = [HorizontalFlip(), Rot90(), GridResize(args.patch_size, cut.size // args.patch_size, args.equi_area)]
             policies[f"eq{i + 1}"] = view(eq_cut, group, **(plainer if args.local_views else photometrics))
     if args.equi == "equimod":
-        policies["plain"] = Compose([CenterCrop(args.img_size), normalise])
+        policies["plain"] = Compose([CenterCrop(args.img_size, interpolation=args.interpolation), normalise])
     if args.equi == "essl":
         policies["rotated"] = view(local_crop, flip, blur=0.1 if any(args.blur) else 0.0)
     return policies
@@ -234,7 +236,7 @@ def make_policies(args):
 def draw_views(args, policies, generator):
     """{view: (rows of the global batch, what its policy draws for them)}. b2's rows lie evenly over the batch, so that the
     contiguous rows of each process hold the same number of them; its views share a crop two by two. STL's rows share
-    all but flip and blur two by two."""
+    all but flip, blur and solarisation two by two."""
     rows = torch.arange(args.batch_size)
     n2 = second_part(args.batch_size, args.equi_ratio) if args.equi == "ser" else 0
     b2 = torch.arange(n2) * args.batch_size // max(n2, 1)  # (n2,)
@@ -247,6 +249,7 @@ def draw_views(args, policies, generator):
         if args.equi == "stl":
             for key in (*policies[name].crop.draws, "brightness", "contrast", "saturation", "hue", "order", "gray"):
                 draws[key] = draws[key][::2].repeat_interleave(2, 0)
+            draws |= policies[name].crop.resolve(draws, torch.full((args.batch_size, 2), 224))  # one box, in fractions of whatever size
     return drawn
 
 
@@ -490,14 +493,15 @@ class SER(nn.Module):
         self.projector = nn.Sequential(nn.Linear(dim, args.equi_dim, bias=False), nn.GELU(), nn.Linear(args.equi_dim, args.equi_dim, bias=False))
         self.tau, self.pairs = args.equi_temp, [("eq1", "eq2"), ("eq3", "eq4"), ("eq5", "eq6")][: 1 + args.local_views // 2]
         images, sides = second_part(args.batch_size, args.equi_ratio), [args.img_size, args.local_size, args.local_size]
-        self.chance = sum(math.log1p(2 * (images - 1) * (side // args.patch_size) ** 2) for side in sides[: len(self.pairs)])
+        cells = [sum(args.equi_area) / 2 * (side // args.patch_size) ** 2 for side in sides[: len(self.pairs)]]
+        self.chance = sum(math.log1p(2 * (images - 1) * P) for P in cells)
 
     def forward(self, e, params):
         return dict(L_equiv=sum(self.pair(e[a], params[a], e[b], params[b]) for a, b in self.pairs))
 
-    def pair(self, tokens1, p1, tokens2, p2):
+    def pair(self, e1, p1, e2, p2):
         k, f = relative(p1["rot90"], p1["flip"], p2["rot90"], p2["flip"])
-        map1, map2 = self.map(tokens1, p1), self.map(tokens2, p2)
+        map1, map2 = self.map(e1, p1), self.map(e2, p2)
         moved = act(map1, k, f, map2.shape[1:3])  # (n2, h2, w2, D): rho_g f1(x1)
         z1, z2 = self.projector(moved).flatten(1, 2), self.projector(map2).flatten(1, 2)  # (n2, P, equi_dim)
         return nt_xent(z1, z2, self.tau)
@@ -593,7 +597,7 @@ class EquiMod(Baseline):
     def __init__(self, dim, args):
         super().__init__(dim, args)
         self.project = mlp(dim, dim, dim, 128)
-        self.encode = nn.Sequential(nn.BatchNorm1d(18, affine=False), nn.Linear(18, 128, bias=False), nn.BatchNorm1d(128))
+        self.embed = nn.Sequential(nn.BatchNorm1d(18, affine=False), nn.Linear(18, 128, bias=False), nn.BatchNorm1d(128))
         self.predict = mlp(256, 128)
         self.temp, self.chance = args.equi_temp, math.log(4 * args.batch_size - 1)
 
@@ -608,9 +612,10 @@ class EquiMod(Baseline):
 
     def forward(self, e, params):
         u0, u1, u2 = (self.project(self.cls(e[view])) for view in ("plain", "1", "2"))  # (n, 128)
-        a = [self.encode(self.describe(params[view]).to(u0)) for view in ("1", "2")]  # (n, 128)
+        a = [self.embed(self.describe(params[view]).to(u0)) for view in ("1", "2")]  # (n, 128)
         u, u_hat = torch.cat([u1, u2]), torch.cat([self.predict(torch.cat([u0, v], 1)) for v in a])  # (2 n, 128)
-        gain = F.cosine_similarity(u, u_hat) - F.cosine_similarity(u, u0.repeat(2, 1))  # above 0: better than the identity
+        with torch.no_grad():
+            gain = F.cosine_similarity(u, u_hat) - F.cosine_similarity(u, u0.repeat(2, 1))  # above 0: better than the identity
         return dict(L_equiv=nt_xent(u[:, None], u_hat[:, None], self.temp), cosine_gain=gain.mean())
 
 
@@ -635,26 +640,24 @@ class ESSL(Baseline):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def encode(backbone, x, layer=0, trace=None):
-    """x (n, 3, H, W) -> y (n, D), the final [CLS], and the tokens after block `layer` (n, N, D), of which there is only y
-    with layer 0. `trace` is the backbone's, compiled."""
-    y, tokens = (trace or backbone.trace)(x, (layer,) if layer else ())
-    return y, tokens[layer] if layer else y[:, None]
-
-
 def losses(model, views, params, args, epoch=0.0, traces=(None, None)):
     """All of a step's mathematics: views {name: (n, 3, H, W)} and their params -> ({"loss", "L_inv", "L_equiv", ...}, y of
     view 1). `traces` holds the compiled `trace` of the online and teacher backbones, for views whose shape never changes."""
     if "rotated" in views:
         views = views | dict(rotated=torch.cat([views["rotated"].rot90(k, (2, 3)) for k in range(4)]))  # 0, 90, 180, 270 degrees
-    y, e = {}, {}
-    for view, x in views.items():
-        y[view], e[view] = encode(model.backbone, x, args.equi_layer, None if view.startswith("eq") else traces[0])
+
+    def trace(backbone, compiled, view, taps=()):
+        return (compiled if compiled and not view.startswith("eq") else backbone.trace)(views[view], taps)
+
+    y, e, taps = {}, {}, (args.equi_layer,) if args.equi_layer else ()
+    for view in views:
+        y[view], tapped = trace(model.backbone, traces[0], view, taps)  # (n, D), the final [CLS]
+        e[view] = tapped[args.equi_layer] if taps else y[view][:, None]  # (n, N, D)
     whole = lambda y, i: torch.cat([y[view] for view in (f"{i}", f"eq{i}") if view in y])  # (b, D): [b1; b2]
     t = None
     if model.teacher is not None:
         with torch.no_grad():
-            t = {view: encode(model.teacher["backbone"], views[view], trace=None if view.startswith("eq") else traces[1])[0] for view in ("1", "2", "eq1", "eq2") if view in views}
+            t = {view: trace(model.teacher["backbone"], traces[1], view)[0] for view in ("1", "2", "eq1", "eq2") if view in views}
             t = [whole(t, 1), whole(t, 2)]
     y = [whole(y, i + 1) for i in range(2 + args.local_views)]
     out = dict(L_inv=model.invariance(y, t, epoch))
@@ -669,14 +672,6 @@ def losses(model, views, params, args, epoch=0.0, traces=(None, None)):
 # ----------------------------------------------------------------------------------------------------------------------
 # Training
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def clip_each_(parameters, most):
-    """Scale down the gradient of every parameter tensor whose norm exceeds `most` (DINO clips each tensor by itself)."""
-    grads = [p.grad for p in parameters if p.grad is not None]
-    scale = [(most / (norm + 1e-6)).clamp(max=1.0) for norm in torch._foreach_norm(grads)]
-    torch._foreach_mul_(grads, scale)
 
 
 def build(args, device):
@@ -703,8 +698,10 @@ def check(args):
     if args.jitter[3] > 0.5:
         common.die(f"--jitter {' '.join(map(str, args.jitter))}: hue is in turns, at most 0.5")
     depth = common.vit_size(args.arch)["depth"]
+    if args.equi == "none":
+        args.equi_layer = 0
     if args.equi_layer > depth or args.equi == "ser" and args.equi_layer == 0:
-        common.die(f"--equi-layer {args.equi_layer}: {args.arch} has {depth} blocks" + (", and ser takes the tokens after one of them" if args.equi == "ser" else ""))
+        common.die(f"--equi-layer {args.equi_layer}: {args.arch} has {depth} blocks, and ser takes the tokens after one of them")
     if args.cls_layer is None:
         args.cls_layer = args.equi_layer if args.equi == "ser" else 0
     if args.weight_decay_end is None:
@@ -713,22 +710,23 @@ def check(args):
         common.die(f"--cls-layer {args.cls_layer}: {args.arch} has {depth} blocks and [CLS] needs one of them; give --cls-layer 3, say")
     if args.equi not in ("ser", "none") and 0 < args.equi_layer <= args.cls_layer:
         common.die(f"--equi-layer {args.equi_layer}: {args.equi} takes [CLS] there, which enters after block {args.cls_layer}; give --cls-layer 0")
-    if args.local_views and args.equi not in ("ser", "none"):
-        common.die(f"--local-views {args.local_views}: goes with --equi ser or none; {args.equi} has views of its own")
-    if args.local_views and args.base == "barlow":
-        common.die(f"--local-views {args.local_views}: Barlow Twins correlates two views; take --base mocov3 or dino")
+    if args.local_views and (args.base == "barlow" or args.equi not in ("ser", "none")):
+        common.die(f"--local-views {args.local_views}: goes with --base mocov3 or dino (Barlow Twins correlates two views) and --equi ser or none")
     if (args.local_views or args.equi == "essl") and args.local_size % args.patch_size:
         common.die(f"--local-size {args.local_size}: not divisible by --patch-size {args.patch_size}")
     if args.equi == "stl" and args.batch_size // common.world_size() % 2:
         common.die(f"--batch-size {args.batch_size}: stl pairs images, so each of the {common.world_size()} processes needs an even number")
     if args.equi == "augself" and not args.equi_params:
         common.die("--equi-params: name what augself is to predict, e.g. crop color")
+    for kind, flag, strengths in (("color", "jitter", args.jitter), ("blur", "blur", args.blur), ("solarize", "solarize", args.solarize)):
+        if args.equi == "augself" and kind in args.equi_params and not any(strengths):
+            common.die(f"--equi-params {kind}: is never applied; give --{flag} values above 0")
     if args.epochs and args.warmup_epochs >= args.epochs:
         common.die(f"--warmup-epochs {args.warmup_epochs}: must be below --epochs {args.epochs}")
     if args.equi == "ser":
         n2 = second_part(args.batch_size, args.equi_ratio)
         if n2 >= args.batch_size:
-            common.die(f"--batch-size {args.batch_size}: SER's second part takes {n2} of it (--equi-ratio {args.equi_ratio}, at least 8); raise it")
+            common.die(f"--batch-size {args.batch_size}: SER's second part takes {n2} of it; raise it (the part is at least 8) or lower --equi-ratio {args.equi_ratio}")
         if n2 % common.world_size():
             common.die(f"--equi-ratio {args.equi_ratio}: SER's second part of {n2} images does not divide among {common.world_size()} processes; start 1, 2, 4 or 8")
 
@@ -750,7 +748,10 @@ def main(argv=None):
     optimizer = torch.optim.AdamW([dict(params=decayed), dict(params=rest, weight_decay=0.0)], lr=0.0, fused=device.type == "cuda")
     peak = args.lr * args.batch_size / 256
 
-    run = common.Run("ser", args, f"{args.base}-{args.equi}" + "-2+4" * (args.local_views > 0), device)
+    variant = f"{args.base}-{args.equi}" + "-2+4" * (args.local_views > 0)
+    if args.equi_layer != 3 * (args.equi == "ser"):
+        variant += f"-{args.equi_layer}"
+    run = common.Run("ser", args, variant, device)
 
     def dump():
         heads = {k: v for k, v in model.state_dict().items() if not k.startswith(f"{model.evaluated}.")}
@@ -783,7 +784,7 @@ def main(argv=None):
         out["loss"].backward()
         common.average_gradients(parameters)
         if args.clip is not None:
-            clip_each_(parameters, args.clip)
+            common.clip_each_(parameters, args.clip)
         if epoch < args.freeze_last_epochs:
             for p in model.last_layer:
                 p.grad = None

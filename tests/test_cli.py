@@ -59,6 +59,7 @@ MISTAKES = {
     "[CLS] after the layer that reads it": (["{tiny}", "--equi", "augself", "--equi-layer", "2", "--cls-layer", "2"], "--equi-layer 2", "--cls-layer 0"),
     "local views of a baseline": (["{tiny}", "--equi", "essl", "--local-views", "4"], "--local-views 4", "ser or none"),
     "local views of Barlow Twins": (["{tiny}", "--base", "barlow", "--local-views", "4"], "--local-views 4", "mocov3"),
+    "a parameter that never changes": (["{tiny}", "--equi", "augself", "--equi-params", "crop", "solarize"], "--equi-params solarize", "--solarize"),
     "local size not divisible": (["{tiny}", "--local-views", "4", "--local-size", "6"], "--local-size 6", "--patch-size 4"),
     "odd batch for pairs": (["{tiny}", "--equi", "stl", "--batch-size", "11"], "--batch-size 11", "even"),
     "nothing to predict": (["{tiny}", "--equi", "augself", "--equi-params"], "--equi-params", "crop color"),

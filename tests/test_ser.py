@@ -240,7 +240,7 @@ def test_redundancy_reduction_of_equal_columns():
 def test_clip_each():
     a, b = torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(1))
     a.grad, b.grad = torch.tensor([3.0, 4.0]), torch.tensor([0.1])
-    ser.clip_each_([a, b], 0.5)
+    common.clip_each_([a, b], 0.5)
     assert torch.allclose(a.grad, torch.tensor([0.3, 0.4]), atol=1e-6) and b.grad.item() == pytest.approx(0.1)
 
 
