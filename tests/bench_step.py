@@ -1,0 +1,67 @@
+"""Seconds a training step of ser.py takes, each equivariance term beside the base alone, side by side.
+
+    python tests/bench_step.py                                  # vit_pico on random 32-px images, on a CPU
+    python tests/bench_step.py --arch vit_small --img-size 224 --patch-size 16 --batch-size 256 --recipe imagenet --device cuda
+
+Takes the arguments of ser.py. Every variant does one step a round, rounds repeat, and the ratio is the median of those
+within a round. Views are made beforehand; forward, backward, optimiser and moving average are timed.
+"""
+
+import statistics
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import common
+import ser
+
+VARIANTS = {"none": [], "ser": [], "augself": [], "stl": [], "equimod": [], "essl": [], "ser 2+4": ["--local-views", "4"], "augself, block 3": ["--equi-layer", "3"]}
+SMALL = ["--data", "imagefolder", "--recipe", "cifar10", "--arch", "vit_pico", "--patch-size", "8", "--batch-size", "64", "--proj-hidden", "512", "--device", "cpu"]
+
+
+def make_step(argv):
+    """Arguments of ser.py -> a function that does one training step on fixed random images."""
+    args = common.parse(ser.Args, ser.values_in_force, argv)
+    device = common.start(args.device)
+    ser.check(args)
+    model, policies = ser.build(args, device), ser.make_policies(args)
+    images = torch.randint(0, 256, (args.batch_size, 3, args.img_size, args.img_size), dtype=torch.uint8, generator=common.rng("bench"))
+    loader = common.Loader(common.ImageSet(images=images.to(device)), policies, partial(ser.draw_views, args, policies), args, device)
+    views, params = loader.finish(next(iter(loader.batches([0]))))
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=device.type == "cuda")
+    traces = [torch.compile(b.trace, dynamic=False) if args.compile and b is not None else None for b in (model.backbone, model.teacher and model.teacher["backbone"])]
+
+    def step():
+        with common.autocast(device, args.amp):
+            out, _ = ser.losses(model, views, params, args, traces=traces)
+        optimizer.zero_grad(set_to_none=True)
+        out["loss"].backward()
+        optimizer.step()
+        ser.update_teacher(model, 0.99)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    return step
+
+
+def main(argv, rounds=15):
+    steps = {name: make_step([*SMALL, *argv, "--equi", name.split()[0].rstrip(","), *more]) for name, more in VARIANTS.items()}
+    seconds = {name: [] for name in steps}
+    for r in range(rounds + 2):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            if r >= 2:  # two rounds to warm up
+                seconds[name].append(time.perf_counter() - start)
+    print("| | ms a step | of MoCo-v3's |\n|---|---|---|")
+    for name, t in seconds.items():
+        print(f"| {name} | {1e3 * statistics.median(t):.0f} | {statistics.median(a / b for a, b in zip(t, seconds['none'])):.2f} |")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
