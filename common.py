@@ -54,7 +54,7 @@ class RunArgs:
     needs, then the recipe, then the flags given by hand."""
 
     data: str = "blocks"
-    """data set: blocks (rendered on the spot); cifar10, cifar100, imagenet, imagenet100 or imagefolder with --data-dir"""
+    """data set: blocks (rendered on the spot); cifar10, cifar100, imagenet, imagenet100, 3diebench or imagefolder with --data-dir"""
     data_dir: str | None = None
     """where the data set lies; an image folder is train/ with val/ or test/, or any tree of images"""
     recipe: str | None = None
@@ -641,8 +641,9 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and std of eac
 CIFAR10 = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 CIFAR100 = ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
 BLOCKS = ((0.39, 0.39, 0.39), (0.14, 0.14, 0.14))
+BENCH3DIE = ((0.5016, 0.5037, 0.5060), (0.1030, 0.0999, 0.0969))
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
-DATA_SETS = ("blocks", "cifar10", "cifar100", "imagenet", "imagenet100", "imagefolder")
+DATA_SETS = ("blocks", "cifar10", "cifar100", "imagenet", "imagenet100", "3diebench", "imagefolder")
 IMAGENET100 = """01558993 01692333 01729322 01735189 01749939 01773797 01820546 01855672 01978455 01980166 01983481 02009229 02018207
     02085620 02086240 02086910 02087046 02089867 02089973 02090622 02091831 02093428 02099849 02100583 02104029 02105505 02106550 02107142
     02108089 02109047 02113799 02113978 02114855 02116738 02119022 02123045 02138441 02172182 02231487 02259212 02326432 02396427 02483362
@@ -674,6 +675,12 @@ class ImageSet:
         if self.images is None:
             return [open_image(self.paths[i]) for i in rows.tolist()]
         return self.images[rows.to(self.images.device)]
+
+    def rows(self, rows):
+        """The set of some of its images (n,)."""
+        pick = lambda v: v if v is None else v[rows.to(v.device)]
+        return dataclasses.replace(self, images=pick(self.images), paths=self.paths and [self.paths[i] for i in rows.tolist()], labels=pick(self.labels), groups=pick(self.groups),
+                                   factors={k: pick(v) for k, v in self.factors.items()}, masks=pick(self.masks), boxes=pick(self.boxes))
 
     def to(self, device):
         return self if self.images is None else dataclasses.replace(self, images=self.images.to(device))
@@ -747,6 +754,50 @@ def cifar(name, root, split):
     return ImageSet(images=torch.from_numpy(data.data).permute(0, 3, 1, 2), labels=torch.tensor(data.targets), classes=tuple(data.classes))
 
 
+def threediebench(root, split):
+    """3DIEBench (Garrido et al. 2023) as published: root/<synset>/<object>/image_0..49.jpg and latent_0..49.npy, and beside
+    them (or in root/data) the split's train_ or val_images.npy and _labels.npy. A latent is three angles (extrinsic xyz,
+    radians), floor hue, two angles of the light, its hue. All are read once and kept in the cache directory.
+    """
+    root, part = Path(root), dict(train="train", test="val")[split]
+
+    def load(name):
+        for path in (root / name, root / "data" / name):
+            if path.is_file():
+                return np.load(path)
+        die(f"--data-dir {root}: 3diebench needs {name} there, from the data folder of SIE's repository (github.com/facebookresearch/SIE)")
+
+    objects, labels = [str(o).strip("/") for o in load(f"{part}_images.npy")], torch.from_numpy(load(f"{part}_labels.npy")).long()
+    if len(objects) != len(labels):
+        die(f"--data-dir {root}: {part}_images.npy names {len(objects)} objects, {part}_labels.npy has {len(labels)} labels")
+
+    def latents():
+        out = np.empty((len(objects), 50, 7), np.float32)
+        for i, name in enumerate(progress(objects, desc=f"latents of {split}", unit="object")):
+            for v in range(50):
+                path = root / name / f"latent_{v}.npy"
+                try:
+                    out[i, v] = np.load(path)
+                except (OSError, ValueError) as e:
+                    die(f"{path}: missing, or not 7 numbers ({e}); 3DIEBench has latent_0..49.npy beside the images of each object")
+        return dict(latents=torch.from_numpy(out))
+
+    key = hashlib.blake2b(repr((str(root.resolve()), objects)).encode(), digest_size=8).hexdigest()
+    z = cached(f"3diebench-{key}", latents)["latents"].flatten(0, 1)  # (N, 7)
+    names = [f"{i:02d}" for i in range(int(labels.max()) + 1)]
+    return ImageSet(paths=[root / name / f"image_{v}.jpg" for name in objects for v in range(50)], labels=labels.repeat_interleave(50), classes=tuple(names),
+                    groups=torch.arange(len(objects)).repeat_interleave(50),
+                    factors=dict(rotation=quaternion_from_angles(z[:, :3]), floor_hue=z[:, 3], light_hue=z[:, 6]))
+
+
+def known_rows(labels, fraction, seed):
+    """A share of every class, at random from the seed: (n,) rows in order. For experiments in which the parameters of only
+    some images are known."""
+    g = rng(seed, "known")
+    rows = [(labels == c).nonzero()[:, 0] for c in labels.unique()]
+    return torch.cat([r[torch.randperm(len(r), generator=g)[: max(1, round(fraction * len(r)))]] for r in rows]).sort().values
+
+
 def check_data(name):
     if name not in DATA_SETS:
         die(f"--data {name}: unknown data set; there are {', '.join(DATA_SETS)}")
@@ -763,6 +814,8 @@ def load_data(name, root, split, size, skip_corrupt=False, workers=None):
         die(f"--data-dir: {name} needs the directory of its images")
     if name.startswith("cifar"):
         return cifar(name, root, split)
+    if name == "3diebench":
+        return threediebench(root, split)
     data = imagefolder(root, split, {f"n{wnid}" for wnid in IMAGENET100.split()} if name == "imagenet100" else None)
     expected = dict(imagenet=1000, imagenet100=100).get(name)
     if expected and (data is None or len(data.classes) != expected):
@@ -977,6 +1030,22 @@ def blocks(split, size=32, seed=0):
                 factors=dict(rotation=rotation, floor_hue=floor_hue, light_hue=light_hue),
                 masks=masks, boxes=bounding_boxes(masks))
 
+
+def multiply(p, q):
+    """Hamilton product of quaternions (n, 4), scalar last."""
+    v, w, u, s = p[:, :3], p[:, 3:], q[:, :3], q[:, 3:]
+    return torch.cat([w * u + s * v + torch.linalg.cross(v, u), w * s - (v * u).sum(1, keepdim=True)], 1)
+
+
+def pose_target(name, factors, i, j):
+    """What happened from view i to view j of an object, rows (n,) each. "pose": the quaternion q_i^-1 q_j (n, 4), its sign as
+    it comes; "hues": the differences of floor and light hue (n, 2), not wrapped."""
+    if name == "pose":
+        conjugate = factors["rotation"][i] * torch.tensor([-1.0, -1.0, -1.0, 1.0])
+        return multiply(conjugate, factors["rotation"][j])
+    return torch.stack([factors[k][j] - factors[k][i] for k in ("floor_hue", "light_hue")], 1)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Data: the loader
 # ----------------------------------------------------------------------------------------------------------------------
@@ -989,32 +1058,46 @@ class Loader(torch.utils.data.Dataset):
     alike; `policies[name]` is the Compose that makes it. What needs whole images (decoding, cropping) happens here, per
     rank: on the device when the set lives there, otherwise in worker processes, each of which makes whole batches. The
     rest is `finish`, batched on the device; without another device the workers do that too. Nothing depends on how many
-    workers or ranks there are.
+    workers or ranks there are. With `pairs` an epoch visits every object once, in two of its images: view "2" shows the
+    second, all other views the first.
     """
 
-    def __init__(self, data, policies, draw, args, device):
-        self.data, self.policies, self.draw, self.device = data, policies, draw, device
+    def __init__(self, data, policies, draw, args, device, pairs=False):
+        self.data, self.policies, self.draw, self.device, self.pairs = data, policies, draw, device, pairs
         self.seed, self.batch_size, self.workers = args.seed, args.batch_size, args.workers
         self.rank, self.share = rank(), args.batch_size // world_size()  # a worker process does not know them
         self.whole = data.images is None and device.type == "cpu"  # workers do all
-        self.steps_per_epoch = len(data) // args.batch_size  # the incomplete last batch is dropped
+        self.items = len(data.groups.unique()) if pairs else len(data)
+        self.steps_per_epoch = self.items // args.batch_size  # the incomplete last batch is dropped
         self.total_steps = args.epochs * self.steps_per_epoch
-        if len(data) < args.batch_size:
-            die(f"--batch-size {args.batch_size}: larger than the data set ({len(data)} images); lower it")
+        if self.items < args.batch_size:
+            die(f"--batch-size {args.batch_size}: larger than the data set ({self.items} {'objects' if pairs else 'images'}); lower it")
         if args.batch_size % world_size():
             die(f"--batch-size {args.batch_size}: not divisible by the {world_size()} processes; the nearest that is: {max(1, args.batch_size // world_size()) * world_size()}")
 
-    def __getitem__(self, step):
+    def rows(self, step):
+        """This rank's rows of the data set: (b,), with `pairs` (2, b)."""
         epoch, k = divmod(step, self.steps_per_epoch)
-        order = torch.randperm(len(self.data), generator=rng(self.seed, "order", epoch))
-        low, b = self.rank * self.share, self.share
-        rows = order[k * self.batch_size + low :][:b]  # (b,)
-        images = self.data[rows]  # (b, 3, H, W), or b images of any size
-        sizes = torch.tensor([image.shape[1:] for image in images])  # (b, 2)
+        order = torch.randperm(self.items, generator=rng(self.seed, "order", epoch))
+        mine = slice(self.rank * self.share, (self.rank + 1) * self.share)
+        items = order[k * self.batch_size :][: self.batch_size][mine]  # (b,)
+        if not self.pairs:
+            return items
+        by_object, count = torch.argsort(self.data.groups, stable=True), torch.bincount(self.data.groups)  # (N,), (G,)
+        u = torch.rand(self.batch_size, 2, generator=rng(self.seed, "pairs", step))[mine]
+        count, first = count[items], (count.cumsum(0) - count)[items]  # (b,) each
+        i = (u[:, 0] * count).long()  # one of an object's images, and then one of the others
+        j = (i + 1 + (u[:, 1] * (count - 1)).long()) % count
+        return by_object[torch.stack([first + i, first + j])]
+
+    def __getitem__(self, step):
+        low, b, rows = self.rank * self.share, self.share, self.rows(step)
+        images = self.data[rows.flatten()]  # (b, 3, H, W), or b images of any size; 2 b with `pairs`
+        sizes = torch.tensor([image.shape[1:] for image in images])
         views = {}
         for name, (at, params) in self.draw(rng(self.seed, "views", step)).items():
             mine = ((at >= low) & (at < low + b)).nonzero()[:, 0]
-            at, policy = at[mine] - low, self.policies[name]
+            at, policy = at[mine] - low + b * (self.pairs and name == "2"), self.policies[name]
             params = policy.resolve({key: value[mine] for key, value in params.items()}, sizes[at])
             source = [images[i] for i in at.tolist()] if isinstance(images, list) else images[at.to(images.device)]
             views[name] = (policy if self.whole else policy.crop)(source, params), params  # (n, 3, S, S), else uint8
@@ -1484,6 +1567,35 @@ class Compose:
         return out
 
 
+FAMILIES = ("rotation", "color", "blur", "translation", "crop", "flip")
+
+
+def most_shift(size):
+    """Pixels: 10 at 224 px, in proportion; 4 on small images."""
+    return 4.0 if size < 64 else 10 * size / 224
+
+
+def family(name, size):
+    """A family of transformations of images of `size` px: +-45 degrees; factors 1 +- 0.4 and hue +- 0.1 in fixed order;
+    sigma 0.1 to 2 px; shifts of `most_shift`; crops of 20 % to all of the image; flips of every second image."""
+    return dict(
+        rotation=Affine(degrees=45), color=ColorJitter(0.4, 0.4, 0.4, 0.1, p=1.0, shuffle=False),
+        blur=GaussianBlur((0.1, 2.0), p=1.0, kernel=23 if size >= 64 else 9), translation=Affine(translate=most_shift(size)),
+        crop=RandomResizedCrop(size, (0.2, 1.0)), flip=HorizontalFlip())[name]
+
+
+def family_target(name, p, size):
+    """Parameters p of a family -> numbers that describe them (n, K), at most 1 in size, and 0 where nothing is done."""
+    columns = dict(
+        rotation=lambda: [p["angle"] / 45],
+        color=lambda: [(p[k] - 1) / 0.4 for k in ("brightness", "contrast", "saturation")] + [p["hue"] / 0.1],
+        blur=lambda: [p["sigma"] / 2],
+        translation=lambda: [p[k] / most_shift(size) for k in ("shift_y", "shift_x")],
+        crop=lambda: [p["top"] + p["height"] / 2 - 0.5, p["left"] + p["width"] / 2 - 0.5, p["height"] - 1, p["width"] - 1],
+        flip=lambda: [p["flip"].float()])[name]()
+    return torch.stack(columns, 1)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Backbones
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1515,13 +1627,13 @@ def sincos_positions(h, w, dim):
 class ViT(VisionTransformer):
     """timm's VisionTransformer, with timm's parameter names, for any grid of patches and with a late [CLS].
 
-    cls_layer: [CLS] enters after this block (0: at the input, as usual); before it the tokens are a map and nothing else.
+    cls_layer: [CLS] enters after this block (0: at the input, as usual; None: there is none); before it the tokens are a map.
     pos: "learned", or "sincos" (fixed). A late [CLS] has no position; at the input a sin-cos one is zero.
     """
 
     def __init__(self, arch="vit_small", img_size=224, patch_size=16, cls_layer=0, pos="learned", drop_path=0.0):
-        super().__init__(img_size=img_size, patch_size=patch_size, num_classes=0, drop_path_rate=drop_path,
-                         no_embed_class=cls_layer > 0, **VITS[arch])
+        super().__init__(img_size=img_size, patch_size=patch_size, num_classes=0, drop_path_rate=drop_path, class_token=cls_layer is not None,
+                         global_pool="avg" if cls_layer is None else "token", fc_norm=False, no_embed_class=cls_layer != 0, **VITS[arch])
         self.cls_layer, self.patch_size, self.grid = cls_layer, patch_size, img_size // patch_size
         self.dim, self.depth = self.embed_dim, len(self.blocks)
         if pos == "sincos":
@@ -1541,20 +1653,25 @@ class ViT(VisionTransformer):
         """The grid of patches (h, w) of x (B, 3, H, W)."""
         return tuple(side // self.patch_size for side in x.shape[2:])
 
-    def trace(self, x, taps=()):
-        """x (B, 3, H, W) -> y (B, dim), the normalised final [CLS], and {k: tokens after block k (B, N, dim)} for `taps`.
-        From block cls_layer + 1 on (from 0 if cls_layer is 0) [CLS] is row 0."""
+    def run_blocks(self, x, taps=()):
+        """x (B, 3, H, W) -> z, the normalised tokens after the last block, and {k: tokens after block k} for `taps`, all
+        (B, N, embed_dim). From block cls_layer + 1 on (from 0 if cls_layer is 0) [CLS] is row 0."""
         h, w = self.cells(x)
-        z = self.patch_embed.proj(x).flatten(2).transpose(1, 2) + self.positions(h, w)  # (B, h w, dim)
-        cls = self.cls_token + self.pos_embed[:, :1] if self.cls_layer == 0 else self.cls_token
+        z = self.patch_embed.proj(x).flatten(2).transpose(1, 2) + self.positions(h, w)  # (B, h w, embed_dim)
         tapped = {}
         for k, block in enumerate(self.blocks):
             if k == self.cls_layer:
-                z = torch.cat([cls.expand(len(z), -1, -1), z], dim=1)  # (B, 1 + h w, dim)
+                cls = self.cls_token + self.pos_embed[:, :1] if k == 0 else self.cls_token
+                z = torch.cat([cls.expand(len(z), -1, -1), z], dim=1)  # (B, 1 + h w, embed_dim)
             z = block(z)
             if k + 1 in taps:
                 tapped[k + 1] = z
-        return self.norm(z[:, 0]), tapped
+        return self.norm(z), tapped
+
+    def trace(self, x, taps=()):
+        """x (B, 3, H, W) -> y (B, dim), the normalised final [CLS], and the tokens after the blocks in `taps`."""
+        z, tapped = self.run_blocks(x, taps)
+        return z[:, 0], tapped
 
     def forward(self, x):
         return self.trace(x)[0]
@@ -1572,6 +1689,28 @@ class ViT(VisionTransformer):
         return self.trace(x, (after,))[1][after][:, -h * w :].unflatten(1, (h, w))
 
 
+class NeckViT(ViT):
+    """A ViT without [CLS] and with a linear neck on every normalised patch token. The representation is the mean of the
+    tokens; its first half is meant to be invariant, its second equivariant. The encoder of RECON and SIE."""
+
+    def __init__(self, neck=512, **kwargs):
+        super().__init__(cls_layer=None, **kwargs)
+        self.neck, self.dim = nn.Linear(self.embed_dim, neck), neck
+
+    def patches(self, x):
+        """x (B, 3, H, W) -> tokens (B, h w, neck)."""
+        return self.neck(self.run_blocks(x)[0])
+
+    def trace(self, x, taps=()):
+        """x (B, 3, H, W) -> the representation (B, neck), and the tokens after the blocks in `taps`."""
+        z, tapped = self.run_blocks(x, taps)
+        return self.neck(z).mean(1), tapped
+
+    def last_blocks(self, x, n=1):
+        """The representation: there is no [CLS] to take from other blocks."""
+        return self(x)
+
+
 def make_backbone(arch, mean, std, **kwargs):
     """The encoder that a checkpoint's "backbone" describes. It keeps that description, and in `mean`, `std`, `img_size`
     what it expects as input; `dim` is the width of `backbone(x)`."""
@@ -1579,7 +1718,7 @@ def make_backbone(arch, mean, std, **kwargs):
     img_size, patch_size = kwargs["img_size"], kwargs["patch_size"]
     if img_size % patch_size:
         die(f"--img-size {img_size}: not divisible by --patch-size {patch_size}; the nearest that is: {max(1, round(img_size / patch_size)) * patch_size}")
-    backbone = ViT(arch, **kwargs)
+    backbone = (NeckViT if "neck" in kwargs else ViT)(arch=arch, **kwargs)
     backbone.mean, backbone.std, backbone.img_size = mean, std, img_size
     backbone.description = dict(arch=arch, mean=list(mean), std=list(std), **kwargs)
     return backbone
@@ -1603,6 +1742,8 @@ def export_backbone(path, backbone):
     from safetensors.torch import save_file
 
     d = backbone.description
+    if "neck" in d:
+        return f"{path.name}: not written, timm has no ViT with a neck"
     if d["cls_layer"] > 0:
         return f"{path.name}: not written, timm has no ViT whose [CLS] enters after a block"
     arguments = dict(model_name="vit_small_patch16_224", num_classes=0, img_size=d["img_size"], patch_size=d["patch_size"], **VITS[d["arch"]])

@@ -36,9 +36,8 @@ import torch.nn.functional as F
 import tyro
 
 import common
-from common import Affine, CenterCrop, ColorJitter, GaussianBlur, HorizontalFlip, RandomResizedCrop
+from common import FAMILIES, CenterCrop
 
-FAMILIES = ("rotation", "color", "blur", "translation", "crop", "flip")
 POSES = ("pose", "hues")
 
 
@@ -154,61 +153,20 @@ def regress(sample, test_pairs, epochs, generator, batch_size=256, lr=1e-3):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def most_shift(size):
-    """Pixels: 10 at 224 px, in proportion; 4 on small images."""
-    return 4.0 if size < 64 else 10 * size / 224
-
-
-def family(name, size):
-    """A family of transformations of images of `size` px: +-45 degrees; factors 1 +- 0.4 and hue +- 0.1 in fixed order;
-    sigma 0.1 to 2 px; shifts of `most_shift`; crops of 20 % to all of the image; flips of every second image."""
-    return dict(
-        rotation=Affine(degrees=45), color=ColorJitter(0.4, 0.4, 0.4, 0.1, p=1.0, shuffle=False),
-        blur=GaussianBlur((0.1, 2.0), p=1.0, kernel=23 if size >= 64 else 9), translation=Affine(translate=most_shift(size)),
-        crop=RandomResizedCrop(size, (0.2, 1.0)), flip=HorizontalFlip())[name]
-
-
-def family_target(name, p, size):
-    """Parameters p -> what the probe predicts (n, K), at most 1 in size, and 0 where nothing is done."""
-    columns = dict(
-        rotation=lambda: [p["angle"] / 45],
-        color=lambda: [(p[k] - 1) / 0.4 for k in ("brightness", "contrast", "saturation")] + [p["hue"] / 0.1],
-        blur=lambda: [p["sigma"] / 2],
-        translation=lambda: [p[k] / most_shift(size) for k in ("shift_y", "shift_x")],
-        crop=lambda: [p["top"] + p["height"] / 2 - 0.5, p["left"] + p["width"] / 2 - 0.5, p["height"] - 1, p["width"] - 1],
-        flip=lambda: [p["flip"].float()])[name]()
-    return torch.stack(columns, 1)
-
-
 class SecondView:
     """The second views of a set: `view(images, rows)` centre-crops uint8 images and applies a family to them, each with
     parameters of its own, drawn from the seed; `view.target` (N, K) is what was done. A class, so that workers can have it."""
 
     def __init__(self, name, size, n, seed):
-        self.name, self.centre, self.op = name, CenterCrop(size, interpolation="bicubic"), family(name, size)
+        self.name, self.centre, self.op = name, CenterCrop(size, interpolation="bicubic"), common.family(name, size)
         self.params = self.op.sample(n, common.rng(seed, "r2", name), torch.full((n, 2), size))
-        self.target = family_target(name, self.params, size)  # (N, K)
+        self.target = common.family_target(name, self.params, size)  # (N, K)
 
     def __call__(self, images, rows):
         x, params = self.centre(images), {key: value[rows] for key, value in self.params.items()}  # uint8 (n, 3, S, S)
         if self.name == "crop":
             return self.op(x, params)
         return (self.op(x.float() / 255, params) * 255).round().clamp(0, 255).to(torch.uint8)
-
-
-def multiply(p, q):
-    """Hamilton product of quaternions (n, 4), scalar last."""
-    v, w, u, s = p[:, :3], p[:, 3:], q[:, :3], q[:, 3:]
-    return torch.cat([w * u + s * v + torch.linalg.cross(v, u), w * s - (v * u).sum(1, keepdim=True)], 1)
-
-
-def pose_target(name, factors, i, j):
-    """What happened from view i to view j, (n,) each: the quaternion q_i^-1 q_j (n, 4), its sign as it comes, or the
-    differences of floor and light hue (n, 2), not wrapped."""
-    if name == "pose":
-        conjugate = factors["rotation"][i] * torch.tensor([-1.0, -1.0, -1.0, 1.0])
-        return multiply(conjugate, factors["rotation"][j])
-    return torch.stack([factors[k][j] - factors[k][i] for k in ("floor_hue", "light_hue")], 1)
 
 
 def partners(groups, generator):
@@ -278,7 +236,7 @@ def r2_of_poses(target, backbone, sides, args, how):
 
     def sample(data, y, *key):
         i, j = torch.arange(len(data)), partners(data.groups, common.rng(args.seed, *key))
-        return torch.cat([y, y[j]], 1), pose_target(target, data.factors, i, j).to(y.device)  # (N, 2 D), (N, K)
+        return torch.cat([y, y[j]], 1), common.pose_target(target, data.factors, i, j).to(y.device)  # (N, 2 D), (N, K)
 
     test_pairs, test_targets = sample(*sides[1], "test pairs")
     predicted = regress(lambda epoch: sample(*sides[0], "pairs", epoch), test_pairs, args.r2_epochs, common.rng(args.seed, "r2", target))

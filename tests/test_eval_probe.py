@@ -86,7 +86,7 @@ def quaternions(angles):
 ])
 def test_pose_target_is_the_relative_quaternion(first, second, relative):
     factors = dict(rotation=quaternions([first, second]).float())
-    target = eval_probe.pose_target("pose", factors, torch.tensor([0]), torch.tensor([1]))
+    target = common.pose_target("pose", factors, torch.tensor([0]), torch.tensor([1]))
     assert torch.allclose(target[0], torch.tensor(relative), atol=1e-5)
 
 
@@ -101,7 +101,7 @@ def test_a_constant_scores_0_229_on_relative_quaternions():
     angles = (torch.rand(200_000, 3, generator=g, dtype=torch.float64) - 0.5) * math.pi
     factors = dict(rotation=common.quaternion_from_angles(angles).float())
     i = torch.arange(100_000)
-    t = eval_probe.pose_target("pose", factors, i, i + 100_000)
+    t = common.pose_target("pose", factors, i, i + 100_000)
     scores = eval_probe.r2_scores(t, t.mean(0).expand_as(t))
     assert scores["flat"] == pytest.approx(0.228951, abs=0.005) and scores["uniform"] == pytest.approx(0, abs=1e-6)
 
@@ -128,7 +128,7 @@ class Blind(Planted):
         return torch.randn(len(x), 256, generator=g)
 
 
-@pytest.mark.parametrize("target", eval_probe.FAMILIES)
+@pytest.mark.parametrize("target", common.FAMILIES)
 def test_r2_probe_finds_what_the_features_hold_and_nothing_in_noise(target):
     data = common.load_data("blocks", None, "test", 32)
     train, test = (common.ImageSet(images=data.images[rows]) for rows in (slice(0, 3000), slice(3000, 4000)))
@@ -169,16 +169,16 @@ def test_targets_say_what_was_done():
     """Sizes as listed; nothing done is 0; the extremes of each range are 1 in size."""
     dims = dict(rotation=1, color=4, blur=1, translation=2, crop=4, flip=1)
     for name, K in dims.items():
-        params = eval_probe.family(name, 32).sample(500, g, torch.full((500, 2), 32))
-        target = eval_probe.family_target(name, params, 32)
+        params = common.family(name, 32).sample(500, g, torch.full((500, 2), 32))
+        target = common.family_target(name, params, 32)
         assert target.shape == (500, K) and 0.5 < target.abs().max() <= 1.0 + 1e-6
     one, zero = torch.ones(1), torch.zeros(1)
     identity = dict(angle=zero, shift_x=zero, shift_y=zero, brightness=one, contrast=one, saturation=one, hue=zero, sigma=zero, top=zero, left=zero,
                     height=one, width=one, flip=zero.bool())
-    assert all(eval_probe.family_target(name, identity, 32).abs().max() == 0 for name in dims)
-    assert eval_probe.family_target("rotation", dict(angle=torch.tensor([-45.0])), 32).item() == -1
+    assert all(common.family_target(name, identity, 32).abs().max() == 0 for name in dims)
+    assert common.family_target("rotation", dict(angle=torch.tensor([-45.0])), 32).item() == -1
     corner = dict(top=zero, left=torch.tensor([0.5]), height=one / 2, width=one / 2)
-    assert eval_probe.family_target("crop", corner, 32)[0].tolist() == [-0.25, 0.25, -0.5, -0.5]
+    assert common.family_target("crop", corner, 32)[0].tolist() == [-0.25, 0.25, -0.5, -0.5]
 
 
 # ---- the table --------------------------------------------------------------------------------------

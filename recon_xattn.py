@@ -1,0 +1,474 @@
+"""RECON: equivariant representations by reconstructing one view from the other through cross-attention; SIE, VICReg, supervised.
+
+Paper: "Equivariant Representation Learning for Augmentation-based Self-Supervised Learning via Image Reconstruction"
+(Wang, Krajsek, Scharr 2024, arXiv 2412.03314).
+
+Idea. Half of the representation is made invariant by VICReg. From the other half a decoder must draw the second view with
+the patches of the first: the query comes from view 2, key and value from view 1. To do so the encoder has to keep what the
+transformation between the views did, and nobody has to know its parameters.
+
+    tokens t = neck(f(x))  (N, 512) of N patches;  representation y = mean over tokens = [y_inv, y_equi], 256 + 256
+    Z_inv = g_inv(y_inv)  (192,)                   Z_equi = g_equi(t[:, 256:])  (N, 192)
+    Y = softmax(W_q Z_equi(v2) (W_k Z_equi(v1))^T / sqrt(64)) W_v Z_equi(v1), then 5 self-attention blocks, then pixels
+    L = lambda_ssl VICReg(Z_inv(v1), Z_inv(v2)) + lambda_recon mean (v2_hat - v2)^2
+    VICReg = 10 mse(Z, Z') + 10 (v(Z) + v(Z')) / 2 + c(Z) + c(Z')
+    v(Z) = mean_j max(0, 1 - sqrt(Var_j + 1e-4)),   c(Z) = sum_{i != j} C_ij^2 / d,   C = Cov(Z)
+
+SIE ("Self-supervised learning of Split Invariant Equivariant representations", arXiv 2302.10283) knows the parameters:
+a hypernetwork M(z) of what happened between the views maps one view's equivariant embedding to the other's,
+
+    L = 10 mse(inv, inv') + 4.5 mse(M(z) equi, equi') + 10 (v(x) + v(x')) / 2 + 10 v(M(z) equi) / 2 + c(x) + c(x'),  x = [inv, equi]
+
+VICReg makes all of y invariant; the supervised encoder learns labels from both views. All four have the same encoder.
+
+Usage
+    python recon_xattn.py                                              # rendered objects, two views of each, CPU, minutes
+    python recon_xattn.py --objective sie --sie-params rotation color  # parameters known
+    python recon_xattn.py --data imagefolder --data-dir DIR --recipe cifar10
+    torchrun --nproc_per_node=8 recon_xattn.py --data 3diebench --data-dir 3DIEBENCH --compile
+
+Views. Objects in several poses (blocks, 3diebench): two renderings of one, as they are; z is the quaternion q1^-1 q2
+(rotation), the differences of floor and light hue (color), or both. Images: view 1 a random crop, view 2 = T(view 1): crop,
+flip, rotation and shift in one warp, colour, blur; z = [1, parameters], rotation as (sin, cos - 1). The leading 1
+lets a hypernetwork without bias represent the identity.
+
+Where the paper is silent this file takes (source in brackets; [F] is the same authors' arXiv-published follow-up at AAAI 2026,
+"SSL Based on Transformed Image Reconstruction for Equivariance-Coherent Feature Representation"):
+  * tokens are patches [F]; the encoder is ViT-S/16 with a linear neck to 512 [F]; no [CLS]: reconstruction reaches patches
+    only, so the mean of the tokens is what both losses shape and what is evaluated.
+  * the cross-attention block has no residual from the query, or view 2, its own target, would pass through; fixed sin-cos
+    positions are added behind it. What view 2 may say is where to look: a bottleneck, not a barrier.
+  * lambda_ssl = lambda_recon = 1 [F]; VICReg's weights 10, 10, 1 [SIE's repository]; variance and covariance on Z_inv only.
+  * the target is the normalised view 2, all pixels.
+  * Adam with lr 1e-4 per 256 images and weight decay 1e-6 [paper]; 10 epochs of warm-up, half a cosine to 0 [F].
+  * ranges of the transformations: 45 degrees, factors 0.6 to 1.4, hue 0.1, sigma 0.1 to 2, shifts of 10 px at 224 px [F],
+    crops of 20 to 100 %; colour in fixed order.
+  * z is not drawn apart for view pairs whose parameters are unknown: `--known-fraction` leaves SIE and the supervised
+    encoder only that share of every class (Table 3), RECON and VICReg see all.
+"""
+
+import dataclasses
+import math
+from functools import partial
+from typing import Literal
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.models.vision_transformer import Block
+
+import common
+from common import FAMILIES, Compose, Normalize, RandomResizedCrop, upcast
+
+
+@dataclasses.dataclass
+class Args(common.RunArgs):
+    """What reconstruction and its baselines need, beside the arguments that all scripts share."""
+
+    objective: Literal["recon", "sie", "vicreg", "supervised"] = "recon"
+    """what trains the encoder"""
+    neck: int = 512
+    """width of the representation; its first half is the invariant one"""
+    embed_dim: int = 192
+    """width of the decoder and of Z_inv (recon)"""
+    decoder_depth: int = 6
+    """blocks of the decoder; the first is the cross-attention"""
+    proj_hidden: int = 1024
+    """width of g_inv (recon), of each of the two projectors (sie); twice that of the expander (vicreg)"""
+    ssl_weight: float = 1.0
+    """lambda_ssl, weight of VICReg's loss (recon)"""
+    recon_weight: float = 1.0
+    """lambda_recon, weight of the reconstruction"""
+    sim_weight: float = 10.0
+    """weight of the distance between views"""
+    var_weight: float = 10.0
+    """weight of the variance terms"""
+    cov_weight: float = 1.0
+    """weight of the covariance terms"""
+    equi_factor: float = 0.45
+    """weight of SIE's prediction, relative to --sim-weight"""
+    sie_params: tuple[Literal["rotation", "color", "blur", "translation", "crop", "flip", "all"], ...] = ("all",)
+    """what happens between the views of sie, and is known; of posed objects: rotation and color (the hues)"""
+    sie_single: bool = False
+    """only one of them at a time, at random for each image"""
+    known_fraction: float = 1.0
+    """share of each class whose parameters (sie) or labels (supervised) are known; these two see no other images"""
+    weight_decay: float = 1e-6
+    """of Adam, as an L2 penalty"""
+    warmup_epochs: float = 10
+    """linear warm-up; then the learning rate falls along half a cosine"""
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    """area of view 1, relative to the image"""
+
+
+RANGES = common.RANGES | dict(
+    neck="[2, inf)", embed_dim="[4, inf)", decoder_depth="[1, inf)", proj_hidden="[1, inf)", ssl_weight="[0, inf)", recon_weight="[0, inf)", sim_weight="[0, inf)",
+    var_weight="[0, inf)", cov_weight="[0, inf)", equi_factor="[0, inf)", known_fraction="(0, 1]", weight_decay="[0, inf)", warmup_epochs="[0, inf)", crop_scale="(0, 1]")
+
+PAPER = dict(epochs=800, lr=1e-4)  # ViT-S/16, batch 2048: peak lr 8e-4
+RECIPES = {
+    "imagenet": PAPER,
+    "imagenet100": PAPER,  # not in the paper
+    "3diebench": PAPER | dict(img_size=256),
+    "cifar10": PAPER | dict(img_size=32, patch_size=4),
+    "cifar100": PAPER | dict(img_size=32, patch_size=4),  # not in the paper
+    "blocks": dict(arch="vit_pico", img_size=32, patch_size=8, epochs=60, batch_size=128, lr=2e-3, warmup_epochs=3, embed_dim=96, decoder_depth=3, proj_hidden=256),  # ours
+}
+NORMALISE = {"3diebench": common.BENCH3DIE, "blocks": common.BLOCKS, "cifar10": common.CIFAR10, "cifar100": common.CIFAR100}  # all others: ImageNet's
+
+
+def values_in_force(first):
+    """The recipe that a first look at the command line asks for, as defaults for the second."""
+    name = first.recipe or first.data
+    return dict(recipe=name) | RECIPES.get(name, {})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Views, and what happened between them
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Recrop:
+    """A random crop of a view that is a crop already; parameters `recrop_top`, ..., in fractions of the view."""
+
+    def __init__(self, size):
+        self.crop = common.family("crop", size)
+
+    def sample(self, n, generator=None, sizes=None):
+        box = self.crop.sample(n, generator, torch.full((n, 2), self.crop.size))
+        return {f"recrop_{key}": value for key, value in box.items()}
+
+    def __call__(self, x, params):  # whole levels of 255 go in and come out
+        box = {key.removeprefix("recrop_"): value for key, value in params.items() if key.startswith("recrop_")}
+        return self.crop((x * 255).round().to(torch.uint8), box).float().div_(255)
+
+
+class Warp(common.Affine):
+    """Rotation and translation at once."""
+
+    def __init__(self, size):
+        super().__init__(common.family("rotation", size).degrees, common.family("translation", size).translate)
+
+
+IDENTITY = dict(recrop_top=0.0, recrop_left=0.0, recrop_height=1.0, recrop_width=1.0, flip=False, angle=0.0, shift_y=0.0, shift_x=0.0, brightness=1.0,
+                contrast=1.0, saturation=1.0, hue=0.0, sigma=0.0)
+KEYS = dict(rotation=("angle",), color=("brightness", "contrast", "saturation", "hue"), blur=("sigma",), translation=("shift_y", "shift_x"),
+            crop=("recrop_top", "recrop_left", "recrop_height", "recrop_width"), flip=("flip",))
+
+
+def make_policies(args, posed):
+    """{view: Compose}: "1" is plain. Of posed objects "2" is plain too, of images it is view 1 under all families."""
+    normalise = Normalize(*NORMALISE.get(args.recipe, common.IMAGENET))
+    if posed:
+        return {view: Compose([common.CenterCrop(args.img_size, resize=args.img_size), normalise]) for view in "12"}
+    S, crop = args.img_size, RandomResizedCrop(args.img_size, args.crop_scale)
+    T = [Recrop(S), common.family("flip", S), Warp(S), common.family("color", S), common.family("blur", S)]
+    return {"1": Compose([crop, normalise]), "2": Compose([crop, *T, normalise])}
+
+
+def draw_views(args, policies, families, generator):
+    """{view: (rows of the global batch, what its policy draws for them)}. View 2 shows view 1's crop; of the `families` all
+    happen, or with --sie-single one per image; the others stay at the identity."""
+    n = args.batch_size
+    drawn = {view: policy.draw(n, generator) for view, policy in policies.items()}
+    if families:
+        drawn["2"] |= {key: drawn["1"][key] for key in policies["1"].crop.draws}
+        chosen = torch.randint(len(families), (n,), generator=generator)
+        for name in FAMILIES:
+            happens = torch.full((n,), name in families)
+            if args.sie_single and name in families:
+                happens = chosen == families.index(name)
+            for key in KEYS[name]:
+                value = drawn["2"][key]
+                drawn["2"][key] = torch.where(happens, value, torch.tensor(IDENTITY[key], dtype=value.dtype))
+    return {view: (torch.arange(n), draws) for view, draws in drawn.items()}
+
+
+def latent(families, params, size):
+    """z of images: params of view 2 -> (n, K): 1, then each family's numbers, a rotation by phi as (sin phi, cos phi - 1)."""
+    columns = [torch.ones(len(params["angle"]), 1)]
+    for name in families:
+        if name == "rotation":
+            phi = params["angle"].deg2rad()[:, None]
+            columns.append(torch.cat([phi.sin(), phi.cos() - 1], 1))
+        else:
+            p = {key.removeprefix("recrop_"): params[key] for key in KEYS[name]}
+            columns.append(common.family_target(name, p, size))
+    return torch.cat(columns, 1)
+
+
+def pose_latent(families, factors, rows):
+    """z of posed objects, rows (2, n) of their two images: the relative quaternion, the differences of the hues, or both."""
+    return torch.cat([common.pose_target(dict(rotation="pose", color="hues")[name], factors, *rows) for name in families], 1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Losses
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def variance(z):
+    """v(Z): z (n, d), all of the global batch -> mean over dimensions of max(0, 1 - standard deviation)."""
+    return F.relu(1 - (z.var(0) + 1e-4).sqrt()).mean()
+
+
+def covariance(z):
+    """c(Z): z (n, d), all of the global batch -> sum of the squared off-diagonal covariances, over d."""
+    z = z - z.mean(0)
+    C = z.T @ z / (len(z) - 1)  # (d, d)
+    return (C.square().sum() - C.diagonal().square().sum()) / z.shape[1]
+
+
+def vicreg(z1, z2, args):
+    """Embeddings of both views on this process, (b, d) each -> {"L_sim", "L_var", "L_cov"}, unweighted, and their weighted sum
+    "L_ssl". Variance and covariance are over the global batch."""
+    all1, all2 = common.gather(z1), common.gather(z2)  # (B, d)
+    terms = dict(L_sim=F.mse_loss(z1, z2), L_var=(variance(all1) + variance(all2)) / 2, L_cov=covariance(all1) + covariance(all2))
+    return terms | dict(L_ssl=args.sim_weight * terms["L_sim"] + args.var_weight * terms["L_var"] + args.cov_weight * terms["L_cov"])
+
+
+def split_loss(inv1, inv2, equi1, equi2, predicted, args):
+    """SIE: embeddings of both views and M(z) equi1, (b, d) each on this process -> the terms and their weighted sum "loss"."""
+    x1, x2, p = (common.gather(v) for v in (torch.cat([inv1, equi1], 1), torch.cat([inv2, equi2], 1), predicted))
+    terms = dict(L_sim=F.mse_loss(inv1, inv2), L_equi=F.mse_loss(predicted, equi2), L_var=(variance(x1) + variance(x2)) / 2, L_var_predicted=variance(p) / 2,
+                 L_cov=covariance(x1) + covariance(x2))
+    loss = args.sim_weight * (terms["L_sim"] + args.equi_factor * terms["L_equi"]) + args.cov_weight * terms["L_cov"]
+    return terms | dict(loss=loss + args.var_weight * (terms["L_var"] + terms["L_var_predicted"]))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Objectives: each maps what the encoder makes of both views to a loss
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def expander(*dims):
+    """Linear-BN-ReLU, ..., Linear without bias: VICReg's."""
+    layers = [layer for a, b in zip(dims[:-2], dims[1:]) for layer in (nn.Linear(a, b), nn.BatchNorm1d(b), nn.ReLU(inplace=True))]
+    return nn.Sequential(*layers, nn.Linear(*dims[-2:], bias=False))
+
+
+class CrossBlock(nn.Module):
+    """Cross-attention and an MLP. The query's tokens are not added to the result, which starts from positions alone."""
+
+    def __init__(self, dim, heads, positions):
+        super().__init__()
+        self.heads = heads
+        self.norm_q, self.norm_kv, self.norm = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.q, self.kv, self.out = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+        self.register_buffer("positions", positions, persistent=False)  # (1, N, dim)
+
+    def forward(self, z2, z1):
+        """Query from z2, key and value from z1, (B, N, dim) each -> (B, N, dim)."""
+        split = lambda v: v.unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, heads, N, dim / heads)
+        q, (k, v) = self.q(self.norm_q(z2)), self.kv(self.norm_kv(z1)).chunk(2, dim=2)
+        h = F.scaled_dot_product_attention(split(q), split(k), split(v)).transpose(1, 2).flatten(2)  # (B, N, dim)
+        h = self.positions + self.out(h)
+        return h + self.mlp(self.norm(h))
+
+
+class Recon(nn.Module):
+    """g_inv, g_equi and the decoder."""
+
+    def __init__(self, backbone, args, _):
+        super().__init__()
+        self.backbone, self.args, self.half, d = backbone, args, args.neck // 2, args.embed_dim
+        self.patch = args.patch_size
+        heads = max(1, d // 64)
+        self.g_inv = expander(self.half, args.proj_hidden, args.proj_hidden, d)
+        self.g_equi = nn.Linear(args.neck - self.half, d)
+        self.cross = CrossBlock(d, heads, common.sincos_positions(backbone.grid, backbone.grid, d))
+        self.blocks = nn.Sequential(*[Block(d, heads, qkv_bias=True) for _ in range(args.decoder_depth - 1)], nn.LayerNorm(d))
+        self.pixels = nn.Linear(d, 3 * self.patch**2)
+
+    def decode(self, t1, t2):
+        """Tokens of both views (B, N, 512) -> view 2 as the decoder draws it (B, 3, H, W)."""
+        z1, z2 = self.g_equi(t1[..., self.half :]), self.g_equi(t2[..., self.half :])  # (B, N, d)
+        return unpatchify(self.pixels(self.blocks(self.cross(z2, z1))), self.patch)
+
+    def forward(self, t1, t2, x2, z, labels):
+        self.drawn = self.decode(t1, t2)
+        L_recon = F.mse_loss(upcast(self.drawn), x2)
+        y1, y2 = t1.mean(1)[:, : self.half], t2.mean(1)[:, : self.half]  # (B, 256): y_inv
+        z1, z2 = upcast(self.g_inv(y1)), upcast(self.g_inv(y2))  # (B, d)
+        with common.full_precision():
+            out = vicreg(z1, z2, self.args)
+        return out | dict(L_recon=L_recon, loss=self.args.ssl_weight * out["L_ssl"] + self.args.recon_weight * L_recon)
+
+
+def patchify(x, p):
+    """(B, 3, H, W) -> (B, N, 3 p p): patches row by row, each channel by channel."""
+    B, C, H, W = x.shape
+    return x.view(B, C, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5).reshape(B, -1, C * p * p)
+
+
+def unpatchify(t, p):
+    """The inverse of `patchify`, for square images."""
+    B, N, side = len(t), t.shape[1], math.isqrt(t.shape[1])
+    return t.view(B, side, N // side, 3, p, p).permute(0, 3, 1, 4, 2, 5).reshape(B, 3, side * p, -1)
+
+
+class SIE(nn.Module):
+    """Two projectors and the hypernetwork: M(z) = sum_k z_k W_k."""
+
+    def __init__(self, backbone, args, latents):
+        super().__init__()
+        self.backbone, self.args, self.half, d = backbone, args, args.neck // 2, args.proj_hidden
+        self.inv, self.equi = expander(self.half, d, d, d), expander(args.neck - self.half, d, d, d)
+        self.W = nn.Linear(latents, d * d, bias=False)  # weight (d_out d_in, K)
+
+    def predict(self, equi, z):
+        """M(z) equi: (B, d), (B, K) -> (B, d), without making M(z)."""
+        d = equi.shape[1]
+        return torch.einsum("bi,oik,bk->bo", equi, self.W.weight.view(d, d, -1), z)
+
+    def forward(self, t1, t2, x2, z, labels):
+        y1, y2 = t1.mean(1), t2.mean(1)  # (B, 512)
+        inv1, inv2 = upcast(self.inv(y1[:, : self.half])), upcast(self.inv(y2[:, : self.half]))  # (B, d)
+        equi1, equi2 = upcast(self.equi(y1[:, self.half :])), upcast(self.equi(y2[:, self.half :]))
+        with common.full_precision():
+            return split_loss(inv1, inv2, equi1, equi2, self.predict(equi1, z.to(equi1)), self.args)
+
+
+class VICReg(nn.Module):
+    """The expander on the whole representation."""
+
+    def __init__(self, backbone, args, _):
+        super().__init__()
+        self.backbone, self.args, d = backbone, args, 2 * args.proj_hidden
+        self.expander = expander(args.neck, d, d, d)
+
+    def forward(self, t1, t2, x2, z, labels):
+        z1, z2 = upcast(self.expander(t1.mean(1))), upcast(self.expander(t2.mean(1)))  # (B, d)
+        with common.full_precision():
+            out = vicreg(z1, z2, self.args)
+        return out | dict(loss=out["L_ssl"])
+
+
+class Supervised(nn.Module):
+    """A linear classifier on both views."""
+
+    def __init__(self, backbone, args, classes):
+        super().__init__()
+        self.backbone, self.head = backbone, nn.Linear(args.neck, classes)
+
+    def forward(self, t1, t2, x2, z, labels):
+        scores = upcast(self.head(torch.cat([t1.mean(1), t2.mean(1)])))  # (2 B, classes)
+        labels = labels.repeat(2).to(scores.device)
+        return dict(loss=F.cross_entropy(scores, labels), accuracy=(scores.argmax(1) == labels).float().mean())
+
+
+def losses(model, views, z=None, labels=None, patches=None):
+    """All of a step's mathematics: views {"1", "2"} (B, 3, H, W), z (B, K) for sie, labels (B,) -> ({"loss", ...}, y of view 1).
+    `patches` is the compiled encoder."""
+    encode = patches or model.backbone.patches
+    t1, t2 = encode(views["1"]), encode(views["2"])  # (B, N, 512)
+    return model(t1, t2, views["2"], z, labels), t1.mean(1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def known_families(args, posed):
+    """What happens between the views: all, or for sie what --sie-params says."""
+    there = ("rotation", "color") if posed else FAMILIES
+    if args.objective != "sie" or "all" in args.sie_params:
+        return there
+    if not set(args.sie_params) <= set(there) or not args.sie_params:
+        common.die(f"--sie-params {' '.join(args.sie_params)}: {args.data} has {' '.join(there)}")
+    return tuple(name for name in there if name in args.sie_params)
+
+
+def build(args, device, outputs):
+    """The model with its initial weights: seeded, the same on every process. `outputs`: latents of sie, or classes."""
+    common.seed_everything(args.seed, "weights")
+    mean, std = NORMALISE.get(args.recipe, common.IMAGENET)
+    backbone = common.make_backbone(args.arch, mean, std, img_size=args.img_size, patch_size=args.patch_size, neck=args.neck)
+    objective = dict(recon=Recon, sie=SIE, vicreg=VICReg, supervised=Supervised)[args.objective]
+    return common.batchnorm_over_ranks(objective(backbone, args, outputs), device).to(device)
+
+
+def check(args):
+    """Refuse what cannot work, in one line each, before anything is made."""
+    common.check_data(args.data)
+    if args.recipe not in RECIPES:
+        common.die(f"--recipe {args.recipe or 'is missing'}: name one of {', '.join(RECIPES)} (for --data {args.data})")
+    common.check_ranges(args, RANGES)
+    if args.crop_scale[0] > args.crop_scale[1]:
+        common.die(f"--crop-scale {args.crop_scale[0]} {args.crop_scale[1]}: the lower end comes first")
+    if args.embed_dim % 4 or args.embed_dim % max(1, args.embed_dim // 64):
+        common.die(f"--embed-dim {args.embed_dim}: must be a multiple of 4 and of its {args.embed_dim // 64} heads; take a multiple of 64")
+    if args.epochs and args.warmup_epochs >= args.epochs:
+        common.die(f"--warmup-epochs {args.warmup_epochs}: must be below --epochs {args.epochs}")
+    if args.known_fraction < 1 and args.objective not in ("sie", "supervised"):
+        common.die(f"--known-fraction {args.known_fraction}: {args.objective} needs to know nothing and sees all images; leave it out")
+
+
+def main(argv=None):
+    """Train: arguments -> model, data, optimiser -> steps -> checkpoint, picture and a k-NN score."""
+    args = common.parse(Args, values_in_force, argv, description=__doc__)
+    device = common.start(args.device)
+    check(args)
+    train, test = (common.load_data(args.data, args.data_dir, split, args.img_size, args.skip_corrupt, args.workers) for split in ("train", "test"))
+    if train.labels is None and (args.objective == "supervised" or args.known_fraction < 1):
+        common.die(f"--data-dir {args.data_dir}: has no classes (one folder per class), which {args.objective} needs")
+    posed = "rotation" in train.factors
+    seen = train if args.known_fraction == 1 else train.rows(common.known_rows(train.labels, args.known_fraction, args.seed))
+    seen = seen.to(device)
+    families = known_families(args, posed)
+    policies = make_policies(args, posed)
+    loader = common.Loader(seen, policies, partial(draw_views, args, policies, () if posed else families), args, device, pairs=posed)
+
+    def latents(params, rows):
+        return pose_latent(families, seen.factors, rows) if posed else latent(families, params["2"], args.img_size)
+
+    outputs = len(train.classes)
+    if args.objective == "sie":
+        outputs = (4 * ("rotation" in families) + 2 * ("color" in families)) if posed else 1 + sum(dict(rotation=2, color=4, blur=1, translation=2, crop=4, flip=1)[f] for f in families)
+    model = build(args, device, outputs)
+    parameters = list(model.parameters())
+    optimizer = torch.optim.Adam(parameters, lr=0.0, weight_decay=args.weight_decay, fused=device.type == "cuda")
+    peak = args.lr * args.batch_size / 256
+    run = common.Run("recon_xattn", args, args.objective, device)
+    views = None
+
+    def dump():
+        if args.objective == "recon" and views is not None:
+            run.picture("reconstruction.png", [views["1"], views["2"], model.drawn.detach()], model.backbone)
+        heads = {k: v for k, v in model.state_dict().items() if not k.startswith("backbone.")}
+        return model.backbone, dict(heads=heads, optimizer=optimizer.state_dict())
+
+    def load(train_state, backbone_state):
+        model.load_state_dict(train_state["heads"] | {f"backbone.{k}": v for k, v in backbone_state.items()})
+        optimizer.load_state_dict(train_state["optimizer"])
+
+    begin = run.restore(load)
+    chance = dict(recon="L_recon 1 (the mean colour)", supervised=f"loss {math.log(max(outputs, 1)):.2f}").get(args.objective, f"L_var {1 - 0.01:.2f} (collapse)")
+    run.introduce(seen, loader, model, peak, chance)
+    patches = torch.compile(model.backbone.patches, dynamic=False) if args.compile else None
+
+    for step, batch in run.steps(loader, dump, begin):
+        epoch = step / loader.steps_per_epoch
+        lr = common.warmup_cosine(epoch, args.epochs, args.warmup_epochs, peak)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        views, params = loader.finish(batch)
+        first = batch["rows"][0] if posed else batch["rows"]  # (b,)
+        z = latents(params, batch["rows"]) if args.objective == "sie" else None
+        if step == 0:
+            run.picture("views.png", [views["1"], views["2"]], model.backbone)
+        with common.autocast(device, args.amp):
+            out, y = losses(model, views, z, seen.labels[first] if args.objective == "supervised" else None, patches)
+        optimizer.zero_grad(set_to_none=True)
+        out["loss"].backward()
+        common.average_gradients(parameters)
+        optimizer.step()
+        run.log(step, features=y, lr=lr, epoch=epoch, **out)
+
+    run.finish(model.backbone, build(args, device, outputs).backbone, train.to(device), test)
+
+
+if __name__ == "__main__":
+    main()
