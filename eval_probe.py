@@ -61,6 +61,10 @@ class Args:
     """learning rates of the linear probe, per 256 images"""
     r2_targets: tuple[Literal["rotation", "color", "blur", "translation", "crop", "flip", "pose", "hues"], ...] | None = None
     """what to regress; default: pose and hues on posed objects, the six families of transformations on other images"""
+    part: tuple[Literal["all", "inv", "equi"], ...] = ("all",)
+    """what r2 looks at: the representation, and of recon_xattn.py's encoders its invariant (first) and equivariant (second) half"""
+    known_fraction: float = 1.0
+    """train the probes on this share of every class, the one that recon_xattn.py --known-fraction knew"""
     r2_epochs: int = 50
     """epochs of the regression"""
     r2_images: int = 10_000
@@ -77,7 +81,7 @@ class Args:
     """auto is bfloat16 autocast on CUDA and float32 elsewhere"""
 
 
-RANGES = dict(knn_k="[1, inf)", linear_epochs="[1, inf)", linear_lrs="(0, inf)", r2_epochs="[1, inf)", r2_images="[2, inf)",
+RANGES = dict(known_fraction="(0, 1]", knn_k="[1, inf)", linear_epochs="[1, inf)", linear_lrs="(0, inf)", r2_epochs="[1, inf)", r2_images="[2, inf)",
               seed="[0, 4294967296)", workers="[0, inf)")
 
 
@@ -128,17 +132,21 @@ def r2_scores(target, predicted):
     return dict(flat=flat.item(), uniform=uniform.item())
 
 
-def regress(sample, test_pairs, epochs, generator, batch_size=256, lr=1e-3):
+def regress(sample, test_pairs, columns, epochs, generator, batch_size=256, lr=1e-3):
     """A 3-layer MLP 2D-1024-1024-K from pairs of features to targets, MSE, Adam at a constant rate [SIE].
 
-    sample(epoch) -> (pairs (N, 2D), targets (N, K)), the same or others each epoch; test_pairs (M, 2D) -> (M, K)."""
+    sample(epoch) -> (pairs (N, 2, D), targets (N, K)), the same or others each epoch; test_pairs (M, 2, D) -> (M, K). Only
+    `columns`, a slice of the D features, are looked at."""
+    part = lambda pairs: pairs[..., columns].flatten(1)
+    test_pairs = part(test_pairs)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator.initial_seed())
         mlp = nn.Sequential(nn.Linear(test_pairs.shape[1], 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, sample(0)[1].shape[1]))
     mlp = mlp.to(test_pairs.device)
     optimizer = torch.optim.Adam(mlp.parameters(), lr=lr)
     for epoch in common.progress(range(epochs), desc="regression", unit="epoch"):
-        x, t = sample(epoch)
+        pairs, t = sample(epoch)
+        x = part(pairs)
         for batch in torch.randperm(len(x), generator=generator).split(batch_size):
             loss = F.mse_loss(mlp(x[batch]), t[batch])
             optimizer.zero_grad(set_to_none=True)
@@ -203,6 +211,12 @@ def probe(path, args, device):
         common.die(f"--tasks {' '.join(args.tasks)}: {root} has no classes (one folder per class); only r2 can do without")
     elif set(args.tasks) - {"r2"} and train.classes != test.classes:
         common.die(f"--data-dir {root}: its train and test folders have different classes ({len(train.classes)} and {len(test.classes)})")
+    if args.known_fraction < 1:
+        if train.labels is None:
+            common.die(f"--known-fraction {args.known_fraction}: a share of every class, but {root} has no classes")
+        train = train.rows(common.known_rows(train.labels, args.known_fraction, state["args"]["seed"]))
+    if set(args.part) - {"all"} and not isinstance(backbone, common.NeckViT):
+        common.die(f"--part {' '.join(args.part)}: {path} does not split its representation; only recon_xattn.py's encoders do")
     posed = "rotation" in train.factors
     targets = args.r2_targets or (POSES if posed else FAMILIES)
     if not posed and set(targets) & set(POSES):
@@ -211,52 +225,55 @@ def probe(path, args, device):
     train, test = train.to(device), test.to(device)
     how = dict(device=device, amp=args.amp, workers=args.workers)
     x, x_test = (common.features(backbone, d, encode=backbone.last_blocks, **how).to(device) for d in (train, test))  # (N, 4 D), (M, 4 D)
-    y, y_test = x[:, -backbone.dim :], x_test[:, -backbone.dim :]  # the final [CLS]
+    y, y_test = x[:, -backbone.dim :], x_test[:, -backbone.dim :]  # the final [CLS], or the mean of the tokens
+    final = "mean of the tokens" if isinstance(backbone, common.NeckViT) else "final [CLS]"
     results, protocol = {}, dict(data=name, data_dir=root, amp=args.amp, device=device.type, train_images=len(train), test_images=len(test), view=f"centre crop {backbone.img_size} px")
     if "knn" in args.tasks:
         results |= accuracies("knn", common.knn(y, train.labels, y_test, args.knn_k, classes=len(train.classes)), test.labels)
-        protocol["knn"] = dict(k=args.knn_k, temperature=0.07, feature="final [CLS]")
+        protocol["knn"] = dict(k=args.knn_k, temperature=0.07, feature=final)
     if "linear" in args.tasks:
         scores, lr = linear_probe(x, train.labels.to(device), x_test, len(train.classes), args.linear_lrs, args.linear_epochs, common.rng(args.seed, "linear"))
         results |= accuracies("linear", scores, test.labels)
         protocol["linear"] = dict(epochs=args.linear_epochs, batch_size=256, lrs=args.linear_lrs, chosen=lr, held_out=0.1,
-                                  feature=f"[CLS] of the last {x.shape[1] // backbone.dim} blocks")
+                                  feature=final if x.shape[1] == backbone.dim else f"[CLS] of the last {x.shape[1] // backbone.dim} blocks")
     if "r2" in args.tasks:
-        sides, r2 = ((train, y), (test, y_test)), {}
+        sides, r2, half = ((train, y), (test, y_test)), {}, backbone.dim // 2
+        columns = dict(all=slice(None), inv=slice(half), equi=slice(half, None))
         for target in targets:
-            r2[target] = (r2_of_poses if target in POSES else r2_of_family)(target, backbone, sides, args, how)
+            sample, test_pairs, test_targets = (pairs_of_poses if target in POSES else pairs_of_images)(target, backbone, sides, args, how)
+            for part in args.part:
+                predicted = regress(sample, test_pairs, columns[part], args.r2_epochs, common.rng(args.seed, "r2", target))
+                r2[target if part == "all" else f"{target} ({part})"] = r2_scores(test_targets, predicted)
         results |= {f"r2 {k}": v["flat"] for k, v in r2.items()}
         protocol["r2"] = dict(epochs=args.r2_epochs, batch_size=256, lr=1e-3, images=args.r2_images, both=r2)
     return results, protocol, state
 
 
-def r2_of_poses(target, backbone, sides, args, how):
-    """Regress `target` from two views of an object: pairs drawn afresh each epoch, on test images one fixed draw, the same
-    for every checkpoint. sides: (set, its features (N, D)) of train and test."""
+def pairs_of_poses(target, backbone, sides, args, how):
+    """Two views of an object and `target` between them: pairs drawn afresh each epoch, on test images one fixed draw, the same
+    for every checkpoint. sides: (set, its features (N, D)) of train and test -> sample(epoch) of (pairs (N, 2, D), targets
+    (N, K)), test pairs, test targets."""
 
     def sample(data, y, *key):
         i, j = torch.arange(len(data)), partners(data.groups, common.rng(args.seed, *key))
-        return torch.cat([y, y[j]], 1), common.pose_target(target, data.factors, i, j).to(y.device)  # (N, 2 D), (N, K)
+        return torch.stack([y, y[j]], 1), common.pose_target(target, data.factors, i, j).to(y.device)  # (N, 2, D), (N, K)
 
-    test_pairs, test_targets = sample(*sides[1], "test pairs")
-    predicted = regress(lambda epoch: sample(*sides[0], "pairs", epoch), test_pairs, args.r2_epochs, common.rng(args.seed, "r2", target))
-    return r2_scores(test_targets, predicted)
+    return lambda epoch: sample(*sides[0], "pairs", epoch), *sample(*sides[1], "test pairs")
 
 
-def r2_of_family(target, backbone, sides, args, how):
-    """Regress `target` from an image and its transformed self, on evenly spaced images, one draw per image; targets are
-    standardised by the mean and deviation of the training draws."""
+def pairs_of_images(target, backbone, sides, args, how):
+    """An image and its transformed self, on evenly spaced images, one draw per image; targets are standardised by the mean
+    and deviation of the training draws. Takes and returns what `pairs_of_poses` does."""
     pairs, targets = [], []
     for (data, y), most, seed in zip(sides, (args.r2_images, max(2, args.r2_images // 2)), (args.seed, args.seed + 1)):
         rows = torch.arange(min(most, len(data))) * len(data) // min(most, len(data))  # (n,)
         view = SecondView(target, backbone.img_size, len(data), seed)
         y2 = common.features(backbone, data, transform=view, rows=rows, name=target, **how)  # (n, D)
-        pairs.append(torch.cat([y[rows], y2.to(y.device)], 1))  # (n, 2 D)
+        pairs.append(torch.stack([y[rows], y2.to(y.device)], 1))  # (n, 2, D)
         targets.append(view.target[rows].to(y.device))  # (n, K)
     mean, std = targets[0].mean(0), targets[0].std(0)
     train_targets, test_targets = ((t - mean) / std for t in targets)
-    predicted = regress(lambda epoch: (pairs[0], train_targets), pairs[1], args.r2_epochs, common.rng(args.seed, "r2", target))
-    return r2_scores(test_targets, predicted)
+    return lambda epoch: (pairs[0], train_targets), pairs[1], test_targets
 
 
 # ----------------------------------------------------------------------------------------------------------------------
