@@ -8,6 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from test_distributed import on_ranks
+from test_run import content, same
 
 import common
 import recon_xattn as rx
@@ -195,8 +197,72 @@ def test_8_pairs_are_overfitted(objective):
         out["loss"].backward()
         optimizer.step()
         values.append(out["L_recon" if objective == "recon" else "loss"].item())
-    assert values[-1] < 0.5 * values[0] and y.shape == (8, 32)
+    share = 0.7 if objective == "vicreg" else 0.5  # 8 rows cannot be uncorrelated in 32 dimensions
+    assert values[-1] < share * values[0] and y.shape == (8, 32)
     assert all(p.grad is not None for p in model.parameters())
+
+
+def train(objective, steps=3):
+    """Tiny training in float64 -> (losses, gradients of the first step), as numpy."""
+    args = args_for(objective)
+    data = common.ImageSet(images=torch.randint(0, 256, (32, 3, 16, 16), dtype=torch.uint8, generator=common.rng("test")), labels=torch.arange(32) % 4)
+    policies, device = rx.make_policies(args, False), torch.device("cpu")
+    loader = common.Loader(data, policies, rx.partial(rx.draw_views, args, policies, common.FAMILIES), args, device)
+    model, losses = rx.build(args, device, 15 if objective == "sie" else 4).double(), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    for step in range(steps):
+        batch = loader[step]
+        views, params = loader.finish(batch)
+        out, _ = rx.losses(model, {k: v.double() for k, v in views.items()}, rx.latent(common.FAMILIES, params["2"], 16), data.labels[batch["rows"]])
+        optimizer.zero_grad()
+        out["loss"].backward()
+        common.average_gradients(list(model.parameters()))
+        losses.append([common.all_reduce(v.detach().double()).item() / common.world_size() for v in out.values()])
+        if step == 0:
+            gradients = [p.grad.clone().numpy() for p in model.parameters()]
+        optimizer.step()
+    return losses, gradients
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_2_processes_train_the_same_model(objective, tmp_path):
+    (losses, gradients), *_ = on_ranks(1, tmp_path, train, objective)
+    scale = max(abs(g).max() for g in gradients)
+    for other_losses, other_gradients in on_ranks(2, tmp_path, train, objective):
+        assert torch.allclose(torch.tensor(other_losses), torch.tensor(losses), rtol=1e-8, atol=0)
+        for a, b in zip(gradients, other_gradients):
+            assert abs(a - b).max() <= 1e-8 * max(abs(a).max(), 1e-3 * scale)
+
+
+@pytest.fixture
+def small(folder):
+    return ["--data", "imagefolder", "--data-dir", str(folder), "--recipe", "cifar10", "--arch", "vit_pico", "--img-size", "16", "--batch-size", "12", "--epochs", "2",
+            "--warmup-epochs", "1", "--neck", "16", "--embed-dim", "24", "--decoder-depth", "2", "--proj-hidden", "16", "--workers", "0", "--device", "cpu"]
+
+
+@pytest.mark.parametrize("variant", ["recon", "sie", "sie --sie-single", "sie --sie-params rotation crop", "sie --known-fraction 0.5", "vicreg", "supervised", "supervised --known-fraction 0.5"])
+def test_every_variant_trains_and_resumes_to_the_same_bits(variant, small, tmp_path, capsys):
+    small = [*small, "--objective", *variant.split()]
+    rx.main([*small, "--out", str(tmp_path / "whole")])
+    rx.main([*small, "--out", str(tmp_path / "halved"), "--max-steps", "1"])
+    rx.main([*small, "--out", str(tmp_path / "halved"), "--resume"])
+    assert same(*(content(tmp_path / name / "checkpoint.pt") for name in ("whole", "halved")))
+    assert (tmp_path / "whole" / "reconstruction.png").exists() == (variant == "recon")
+    assert "k-NN accuracy" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--known-fraction", "0.2"], ("--known-fraction 0.2", "recon")),
+    (["--objective", "sie", "--data", "blocks", "--recipe", "blocks", "--sie-params", "blur"], ("--sie-params blur", "rotation color")),
+    (["--embed-dim", "130"], ("--embed-dim 130",)),
+    (["--data", "imagefolder", "--recipe", "ade20k"], ("--recipe ade20k", "3diebench")),
+    (["--lr", "nan"], ("--lr nan",)),
+])
+def test_mistakes(argv, words, small, tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        rx.main([*small, *argv, "--out", str(tmp_path / "run")])
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and len(err.strip().splitlines()) == 1 and all(w in err for w in words)
 
 
 # ---- views and latents ------------------------------------------------------------------------------------
@@ -247,7 +313,7 @@ def test_only_the_named_family_happens(families, K):
 def test_one_family_at_a_time():
     _, _, params = drawn_params(240, sie_single=True)
     happens = torch.stack([torch.stack([params["2"][key] != rx.IDENTITY[key] for key in rx.KEYS[name]]).any(0) for name in common.FAMILIES])
-    assert happens.sum(0).max() == 1 and (happens.sum(1) > 10).all()
+    assert happens.sum(0).max() == 1 and (happens.sum(1) >= 5).all()
 
 
 def test_latents_of_poses():
@@ -328,4 +394,5 @@ def test_an_incomplete_3diebench_is_named(bench3die, capsys, what, words):
         np.save(bench3die / "02691156" / "a1" / "latent_3.npy", np.zeros(9))
     with pytest.raises(SystemExit) as end:
         common.load_data("3diebench", bench3die, "train", 16)
-    assert end.value.code == 2 and all(w in capsys.readouterr().err for w in words)
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and all(w in err for w in words)
