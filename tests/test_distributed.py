@@ -73,7 +73,7 @@ def train(base, equi, changes, steps=5):
 
 
 @pytest.mark.parametrize("base, equi, changes", [(base, equi, {}) for base in ser.BASES for equi in ("ser", "none")]
-                         + [("mocov3", "augself", dict(equi_params=("crop", "color", "flip", "blur", "solarize", "rotation"), blur=(0.5, 0.5))), ("mocov3", "stl", {}),
+                         + [("mocov3", "augself", dict(equi_params=("crop", "color", "flip", "blur", "solarize", "rotation"), blur=(0.5, 0.5), solarize=(0.5, 0.5))), ("mocov3", "stl", {}),
                             ("mocov3", "equimod", {}), ("mocov3", "essl", {}), ("mocov3", "ser", dict(local_views=4)), ("mocov3", "equimod", dict(equi_layer=2))])
 def test_1_2_and_4_processes_train_the_same_model(base, equi, changes, tmp_path):
     (losses, gradients), *_ = on_ranks(1, tmp_path, train, base, equi, changes)

@@ -212,7 +212,7 @@ def test_the_centre_follows_the_teacher():
 
 
 def test_teacher_temperature_warms_up():
-    args, model, views, params = setup("none", "dino", teacher_temp_epochs=10.0)
+    args, model, views, params = setup("none", "dino", teacher_temp=(0.04, 0.07), teacher_temp_epochs=10.0)
     seen = []
     original = ser.distill
     try:
