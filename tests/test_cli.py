@@ -3,12 +3,14 @@
 import gc
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 
 import common
 import eval_probe
+import recon_xattn
 import ser
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -133,7 +135,7 @@ def test_a_tree_without_classes_trains_and_promises_no_score(tiny, folder, tmp_p
     assert "no k-NN score" in capsys.readouterr().out and (tmp_path / "run" / "checkpoint.pt").exists()
 
 
-@pytest.mark.parametrize("main, flags", [(ser.main, [*vars(ser.Args())]), (eval_probe.main, [k for k in vars(eval_probe.Args()) if k != "checkpoints"])])
+@pytest.mark.parametrize("main, flags", [(ser.main, [*vars(ser.Args())]), (recon_xattn.main, [*vars(recon_xattn.Args())]), (eval_probe.main, [k for k in vars(eval_probe.Args()) if k != "checkpoints"])])
 def test_help_teaches_every_flag(main, flags, capsys):
     with pytest.raises(SystemExit) as end:
         main(["--help"])
@@ -173,24 +175,22 @@ def test_the_recipe_of_the_paper():
 
 
 def test_the_commands_of_the_readme_run(tiny, folder, tmp_path, monkeypatch, capsys):
-    """Every ser.py and eval_probe.py line of README.md, through main(argv), on tiny images: the last of a repeated flag counts."""
+    """Every line of README.md that calls a script, as a shell expands it, through main(argv) on tiny images: the last of a
+    repeated flag counts."""
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"^```sh\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.M | re.S)
-    lines = [c.split("#")[0].strip() for line in "".join(blocks).splitlines() for c in re.split(r";|&&", line)]
-    shell = re.search(r'^S="(.*)"$', "".join(blocks), flags=re.M).group(1)
+    shell = 'python() { echo "$@"; }; torchrun() { echo "$@"; }\n' + "".join(b for b in blocks if "venv" not in b)
+    lines = subprocess.run(["bash", "-ec", shell], capture_output=True, text=True, check=True).stdout.splitlines()
+    calls = [(Path(words[i]).stem, words[i + 1 :]) for words in map(str.split, lines) for i, w in enumerate(words) if w.endswith(".py") and not w.startswith("tests/")]
     trained = 0
-    for line in lines:
-        words = line.replace("$S", shell).split()
-        script = next((i for i, w in enumerate(words) if w in ("ser.py", "eval_probe.py")), None)
-        if script is None:
-            continue
-        argv = words[script + 1 :]
-        if words[script] == "ser.py":
+    for script, argv in calls:
+        if script != "eval_probe":
             trained += 1
-            ser.main([*argv, *tiny[:-2], "--prototypes", "32", *(["--epochs", "0"] if "0" in argv else []), "--max-steps", "1", "--device", "cpu", "--no-compile",
-                      "--out", f"run-{trained}-s0"])
+            shared = [a for flag, value in zip(tiny[::2], tiny[1::2]) if flag not in ("--proj-dim", "--equi-dim") for a in (flag, value)]
+            main, ours = dict(ser=(ser.main, [*tiny, "--prototypes", "32"]), recon_xattn=(recon_xattn.main, [*shared, "--neck", "16", "--embed-dim", "8"]))[script]
+            main([*argv, *ours, *(["--epochs", "0"] if "0" in argv else []), "--max-steps", "1", "--no-compile", "--out", f"run-{trained}-s0"])
         else:
             flags = argv[next((i for i, w in enumerate(argv) if w.startswith("--")), len(argv)) :]
             flags = flags[: flags.index("--data")] if "--data" in flags else flags
             eval_probe.main(["run-1-s0/checkpoint.pt", *flags, "--linear-epochs", "1", "--r2-epochs", "1", "--r2-images", "12", "--device", "cpu"])
-    assert trained >= 8
+    assert trained >= 15
