@@ -1067,7 +1067,9 @@ class Loader(torch.utils.data.Dataset):
         self.seed, self.batch_size, self.workers = args.seed, args.batch_size, args.workers
         self.rank, self.share = rank(), args.batch_size // world_size()  # a worker process does not know them
         self.whole = data.images is None and device.type == "cpu"  # workers do all
-        self.items = len(data.groups.unique()) if pairs else len(data)
+        if pairs:  # images in the order of their objects, and how many each has
+            self.by_object, self.count = torch.argsort(data.groups, stable=True), torch.bincount(data.groups)
+        self.items = len(self.count) if pairs else len(data)
         self.steps_per_epoch = self.items // args.batch_size  # the incomplete last batch is dropped
         self.total_steps = args.epochs * self.steps_per_epoch
         if self.items < args.batch_size:
@@ -1083,12 +1085,11 @@ class Loader(torch.utils.data.Dataset):
         items = order[k * self.batch_size :][: self.batch_size][mine]  # (b,)
         if not self.pairs:
             return items
-        by_object, count = torch.argsort(self.data.groups, stable=True), torch.bincount(self.data.groups)  # (N,), (G,)
         u = torch.rand(self.batch_size, 2, generator=rng(self.seed, "pairs", step))[mine]
-        count, first = count[items], (count.cumsum(0) - count)[items]  # (b,) each
+        count, first = self.count[items], (self.count.cumsum(0) - self.count)[items]  # (b,) each
         i = (u[:, 0] * count).long()  # one of an object's images, and then one of the others
         j = (i + 1 + (u[:, 1] * (count - 1)).long()) % count
-        return by_object[torch.stack([first + i, first + j])]
+        return self.by_object[torch.stack([first + i, first + j])]
 
     def __getitem__(self, step):
         low, b, rows = self.rank * self.share, self.share, self.rows(step)
