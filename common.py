@@ -438,7 +438,7 @@ class Run:
             self.say(f"resuming {self.path} at step {step}")
         if rank() == 0:
             if not self.resumed:  # what an overwritten run has left must not pass for this one's
-                for name in ("checkpoint.pt", "log.jsonl", "backbone.safetensors", "eval.jsonl", "views.png"):
+                for name in ("checkpoint.pt", "log.jsonl", "backbone.safetensors", "eval.jsonl", "views.png", "reconstruction.png"):
                     (self.out / name).unlink(missing_ok=True)
             (self.out / "args.json").write_text(json.dumps(dataclasses.asdict(self.args), indent=1) + "\n")
             for source in (Path(__file__).with_name(f"{self.method}.py"), Path(__file__)):
@@ -560,7 +560,10 @@ class Run:
         if rank() == 0:
             mean, std, side = torch.tensor(backbone.mean).view(3, 1, 1), torch.tensor(backbone.std).view(3, 1, 1), max(64, self.args.img_size)
             rows = [F.interpolate((v[:n].float().cpu() * std + mean).clamp(0, 1), (side, side)) for v in views]  # (n, 3, side, side)
-            save_image(torch.cat([F.pad(r, (0, 0, 0, 0, 0, 0, 0, n - len(r)), value=1.0) for r in rows]), self.out / name, nrow=n)
+            try:
+                save_image(torch.cat([F.pad(r, (0, 0, 0, 0, 0, 0, 0, n - len(r)), value=1.0) for r in rows]), self.out / name, nrow=n)
+            except OSError as e:
+                tqdm.write(f"--out {self.out}: could not write {name} ({e.strerror})", file=sys.stderr)
 
     def finish(self, backbone, untrained, train, test):
         """After the last step: export the encoder for timm, score it by k-NN beside the untrained one, say what is next."""
@@ -676,8 +679,8 @@ class ImageSet:
             return [open_image(self.paths[i]) for i in rows.tolist()]
         return self.images[rows.to(self.images.device)]
 
-    def rows(self, rows):
-        """The set of some of its images (n,)."""
+    def subset(self, rows):
+        """The set of some of its images, rows (n,)."""
         pick = lambda v: v if v is None else v[rows.to(v.device)]
         return dataclasses.replace(self, images=pick(self.images), paths=self.paths and [self.paths[i] for i in rows.tolist()], labels=pick(self.labels), groups=pick(self.groups),
                                    factors={k: pick(v) for k, v in self.factors.items()}, masks=pick(self.masks), boxes=pick(self.boxes))
@@ -754,7 +757,7 @@ def cifar(name, root, split):
     return ImageSet(images=torch.from_numpy(data.data).permute(0, 3, 1, 2), labels=torch.tensor(data.targets), classes=tuple(data.classes))
 
 
-def threediebench(root, split):
+def threediebench(root, split, workers=None):
     """3DIEBench (Garrido et al. 2023) as published: root/<synset>/<object>/image_0..49.jpg and latent_0..49.npy, and beside
     them (or in root/data) the split's train_ or val_images.npy and _labels.npy. A latent is three angles (extrinsic xyz,
     radians), floor hue, two angles of the light, its hue. All are read once and kept in the cache directory.
@@ -762,40 +765,67 @@ def threediebench(root, split):
     root, part = Path(root), dict(train="train", test="val")[split]
 
     def load(name):
-        for path in (root / name, root / "data" / name):
-            if path.is_file():
-                return np.load(path)
-        die(f"--data-dir {root}: 3diebench needs {name} there, from the data folder of SIE's repository (github.com/facebookresearch/SIE)")
+        path = next((p for p in (root / name, root / "data" / name) if p.is_file()), None)
+        if path is None:
+            die(f"--data-dir {root}: 3diebench needs {name} there, from the data folder of SIE's repository (github.com/facebookresearch/SIE)")
+        try:
+            return np.load(path)
+        except (OSError, ValueError, EOFError) as e:
+            die(f"{path}: cannot be read ({e}); copy it again")
 
     objects, labels = [str(o).strip("/") for o in load(f"{part}_images.npy")], torch.from_numpy(load(f"{part}_labels.npy")).long()
     if len(objects) != len(labels):
         die(f"--data-dir {root}: {part}_images.npy names {len(objects)} objects, {part}_labels.npy has {len(labels)} labels")
 
     def latents():
-        out = np.empty((len(objects), 50, 7), np.float32)
-        for i, name in enumerate(progress(objects, desc=f"latents of {split}", unit="object")):
-            for v in range(50):
-                path = root / name / f"latent_{v}.npy"
-                try:
-                    out[i, v] = np.load(path)
-                except (OSError, ValueError) as e:
-                    die(f"{path}: missing, or not 7 numbers ({e}); 3DIEBench has latent_0..49.npy beside the images of each object")
-        return dict(latents=torch.from_numpy(out))
+        mine = _Latents(root, objects[rank() :: world_size()])
+        loader = torch.utils.data.DataLoader(mine, batch_size=None, num_workers=default_workers(workers), worker_init_fn=detach_worker)
+        out = torch.zeros(math.ceil(len(objects) / world_size()), 50, 7)  # of this rank's objects
+        for i, z in enumerate(progress(loader, desc=f"latents of {split}", unit="object")):
+            if isinstance(z, str):
+                die(f"{z}: missing, or not 7 numbers; 3DIEBench has latent_0..49.npy beside the images of each object", alone=True)
+            out[i] = z
+        return dict(latents=gather(out).unflatten(0, (world_size(), -1)).transpose(0, 1).flatten(0, 1)[: len(objects)].clone())
 
     key = hashlib.blake2b(repr((str(root.resolve()), objects)).encode(), digest_size=8).hexdigest()
     z = cached(f"3diebench-{key}", latents)["latents"].flatten(0, 1)  # (N, 7)
-    names = [f"{i:02d}" for i in range(int(labels.max()) + 1)]
-    return ImageSet(paths=[root / name / f"image_{v}.jpg" for name in objects for v in range(50)], labels=labels.repeat_interleave(50), classes=tuple(names),
-                    groups=torch.arange(len(objects)).repeat_interleave(50),
+    return ImageSet(paths=[f"{root}/{name}/image_{v}.jpg" for name in objects for v in range(50)], labels=labels.repeat_interleave(50),
+                    classes=tuple(f"{i:02d}" for i in range(int(labels.max()) + 1)), groups=torch.arange(len(objects)).repeat_interleave(50),
                     factors=dict(rotation=quaternion_from_angles(z[:, :3]), floor_hue=z[:, 3], light_hue=z[:, 6]))
 
 
-def known_rows(labels, fraction, seed):
-    """A share of every class, at random from the seed: (n,) rows in order. For experiments in which the parameters of only
-    some images are known."""
-    g = rng(seed, "known")
-    rows = [(labels == c).nonzero()[:, 0] for c in labels.unique()]
-    return torch.cat([r[torch.randperm(len(r), generator=g)[: max(1, round(fraction * len(r)))]] for r in rows]).sort().values
+class _Latents(torch.utils.data.Dataset):
+    """i -> the latents (50, 7) of object i, or the first file that does not hold one."""
+
+    def __init__(self, root, objects):
+        self.root, self.objects = root, objects
+
+    def __len__(self):
+        return len(self.objects)
+
+    def __getitem__(self, i):
+        out = torch.empty(50, 7)
+        for v in range(50):
+            path = f"{self.root}/{self.objects[i]}/latent_{v}.npy"
+            try:
+                z = torch.from_numpy(np.load(path))
+            except (OSError, ValueError, EOFError):
+                return path
+            if z.shape != (7,) or not z.isfinite().all():
+                return path
+            out[v] = z
+        return out
+
+
+def known_part(data, fraction, seed):
+    """A share of every class, at random from the seed, of whole objects where there are several images of one: an ImageSet.
+    For experiments in which the parameters or the labels of only some images are known."""
+    groups = torch.arange(len(data)) if data.groups is None else data.groups
+    g, kept = rng(seed, "known"), []
+    for c in data.labels.unique():
+        objects = groups[data.labels == c].unique()
+        kept.append(objects[torch.randperm(len(objects), generator=g)[: max(1, round(fraction * len(objects)))]])
+    return data.subset(torch.isin(groups, torch.cat(kept)).nonzero()[:, 0])
 
 
 def check_data(name):
@@ -815,7 +845,8 @@ def load_data(name, root, split, size, skip_corrupt=False, workers=None):
     if name.startswith("cifar"):
         return cifar(name, root, split)
     if name == "3diebench":
-        return threediebench(root, split)
+        data = threediebench(root, split, workers)
+        return without_unreadable(data, workers) if skip_corrupt else data
     data = imagefolder(root, split, {f"n{wnid}" for wnid in IMAGENET100.split()} if name == "imagenet100" else None)
     expected = dict(imagenet=1000, imagenet100=100).get(name)
     if expected and (data is None or len(data.classes) != expected):
@@ -851,9 +882,8 @@ def without_unreadable(data, workers):
         every = [None] * world_size()
         dist.all_gather_object(every, bad)
         bad = set().union(*every)
-    keep = [i for i in range(len(data)) if i not in bad]
-    return dataclasses.replace(data, paths=[data.paths[i] for i in keep], labels=None if data.labels is None else data.labels[keep],
-                               skipped=tuple(data.paths[i] for i in sorted(bad)))
+    keep = torch.tensor([i for i in range(len(data)) if i not in bad], dtype=torch.long)
+    return dataclasses.replace(data.subset(keep), skipped=tuple(data.paths[i] for i in sorted(bad)))
 
 
 def cached(name, make):
@@ -1068,7 +1098,9 @@ class Loader(torch.utils.data.Dataset):
         self.rank, self.share = rank(), args.batch_size // world_size()  # a worker process does not know them
         self.whole = data.images is None and device.type == "cpu"  # workers do all
         if pairs:  # images in the order of their objects, and how many each has
-            self.by_object, self.count = torch.argsort(data.groups, stable=True), torch.bincount(data.groups)
+            self.by_object, self.count = torch.argsort(data.groups, stable=True), data.groups.unique(return_counts=True)[1]
+            if (self.count < 2).any():
+                die(f"--data {args.data}: {int((self.count < 2).sum())} objects have a single image, and pairs need two of each")
         self.items = len(self.count) if pairs else len(data)
         self.steps_per_epoch = self.items // args.batch_size  # the incomplete last batch is dropped
         self.total_steps = args.epochs * self.steps_per_epoch
@@ -1628,7 +1660,8 @@ def sincos_positions(h, w, dim):
 class ViT(VisionTransformer):
     """timm's VisionTransformer, with timm's parameter names, for any grid of patches and with a late [CLS].
 
-    cls_layer: [CLS] enters after this block (0: at the input, as usual; None: there is none); before it the tokens are a map.
+    cls_layer: [CLS] enters after this block (0: at the input, as usual; None, of NeckViT: there is none); before it the tokens
+    are a map.
     pos: "learned", or "sincos" (fixed). A late [CLS] has no position; at the input a sin-cos one is zero.
     """
 

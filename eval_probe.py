@@ -9,6 +9,7 @@ Checkpoints that differ only in their seed share a row, mean +- sample standard 
 appended to eval.jsonl beside it, with the protocol that gave them.
 
 Tasks
+  (the final [CLS]; of recon_xattn.py's encoders the mean of the tokens)
   knn     20 nearest neighbours by cosine on the final [CLS], weights exp(cos / 0.07)            [DINO, Caron et al. 2021]
   linear  softmax regression on the [CLS] of the last four blocks, each through the final norm    [SER; DINO]; SGD with
           momentum 0.9, no weight decay, cosine to 0; ten learning rates trained together, the one that is best on a held-out
@@ -214,9 +215,7 @@ def probe(path, args, device):
     if args.known_fraction < 1:
         if train.labels is None:
             common.die(f"--known-fraction {args.known_fraction}: a share of every class, but {root} has no classes")
-        train = train.rows(common.known_rows(train.labels, args.known_fraction, state["args"]["seed"]))
-    if set(args.part) - {"all"} and not isinstance(backbone, common.NeckViT):
-        common.die(f"--part {' '.join(args.part)}: {path} does not split its representation; only recon_xattn.py's encoders do")
+        train = common.known_part(train, args.known_fraction, state["args"]["seed"])
     posed = "rotation" in train.factors
     targets = args.r2_targets or (POSES if posed else FAMILIES)
     if not posed and set(targets) & set(POSES):
@@ -227,7 +226,8 @@ def probe(path, args, device):
     x, x_test = (common.features(backbone, d, encode=backbone.last_blocks, **how).to(device) for d in (train, test))  # (N, 4 D), (M, 4 D)
     y, y_test = x[:, -backbone.dim :], x_test[:, -backbone.dim :]  # the final [CLS], or the mean of the tokens
     final = "mean of the tokens" if isinstance(backbone, common.NeckViT) else "final [CLS]"
-    results, protocol = {}, dict(data=name, data_dir=root, amp=args.amp, device=device.type, train_images=len(train), test_images=len(test), view=f"centre crop {backbone.img_size} px")
+    known = dict(known_fraction=args.known_fraction, known_seed=state["args"]["seed"]) if args.known_fraction < 1 else {}
+    results, protocol = {}, dict(known, data=name, data_dir=root, amp=args.amp, device=device.type, train_images=len(train), test_images=len(test), view=f"centre crop {backbone.img_size} px")
     if "knn" in args.tasks:
         results |= accuracies("knn", common.knn(y, train.labels, y_test, args.knn_k, classes=len(train.classes)), test.labels)
         protocol["knn"] = dict(k=args.knn_k, temperature=0.07, feature=final)
@@ -250,13 +250,17 @@ def probe(path, args, device):
 
 
 def pairs_of_poses(target, backbone, sides, args, how):
-    """Two views of an object and `target` between them: pairs drawn afresh each epoch, on test images one fixed draw, the same
-    for every checkpoint. sides: (set, its features (N, D)) of train and test -> sample(epoch) of (pairs (N, 2, D), targets
-    (N, K)), test pairs, test targets."""
+    """Two views of an object and `target` between them. sides: (set, its features (N, D)) of train and test -> sample(epoch) of
+    (pairs (n, 2, D), targets (n, K)), test pairs, test targets. Each epoch shows as many random pairs, of different views, as
+    there are images, 100,000 at most (SIE: one an object); on test images one fixed draw, the same for every checkpoint."""
 
     def sample(data, y, *key):
-        i, j = torch.arange(len(data)), partners(data.groups, common.rng(args.seed, *key))
-        return torch.stack([y, y[j]], 1), common.pose_target(target, data.factors, i, j).to(y.device)  # (N, 2, D), (N, K)
+        g = common.rng(args.seed, *key)
+        i, j = torch.arange(len(data)), partners(data.groups, g)
+        if len(data) > 100_000:
+            i = torch.randperm(len(data), generator=g)[:100_000]
+            j = j[i]
+        return torch.stack([y[i], y[j]], 1), common.pose_target(target, data.factors, i, j).to(y.device)  # (n, 2, D), (n, K)
 
     return lambda epoch: sample(*sides[0], "pairs", epoch), *sample(*sides[1], "test pairs")
 
@@ -271,7 +275,7 @@ def pairs_of_images(target, backbone, sides, args, how):
         y2 = common.features(backbone, data, transform=view, rows=rows, name=target, **how)  # (n, D)
         pairs.append(torch.stack([y[rows], y2.to(y.device)], 1))  # (n, 2, D)
         targets.append(view.target[rows].to(y.device))  # (n, K)
-    mean, std = targets[0].mean(0), targets[0].std(0)
+    mean, std = targets[0].mean(0), targets[0].std(0).clamp(min=1e-6)
     train_targets, test_targets = ((t - mean) / std for t in targets)
     return lambda epoch: (pairs[0], train_targets), pairs[1], test_targets
 
@@ -321,7 +325,10 @@ def main(argv=None):
     common.check_ranges(args, RANGES)
     if len(set(args.checkpoints)) < len(args.checkpoints):
         common.die("a checkpoint is given twice; name each once")
-    states = [{k: s[k] for k in ("method", "step", "args")} for s in map(common.load_checkpoint, args.checkpoints)]  # all, before the first is probed
+    states = [{k: s[k] for k in ("method", "step", "args", "backbone")} for s in map(common.load_checkpoint, args.checkpoints)]  # all, before the first is probed
+    whole = [path for path, state in zip(args.checkpoints, states) if "neck" not in state["backbone"]]
+    if set(args.part) - {"all"} and whole:
+        common.die(f"--part {' '.join(args.part)}: {whole[0]} does not split its representation; only recon_xattn.py's encoders do")
     device, results = common.start(args.device), []
     for path, name in zip(args.checkpoints, row_names(args.checkpoints, states)):
         begin = time.monotonic()

@@ -28,7 +28,7 @@ Usage
     torchrun --nproc_per_node=8 recon_xattn.py --data 3diebench --data-dir 3DIEBENCH --compile
 
 Views. Objects in several poses (blocks, 3diebench): two renderings of one, as they are; z is the quaternion q1^-1 q2
-(rotation), the differences of floor and light hue (color), or both. Images: view 1 a random crop, view 2 = T(view 1): crop,
+(rotation), 1 and the differences of floor and light hue (color), or the first and the differences. Images: view 1 a random crop, view 2 = T(view 1): crop,
 flip, rotation and shift in one warp, colour, blur; z = [1, parameters], rotation as (sin, cos - 1). The leading 1
 lets a hypernetwork without bias represent the identity.
 
@@ -43,8 +43,10 @@ Where the paper is silent this file takes (source in brackets; [F] is the same a
   * Adam with lr 1e-4 per 256 images and weight decay 1e-6 [paper]; 10 epochs of warm-up, half a cosine to 0 [F].
   * ranges of the transformations: 45 degrees, factors 0.6 to 1.4, hue 0.1, sigma 0.1 to 2, shifts of 10 px at 224 px [F],
     crops of 20 to 100 %; colour in fixed order.
-  * z is not drawn apart for view pairs whose parameters are unknown: `--known-fraction` leaves SIE and the supervised
-    encoder only that share of every class (Table 3), RECON and VICReg see all.
+  * unknown parameters (Table 3): `--known-fraction` lets SIE and the supervised encoder train on that share of every class
+    only; RECON and VICReg need to know nothing and see all.
+  * all four share encoder, views and optimiser [paper: "all experiments adhere"]; SIE's and VICReg's own recipes (ResNet-18,
+    constant rate; LARS) are not offered. Warps fill with zeros, and the black borders tell something of the parameters.
 """
 
 import dataclasses
@@ -152,6 +154,7 @@ class Warp(common.Affine):
 
 IDENTITY = dict(recrop_top=0.0, recrop_left=0.0, recrop_height=1.0, recrop_width=1.0, flip=False, angle=0.0, shift_y=0.0, shift_x=0.0, brightness=1.0,
                 contrast=1.0, saturation=1.0, hue=0.0, sigma=0.0)
+WIDTH = dict(rotation=2, color=4, blur=1, translation=2, crop=4, flip=1)  # in z
 KEYS = dict(rotation=("angle",), color=("brightness", "contrast", "saturation", "hue"), blur=("sigma",), translation=("shift_y", "shift_x"),
             crop=("recrop_top", "recrop_left", "recrop_height", "recrop_width"), flip=("flip",))
 
@@ -162,6 +165,7 @@ def make_policies(args, posed):
     if posed:
         return {view: Compose([common.CenterCrop(args.img_size, resize=args.img_size), normalise]) for view in "12"}
     S, crop = args.img_size, RandomResizedCrop(args.img_size, args.crop_scale)
+    # a folder's worker cuts view 1's box twice; the second family of parameters starts from whole levels of 255
     T = [Recrop(S), common.family("flip", S), Warp(S), common.family("color", S), common.family("blur", S)]
     return {"1": Compose([crop, normalise]), "2": Compose([crop, *T, normalise])}
 
@@ -198,8 +202,9 @@ def latent(families, params, size):
 
 
 def pose_latent(families, factors, rows):
-    """z of posed objects, rows (2, n) of their two images: the relative quaternion, the differences of the hues, or both."""
-    return torch.cat([common.pose_target(dict(rotation="pose", color="hues")[name], factors, *rows) for name in families], 1)
+    """z of posed objects, rows (2, n) of their two images: the relative quaternion, or 1; then the differences of the hues."""
+    z = [common.pose_target("pose", factors, *rows) if "rotation" in families else torch.ones(rows.shape[1], 1)]
+    return torch.cat(z + [common.pose_target("hues", factors, *rows)] * ("color" in families), 1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -247,12 +252,17 @@ def expander(*dims):
     return nn.Sequential(*layers, nn.Linear(*dims[-2:], bias=False))
 
 
+def heads(dim):
+    """Attention heads of 64 dimensions."""
+    return max(1, dim // 64)
+
+
 class CrossBlock(nn.Module):
     """Cross-attention and an MLP. The query's tokens are not added to the result, which starts from positions alone."""
 
-    def __init__(self, dim, heads, positions):
+    def __init__(self, dim, positions):
         super().__init__()
-        self.heads = heads
+        self.heads = heads(dim)
         self.norm_q, self.norm_kv, self.norm = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.q, self.kv, self.out = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
@@ -274,11 +284,10 @@ class Recon(nn.Module):
         super().__init__()
         self.backbone, self.args, self.half, d = backbone, args, args.neck // 2, args.embed_dim
         self.patch = args.patch_size
-        heads = max(1, d // 64)
         self.g_inv = expander(self.half, args.proj_hidden, args.proj_hidden, d)
         self.g_equi = nn.Linear(args.neck - self.half, d)
-        self.cross = CrossBlock(d, heads, common.sincos_positions(backbone.grid, backbone.grid, d))
-        self.blocks = nn.Sequential(*[Block(d, heads, qkv_bias=True) for _ in range(args.decoder_depth - 1)], nn.LayerNorm(d))
+        self.cross = CrossBlock(d, common.sincos_positions(backbone.grid, backbone.grid, d))
+        self.blocks = nn.Sequential(*[Block(d, heads(d), qkv_bias=True) for _ in range(args.decoder_depth - 1)], nn.LayerNorm(d))
         self.pixels = nn.Linear(d, 3 * self.patch**2)
 
     def decode(self, t1, t2):
@@ -286,9 +295,10 @@ class Recon(nn.Module):
         z1, z2 = self.g_equi(t1[..., self.half :]), self.g_equi(t2[..., self.half :])  # (B, N, d)
         return unpatchify(self.pixels(self.blocks(self.cross(z2, z1))), self.patch)
 
-    def forward(self, t1, t2, x2, z, labels):
-        self.drawn = self.decode(t1, t2)
-        L_recon = F.mse_loss(upcast(self.drawn), x2)
+    def forward(self, t1, t2, x2, **_):
+        drawn = self.decode(t1, t2)
+        self.drawn = drawn[:8].detach()  # for the picture
+        L_recon = F.mse_loss(upcast(drawn), x2)
         y1, y2 = t1.mean(1)[:, : self.half], t2.mean(1)[:, : self.half]  # (B, 256): y_inv
         z1, z2 = upcast(self.g_inv(y1)), upcast(self.g_inv(y2))  # (B, d)
         with common.full_precision():
@@ -296,16 +306,10 @@ class Recon(nn.Module):
         return out | dict(L_recon=L_recon, loss=self.args.ssl_weight * out["L_ssl"] + self.args.recon_weight * L_recon)
 
 
-def patchify(x, p):
-    """(B, 3, H, W) -> (B, N, 3 p p): patches row by row, each channel by channel."""
-    B, C, H, W = x.shape
-    return x.view(B, C, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5).reshape(B, -1, C * p * p)
-
-
 def unpatchify(t, p):
-    """The inverse of `patchify`, for square images."""
-    B, N, side = len(t), t.shape[1], math.isqrt(t.shape[1])
-    return t.view(B, side, N // side, 3, p, p).permute(0, 3, 1, 4, 2, 5).reshape(B, 3, side * p, -1)
+    """Patches (B, N, 3 p p), row by row, each channel by channel -> square images (B, 3, H, W)."""
+    side = math.isqrt(t.shape[1])
+    return t.view(-1, side, side, 3, p, p).permute(0, 3, 1, 4, 2, 5).reshape(len(t), 3, side * p, side * p)
 
 
 class SIE(nn.Module):
@@ -322,7 +326,7 @@ class SIE(nn.Module):
         d = equi.shape[1]
         return torch.einsum("bi,oik,bk->bo", equi, self.W.weight.view(d, d, -1), z)
 
-    def forward(self, t1, t2, x2, z, labels):
+    def forward(self, t1, t2, z, **_):
         y1, y2 = t1.mean(1), t2.mean(1)  # (B, 512)
         inv1, inv2 = upcast(self.inv(y1[:, : self.half])), upcast(self.inv(y2[:, : self.half]))  # (B, d)
         equi1, equi2 = upcast(self.equi(y1[:, self.half :])), upcast(self.equi(y2[:, self.half :]))
@@ -338,7 +342,7 @@ class VICReg(nn.Module):
         self.backbone, self.args, d = backbone, args, 2 * args.proj_hidden
         self.expander = expander(args.neck, d, d, d)
 
-    def forward(self, t1, t2, x2, z, labels):
+    def forward(self, t1, t2, **_):
         z1, z2 = upcast(self.expander(t1.mean(1))), upcast(self.expander(t2.mean(1)))  # (B, d)
         with common.full_precision():
             out = vicreg(z1, z2, self.args)
@@ -352,7 +356,7 @@ class Supervised(nn.Module):
         super().__init__()
         self.backbone, self.head = backbone, nn.Linear(args.neck, classes)
 
-    def forward(self, t1, t2, x2, z, labels):
+    def forward(self, t1, t2, labels, **_):
         scores = upcast(self.head(torch.cat([t1.mean(1), t2.mean(1)])))  # (2 B, classes)
         labels = labels.repeat(2).to(scores.device)
         return dict(loss=F.cross_entropy(scores, labels), accuracy=(scores.argmax(1) == labels).float().mean())
@@ -363,7 +367,7 @@ def losses(model, views, z=None, labels=None, patches=None):
     `patches` is the compiled encoder."""
     encode = patches or model.backbone.patches
     t1, t2 = encode(views["1"]), encode(views["2"])  # (B, N, 512)
-    return model(t1, t2, views["2"], z, labels), t1.mean(1)
+    return model(t1, t2, x2=views["2"], z=z, labels=labels), t1.mean(1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -398,12 +402,16 @@ def check(args):
     common.check_ranges(args, RANGES)
     if args.crop_scale[0] > args.crop_scale[1]:
         common.die(f"--crop-scale {args.crop_scale[0]} {args.crop_scale[1]}: the lower end comes first")
-    if args.embed_dim % 4 or args.embed_dim % max(1, args.embed_dim // 64):
-        common.die(f"--embed-dim {args.embed_dim}: must be a multiple of 4 and of its {args.embed_dim // 64} heads; take a multiple of 64")
+    if args.embed_dim % (4 * heads(args.embed_dim)):
+        common.die(f"--embed-dim {args.embed_dim}: must be a multiple of {4 * heads(args.embed_dim)}; take a multiple of 64")
     if args.epochs and args.warmup_epochs >= args.epochs:
         common.die(f"--warmup-epochs {args.warmup_epochs}: must be below --epochs {args.epochs}")
     if args.known_fraction < 1 and args.objective not in ("sie", "supervised"):
         common.die(f"--known-fraction {args.known_fraction}: {args.objective} needs to know nothing and sees all images; leave it out")
+    if args.objective != "sie" and (args.sie_single or args.sie_params != ("all",)):
+        common.die(f"--sie-{'single' if args.sie_single else 'params'}: goes with --objective sie; {args.objective} sees all transformations at once")
+    if args.img_size == args.patch_size:
+        common.die(f"--patch-size {args.patch_size}: leaves a single patch, and cross-attention nothing to choose from; lower it")
 
 
 def main(argv=None):
@@ -413,10 +421,12 @@ def main(argv=None):
     check(args)
     train, test = (common.load_data(args.data, args.data_dir, split, args.img_size, args.skip_corrupt, args.workers) for split in ("train", "test"))
     if train.labels is None and (args.objective == "supervised" or args.known_fraction < 1):
-        common.die(f"--data-dir {args.data_dir}: has no classes (one folder per class), which {args.objective} needs")
+        common.die(f"--data-dir {args.data_dir}: has no classes (one folder per class), which {'--known-fraction' if args.known_fraction < 1 else 'supervised'} needs")
     posed = "rotation" in train.factors
-    seen = train if args.known_fraction == 1 else train.rows(common.known_rows(train.labels, args.known_fraction, args.seed))
-    seen = seen.to(device)
+    if posed and args.sie_single:
+        common.die(f"--sie-single: {args.data} shows objects in poses; nothing is transformed")
+    train = train.to(device)
+    seen = train if args.known_fraction == 1 else common.known_part(train, args.known_fraction, args.seed)
     families = known_families(args, posed)
     policies = make_policies(args, posed)
     loader = common.Loader(seen, policies, partial(draw_views, args, policies, () if posed else families), args, device, pairs=posed)
@@ -425,18 +435,19 @@ def main(argv=None):
         return pose_latent(families, seen.factors, rows) if posed else latent(families, params["2"], args.img_size)
 
     outputs = len(train.classes)
-    if args.objective == "sie":
-        outputs = (4 * ("rotation" in families) + 2 * ("color" in families)) if posed else 1 + sum(dict(rotation=2, color=4, blur=1, translation=2, crop=4, flip=1)[f] for f in families)
+    if args.objective == "sie":  # the width of z
+        outputs = (4 if "rotation" in families else 1) + 2 * ("color" in families) if posed else 1 + sum(WIDTH[name] for name in families)
     model = build(args, device, outputs)
     parameters = list(model.parameters())
     optimizer = torch.optim.Adam(parameters, lr=0.0, weight_decay=args.weight_decay, fused=device.type == "cuda")
     peak = args.lr * args.batch_size / 256
-    run = common.Run("recon_xattn", args, args.objective, device)
+    variant = [args.objective, *(families if args.sie_params != ("all",) else ()), *["single"] * args.sie_single]
+    run = common.Run("recon_xattn", args, "-".join(variant + [f"known{args.known_fraction:g}"] * (args.known_fraction < 1)), device)
     views = None
 
     def dump():
         if args.objective == "recon" and views is not None:
-            run.picture("reconstruction.png", [views["1"], views["2"], model.drawn.detach()], model.backbone)
+            run.picture("reconstruction.png", [views["1"], views["2"], model.drawn], model.backbone)
         heads = {k: v for k, v in model.state_dict().items() if not k.startswith("backbone.")}
         return model.backbone, dict(heads=heads, optimizer=optimizer.state_dict())
 
@@ -445,7 +456,7 @@ def main(argv=None):
         optimizer.load_state_dict(train_state["optimizer"])
 
     begin = run.restore(load)
-    chance = dict(recon="L_recon 1 (the mean colour)", supervised=f"loss {math.log(max(outputs, 1)):.2f}").get(args.objective, f"L_var {1 - 0.01:.2f} (collapse)")
+    chance = dict(recon="L_recon about 1 (the mean colour)", supervised=f"loss {math.log(max(outputs, 1)):.2f}").get(args.objective, f"L_var {1 - 0.01:.2f} (collapse)")
     run.introduce(seen, loader, model, peak, chance)
     patches = torch.compile(model.backbone.patches, dynamic=False) if args.compile else None
 
@@ -467,7 +478,7 @@ def main(argv=None):
         optimizer.step()
         run.log(step, features=y, lr=lr, epoch=epoch, **out)
 
-    run.finish(model.backbone, build(args, device, outputs).backbone, train.to(device), test)
+    run.finish(model.backbone, build(args, device, outputs).backbone, train, test)
 
 
 if __name__ == "__main__":

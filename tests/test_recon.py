@@ -113,9 +113,8 @@ def test_parameter_counts_of_the_paper():
 
 def test_patches_and_back():
     x = torch.randn(2, 3, 8, 8)
-    assert torch.equal(rx.unpatchify(rx.patchify(x, 4), 4), x)
-    one = torch.arange(16.0).view(1, 1, 4, 4).expand(1, 3, 4, 4)
-    assert rx.patchify(one, 2)[0, 0, :4].tolist() == [0, 1, 4, 5]
+    patches = torch.stack([x[:, :, r : r + 4, c : c + 4].flatten(1) for r in (0, 4) for c in (0, 4)], 1)
+    assert torch.equal(rx.unpatchify(patches, 4), x)
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +136,7 @@ def test_the_decoder_knows_view_2_only_through_attention(decoder):
     z1 = torch.randn(3, 1, 24).double().expand(3, 16, 24)
     a, b = (decoder.cross(torch.randn(3, 16, 24).double(), z1) for _ in range(2))
     assert (a - b).abs().max() < 1e-9
-    block = rx.CrossBlock(24, 2, torch.zeros(1, 1, 24)).double()
+    block = rx.CrossBlock(24, torch.zeros(1, 1, 24)).double()
     z1 = torch.randn(3, 1, 24).double()
     a, b = (block(torch.randn(3, 1, 24).double(), z1) for _ in range(2))
     assert torch.allclose(a, b)
@@ -253,8 +252,12 @@ def test_every_variant_trains_and_resumes_to_the_same_bits(variant, small, tmp_p
 
 @pytest.mark.parametrize("argv, words", [
     (["--known-fraction", "0.2"], ("--known-fraction 0.2", "recon")),
-    (["--objective", "sie", "--data", "blocks", "--recipe", "blocks", "--sie-params", "blur"], ("--sie-params blur", "rotation color")),
+    (["--objective", "sie", "--data", "blocks", "--recipe", "blocks", "--img-size", "32", "--sie-params", "blur"], ("--sie-params blur", "rotation color")),
     (["--embed-dim", "130"], ("--embed-dim 130",)),
+    (["--sie-single"], ("--sie-single", "--objective sie")),
+    (["--objective", "vicreg", "--sie-params", "blur"], ("--sie-params", "--objective sie")),
+    (["--objective", "sie", "--data", "blocks", "--recipe", "blocks", "--img-size", "32", "--sie-single"], ("--sie-single", "poses")),
+    (["--patch-size", "16"], ("--patch-size 16", "single patch")),
     (["--data", "imagefolder", "--recipe", "ade20k"], ("--recipe ade20k", "3diebench")),
     (["--lr", "nan"], ("--lr nan",)),
 ])
@@ -344,11 +347,32 @@ def test_pairs_show_two_views_of_each_object_once_an_epoch():
     assert seen <= possible and len(seen) > 0.8 * len(possible)
 
 
-def test_known_rows_are_a_share_of_every_class():
+def test_the_hues_alone_have_a_constant_in_z():
+    factors = dict(rotation=torch.eye(4)[:2], floor_hue=torch.tensor([0.1, 0.4]), light_hue=torch.tensor([0.0, 0.5]))
+    z = rx.pose_latent(("color",), factors, torch.tensor([[0, 0], [0, 1]]))
+    assert z[0].tolist() == [1, 0, 0] and z[1].tolist() == pytest.approx([1, 0.3, 0.5])
+
+
+def test_the_known_part_is_a_share_of_every_class():
     labels = torch.tensor([0] * 50 + [1] * 10 + [2] * 20)[torch.randperm(80)]
-    rows = common.known_rows(labels, 0.2, seed=0)
-    assert torch.bincount(labels[rows]).tolist() == [10, 2, 4] and rows.unique().numel() == 16
-    assert torch.equal(rows, common.known_rows(labels, 0.2, seed=0)) and not torch.equal(rows, common.known_rows(labels, 0.2, seed=1))
+    data = common.ImageSet(images=torch.arange(80, dtype=torch.uint8).view(80, 1, 1, 1).expand(80, 3, 2, 2), labels=labels)
+    known = common.known_part(data, 0.2, seed=0)
+    rows = known.images[:, 0, 0, 0].long()
+    assert torch.bincount(known.labels).tolist() == [10, 2, 4] and torch.equal(labels[rows], known.labels) and len(rows.unique()) == 16
+    assert torch.equal(rows, common.known_part(data, 0.2, seed=0).images[:, 0, 0, 0].long())
+    assert not torch.equal(rows, common.known_part(data, 0.2, seed=1).images[:, 0, 0, 0].long())
+
+
+def test_the_known_part_of_objects_is_whole_objects():
+    groups, labels = torch.arange(24).repeat_interleave(3), torch.arange(24).repeat_interleave(3) % 2
+    data = common.ImageSet(images=torch.zeros(72, 3, 4, 4, dtype=torch.uint8), labels=labels, groups=groups, factors=dict(rotation=torch.randn(72, 4)))
+    known = common.known_part(data, 0.5, seed=0)
+    assert known.groups.unique(return_counts=True)[1].tolist() == [3] * 12 and known.factors["rotation"].shape == (36, 4)
+    args = args_for("sie", batch_size=4, img_size=4)
+    policies = rx.make_policies(args, True)
+    loader = common.Loader(known, policies, rx.partial(rx.draw_views, args, policies, ()), args, torch.device("cpu"), pairs=True)
+    seen = [g for step in range(3) for g in known.groups[loader[step]["rows"][0]].tolist()]
+    assert sorted(seen) == known.groups.unique().tolist() and all((loader[step]["rows"][0] != loader[step]["rows"][1]).all() for step in range(3))
 
 
 # ---- 3DIEBench ------------------------------------------------------------------------------------------
@@ -384,15 +408,17 @@ def test_3diebench_as_published(bench3die, tmp_path, capsys):
     assert (tmp_path / "run" / "checkpoint.pt").exists()
 
 
-@pytest.mark.parametrize("what, words", [("labels", ("train_labels.npy",)), ("latent", ("latent_3.npy",)), ("shape", ("latent_3.npy", "7 numbers"))])
+@pytest.mark.parametrize("what, words", [("labels", ("train_labels.npy",)), ("latent", ("latent_3.npy",)), ("shape", ("latent_3.npy", "7 numbers")), ("empty", ("latent_3.npy",))])
 def test_an_incomplete_3diebench_is_named(bench3die, capsys, what, words):
     if what == "labels":
         (bench3die / "train_labels.npy").unlink()
     elif what == "latent":
         (bench3die / "02691156" / "a1" / "latent_3.npy").unlink()
+    elif what == "empty":
+        (bench3die / "02691156" / "a1" / "latent_3.npy").write_bytes(b"")
     else:
-        np.save(bench3die / "02691156" / "a1" / "latent_3.npy", np.zeros(9))
+        np.save(bench3die / "02691156" / "a1" / "latent_3.npy", np.zeros(1))
     with pytest.raises(SystemExit) as end:
-        common.load_data("3diebench", bench3die, "train", 16)
+        common.load_data("3diebench", bench3die, "train", 16, workers=0)
     err = capsys.readouterr().err
     assert end.value.code == 2 and all(w in err for w in words)
