@@ -545,6 +545,8 @@ class AugSelf(Baseline):
                     solarize=torch.where(p["solarize"], 128 / 255, 1.0)[:, None])  # the threshold; 1 changes nothing
 
     def forward(self, e, params):
+        """A loss for each kind: tanh and squared error of the difference, or a classification (flip: same or not; rotation:
+        (k1 - k2) mod 4), mean over images and both directions; L_equiv is their sum."""
         y1, y2 = self.cls(e["1"]), self.cls(e["2"])
         y = torch.cat([torch.cat([y1, y2], 1), torch.cat([y2, y1], 1)])  # (2 n, 2 D), both directions
         w1, w2 = self.describe(params["1"]), self.describe(params["2"])
