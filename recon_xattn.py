@@ -165,7 +165,7 @@ def make_policies(args, posed):
     if posed:
         return {view: Compose([common.CenterCrop(args.img_size, resize=args.img_size), normalise]) for view in "12"}
     S, crop = args.img_size, RandomResizedCrop(args.img_size, args.crop_scale)
-    # a folder's worker cuts view 1's box twice; the second family of parameters starts from whole levels of 255
+    # both views begin with the same box, see `draw_views`; a folder's worker cuts it twice, which costs little beside decoding
     T = [Recrop(S), common.family("flip", S), Warp(S), common.family("color", S), common.family("blur", S)]
     return {"1": Compose([crop, normalise]), "2": Compose([crop, *T, normalise])}
 

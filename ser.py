@@ -703,7 +703,7 @@ def check(args):
     if args.equi == "none":
         args.equi_layer = 0
     if args.equi_layer > depth or args.equi == "ser" and args.equi_layer == 0:
-        common.die(f"--equi-layer {args.equi_layer}: {args.arch} has {depth} blocks, and ser takes the tokens after one of them")
+        common.die(f"--equi-layer {args.equi_layer}: {args.arch} has {depth} blocks" + ", and ser takes the tokens after one of them" * (args.equi == "ser"))
     if args.cls_layer is None:
         args.cls_layer = args.equi_layer if args.equi == "ser" else 0
     if args.weight_decay_end is None:
