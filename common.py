@@ -37,9 +37,11 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+import torchvision
 import tyro
 from PIL import Image, ImageOps
 from timm.models.vision_transformer import VisionTransformer
+from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.utils import save_image
 from tqdm import tqdm
 
@@ -54,13 +56,14 @@ class RunArgs:
     needs, then the recipe, then the flags given by hand."""
 
     data: str = "blocks"
-    """data set: blocks (rendered on the spot); cifar10, cifar100, imagenet, imagenet100, 3diebench or imagefolder with --data-dir"""
+    """data set: blocks, blocks-views (rendered on the spot); cifar10, cifar100, imagenet, imagenet100, 3diebench, core50, tdw or
+    imagefolder with --data-dir"""
     data_dir: str | None = None
     """where the data set lies; an image folder is train/ with val/ or test/, or any tree of images"""
     recipe: str | None = None
     """named set of hyper-parameters; defaults to the name of the data set"""
     arch: str = "vit_small"
-    """encoder: vit_pico, vit_tiny, vit_small or vit_base"""
+    """encoder: vit_pico, vit_tiny, vit_small, vit_base; of ciper.py resnet_pico, resnet18, resnet50"""
     img_size: int = 224
     """side of the (square) training images in pixels"""
     patch_size: int = 16
@@ -130,6 +133,17 @@ def parse(Args, values_in_force, argv=None, description=None):
         if value == "":
             die(f"--{name.replace('_', '-')}: is empty (an unset shell variable?); give a value or leave the flag out")
     return args
+
+
+def check_run(args, recipes, ranges, *archs):
+    """Refuse what no method script can work with: names that do not exist, numbers out of `ranges`."""
+    check_data(args.data)
+    if args.recipe not in recipes:
+        die(f"--recipe {args.recipe or 'is missing'}: name one of {', '.join(recipes)} (for --data {args.data})")
+    check_arch(args.arch, *archs)
+    check_ranges(args, ranges)
+    if args.epochs and args.warmup_epochs >= args.epochs:
+        die(f"--warmup-epochs {args.warmup_epochs}: must be below --epochs {args.epochs}")
 
 
 def check_ranges(args, ranges):
@@ -547,13 +561,14 @@ class Run:
         """Print what is about to run: data, recipe in force, learning rate after scaling, the loss of pure chance."""
         recipe = " ".join(f"{k}={v}" for k, v in dataclasses.asdict(self.args).items() if k not in self.FREE)
         count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        scaled = "" if peak == self.args.lr else f"{self.args.lr:g} x {self.args.batch_size}/256 = "
         if rank() == 0 and data.skipped:
             (self.out / "skipped.txt").write_text("".join(f"{path}\n" for path in data.skipped))
         self.say(
             f"{self.method}: {len(data):,} images of {self.args.data}, {self.args.epochs} epochs of {loader.steps_per_epoch} steps, on {world_size()} x {self.device.type}, into {self.out}",
             f"  {recipe}",
             *[f"  {len(data.skipped)} images cannot be read and are left out; they are listed in {self.out / 'skipped.txt'}"] * bool(data.skipped),
-            f"  {count:,} trainable parameters; learning rate {self.args.lr:g} x {self.args.batch_size}/256 = {peak:g} at its peak; chance: {chance}")
+            f"  {count:,} trainable parameters; learning rate {scaled}{peak:g} at its peak; chance: {chance}")
 
     def picture(self, name, views, backbone, n=8):
         """Write what the model sees: a row of `n` images for each normalised (b, 3, H, W) in `views`."""
@@ -644,9 +659,11 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and std of eac
 CIFAR10 = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 CIFAR100 = ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
 BLOCKS = ((0.39, 0.39, 0.39), (0.14, 0.14, 0.14))
+CORE50 = ((0.6000, 0.5681, 0.5411), (0.1817, 0.1944, 0.2039))
+TDW = ((0.7709, 0.7642, 0.7470), (0.0835, 0.0842, 0.0840))
 BENCH3DIE = ((0.5016, 0.5037, 0.5060), (0.1030, 0.0999, 0.0969))
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
-DATA_SETS = ("blocks", "cifar10", "cifar100", "imagenet", "imagenet100", "3diebench", "imagefolder")
+DATA_SETS = ("blocks", "blocks-views", "cifar10", "cifar100", "imagenet", "imagenet100", "3diebench", "core50", "tdw", "imagefolder")
 IMAGENET100 = """01558993 01692333 01729322 01735189 01749939 01773797 01820546 01855672 01978455 01980166 01983481 02009229 02018207
     02085620 02086240 02086910 02087046 02089867 02089973 02090622 02091831 02093428 02099849 02100583 02104029 02105505 02106550 02107142
     02108089 02109047 02113799 02113978 02114855 02116738 02119022 02123045 02138441 02172182 02231487 02259212 02326432 02396427 02483362
@@ -748,8 +765,6 @@ def imagefolder(root, split, classes=None):
 
 def cifar(name, root, split):
     """CIFAR-10 or -100 as torchvision keeps it: 50,000 and 10,000 images of 32 x 32 px."""
-    import torchvision
-
     try:
         data = getattr(torchvision.datasets, name.upper())(root, train=split == "train")
     except RuntimeError:
@@ -817,6 +832,54 @@ class _Latents(torch.utils.data.Dataset):
         return out
 
 
+CORE50_CLASSES = ("plug adapter", "mobile phone", "scissors", "light bulb", "can", "glasses", "ball", "marker", "cup", "remote control")
+
+
+def core50(root, split, sessions):
+    """CORe50 (Lomonaco and Maltoni 2017) as published: [core50_128x128/]s1..s11/o1..o50/C_<session>_<object>_<frame>.png.
+
+    "train" are the frames of `sessions` (numbers from 1), "test" those of all others. Labels are the 10 categories of five objects
+    each, groups the objects, factors session and frame (N,) int64; sessions count from 0 there.
+    """
+    root = Path(root) / "core50_128x128" if (Path(root) / "core50_128x128").is_dir() else Path(root)
+    there = {int(d.name[1:]): d for d in root.glob("s*") if d.is_dir() and d.name[1:].isdecimal()}
+    missing = [s for s in sessions if s not in there]
+    if missing or not set(there) - set(sessions):
+        die(f"--data-dir {root}: core50 is s1/o1/C_01_01_000.png ... s11/; found the sessions {' '.join(map(str, sorted(there))) or 'none'}, to train on {' '.join(map(str, sessions))}, test on the rest")
+    found = []
+    for path in (p for s, d in there.items() if (s in sessions) == (split == "train") for p in d.glob("o*/C_*_*_*.png")):
+        number = path.stem.split("_")[1:]
+        if not all(n.isdecimal() for n in number) or not 1 <= int(number[1]) <= 50:
+            die(f"{path}: not a frame of CORe50, C_<session>_<object>_<frame>.png with objects 1 to 50")
+        found.append((*map(int, number), path))
+    if not found:
+        die(f"--data-dir {root}: no frames o1/C_*_01_*.png in the sessions of {split}")
+    session, thing, frame, paths = zip(*sorted(found))
+    session, thing, frame = (torch.tensor(v) for v in (session, thing, frame))  # (N,) each
+    return ImageSet(paths=list(map(str, paths)), labels=(thing - 1) // 5, classes=CORE50_CLASSES, groups=thing - 1, factors=dict(session=session - 1, frame=frame))
+
+
+TDW_CLASSES = ("cup", "comb", "scissor", "hammer", "book", "calculator", "goblet", "candle", "headphones", "screwdriver", "cassette", "bottle")
+
+
+def tdw(root, split):
+    """The toys of CLTT (Schneider et al. 2021) as published: train/ and test/ with 12,096 images each, whose sorted names count
+    12 objects x 4 distances x 7 elevations x 36 azimuths. Factor view (N, 3): azimuth, elevation in degrees, distance in metres."""
+    folder = next((d for d in (Path(root) / split, Path(root) / "spherical_photoreal_64x64_DoF" / split) if d.is_dir()), Path(root) / split)
+    paths = sorted((p for p in folder.glob("*") if p.suffix.lower() in SUFFIXES), key=lambda p: p.name)
+    if len(paths) != 12_096:
+        die(f"--data-dir {folder}: tdw has 12,096 images in train/ and in test/, numbered by the order of their names; found {len(paths):,}")
+    try:
+        images = [open_image(p) for p in progress(paths, desc=f"reading {split}", unit="image")]
+    except OSError as e:
+        die(str(e))
+    if len({image.shape for image in images}) > 1:
+        die(f"--data-dir {folder}: images of several sizes; tdw's are 64 x 64")
+    i = torch.arange(12_096)
+    view = torch.stack([i % 36 * 10.0, i // 36 % 7 * 10 + 10.0, i // 252 % 4 * 0.1 + 0.3], 1)  # (N, 3)
+    return ImageSet(images=torch.stack(images), labels=i // 1008, classes=TDW_CLASSES, groups=i // 1008, factors=dict(view=view))
+
+
 def known_part(data, fraction, seed):
     """A share of every class, at random from the seed, of whole objects where there are several images of one: an ImageSet.
     For experiments in which the parameters or the labels of only some images are known."""
@@ -833,19 +896,22 @@ def check_data(name):
         die(f"--data {name}: unknown data set; there are {', '.join(DATA_SETS)}")
 
 
-def load_data(name, root, split, size, skip_corrupt=False, workers=None):
+def load_data(name, root, split, size, skip_corrupt=False, workers=None, sessions=(1, 2)):
     """The "train" or "test" split of a data set as an ImageSet; None when it has no such split. `size` is the side at
-    which `blocks` is rendered; everything else keeps its own. `skip_corrupt` opens every file first and leaves out the
-    ones that cannot be read."""
+    which `blocks` and `blocks-views` are rendered; everything else keeps its own. `skip_corrupt` opens every file first and
+    leaves out the ones that cannot be read. `sessions`: those of core50 that train."""
     check_data(name)
-    if name == "blocks":
-        return ImageSet(**cached(f"blocks-v3-{size}-{split}", lambda: blocks(split, size)))
+    if name.startswith("blocks"):
+        render = blocks if name == "blocks" else blocks_views
+        return ImageSet(**cached(f"{name}-v3-{size}-{split}", lambda: render(split, size)))
     if root is None:
         die(f"--data-dir: {name} needs the directory of its images")
     if name.startswith("cifar"):
         return cifar(name, root, split)
-    if name == "3diebench":
-        data = threediebench(root, split, workers)
+    if name == "tdw":
+        return tdw(root, split)
+    if name in ("3diebench", "core50"):
+        data = threediebench(root, split, workers) if name == "3diebench" else core50(root, split, sessions)
         return without_unreadable(data, workers) if skip_corrupt else data
     data = imagefolder(root, split, {f"n{wnid}" for wnid in IMAGENET100.split()} if name == "imagenet100" else None)
     expected = dict(imagenet=1000, imagenet100=100).get(name)
@@ -957,7 +1023,7 @@ def rotation_matrix(q):
         2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)], 1).view(-1, 3, 3)
 
 
-def render_chunk(boxes, colors, rotation, floor_hue, light_hue, size):
+def render_chunk(boxes, colors, rotation, floor_hue, light_hue, distance, size):
     """`render_blocks` for the few images whose rays fit in the cache."""
     n, S = len(boxes), 2 * size                                      # 2x2 rays a pixel, P = S * S
     u = ((torch.arange(S) + 0.5) / S * 2 - 1) * HALF_VIEW                             # (S,)
@@ -968,7 +1034,7 @@ def render_chunk(boxes, colors, rotation, floor_hue, light_hue, size):
     to_object = rotation_matrix(rotation).mT                                          # (n, 3, 3)
     d = to_object @ rays                                                              # (n, 3, P)
     d = torch.where(d.abs() < 1e-9, 1e-9, d)                                          # (n, 3, P)
-    camera = to_object @ torch.tensor([0.0, 0.0, CAMERA_DISTANCE])                    # (n, 3)
+    camera = to_object[..., 2] * distance[:, None]                                    # (n, 3)
     light = (to_object @ torch.tensor(LIGHT_DIRECTION))[..., None]                    # (n, 3, 1)
 
     # Along each axis, camera + t d is between the box's two faces for t in middle -+ reach. The
@@ -996,16 +1062,18 @@ def render_chunk(boxes, colors, rotation, floor_hue, light_hue, size):
     return images, masks
 
 
-def render_blocks(boxes, colors, rotation, floor_hue, light_hue, size, rays_per_chunk=2 ** 17):
-    """Trace n scenes of K boxes each with a fixed camera, exactly, with 2x2 supersampling.
+def render_blocks(boxes, colors, rotation, floor_hue, light_hue, size, distance=None, rays_per_chunk=2 ** 17):
+    """Trace n scenes of K boxes each, exactly, with 2x2 supersampling.
 
     boxes: (n, K, 6) centre x, y, z and width, height, depth in the object's own axes, within the
     sphere of radius 1. colors: (n, K, 3) RGB in [0, 1]. rotation: (n, 4) unit quaternions, scalar
     last. floor_hue, light_hue: (n,) in [0, 1). size: height and width of the images in pixels.
+    distance: (n,), of the camera from the origin, default 4, at which the sphere fills the image.
     Returns images (n, 3, size, size) uint8 and masks (n, size, size) bool, true where the object
     covers at least half of the pixel.
     """
-    scenes = (boxes, colors, rotation, floor_hue, light_hue)
+    distance = torch.full((len(boxes),), CAMERA_DISTANCE) if distance is None else distance  # (n,)
+    scenes = (boxes, colors, rotation, floor_hue, light_hue, distance)
     n_chunk = max(1, rays_per_chunk // (2 * size) ** 2)
     chunks = [render_chunk(*chunk, size) for chunk in zip(*(a.split(n_chunk) for a in scenes))]
     return tuple(map(torch.cat, zip(*chunks)))
@@ -1061,6 +1129,36 @@ def blocks(split, size=32, seed=0):
                 masks=masks, boxes=bounding_boxes(masks))
 
 
+AZIMUTHS, ELEVATIONS, DISTANCES = range(0, 360, 30), (10, 30, 50), (4.0, 5.0, 6.0)      # degrees, degrees, as above
+SESSIONS = {"train": (0, 1), "test": range(2, 11)}                                    # each with a floor and a light of its own
+
+
+def blocks_views(split, size=32, seed=0):
+    """Upright objects on a turntable: `split` "train", 50 objects in 2 sessions, 108 views of each; "test", 20 others in the 9
+    other sessions, 36 views of each.
+
+    Returns what `blocks` does, object by object, session by session; factors are view (N, 3), azimuth and elevation in degrees
+    and distance, and session (N,) int64. The grid of views has 12 azimuths, 3 elevations and 3 distances; the light stands where
+    the camera stands. A session is a hue of the floor and one of the light, which vary a little from image to image.
+    """
+    generator = rng("blocks-views", split, seed)
+    m = dict(train=50, test=20)[split]
+    object_labels = torch.arange(m) % len(BLOCK_CLASSES)                              # (m,)
+    object_boxes, object_colors = random_objects(object_labels, generator)            # (m, K, 6), (m, K, 3)
+    grid = torch.cartesian_prod(*(torch.tensor(list(axis), dtype=torch.float32) for axis in (AZIMUTHS, ELEVATIONS, DISTANCES)))  # (108, 3)
+    of = torch.cartesian_prod(torch.arange(m), torch.tensor(SESSIONS[split]), torch.arange(len(grid)))  # (N, 3)
+    if split == "test":
+        of = of[(of[:, 0] + of[:, 1] + of[:, 2] // 9 + of[:, 2] // 3 + of[:, 2]) % 3 == 0]  # other views in each session
+    groups, session, view = of[:, 0], of[:, 1], grid[of[:, 2]]                        # (N,), (N,), (N, 3)
+    azimuth, elevation, zero = *view[:, :2].deg2rad().T / 2, torch.zeros(len(of))     # (N,) each; half angles
+    turn = torch.stack([zero, azimuth.sin(), zero, azimuth.cos()], 1)                 # (N, 4)
+    tilt = torch.stack([elevation.sin(), zero, zero, elevation.cos()], 1)             # (N, 4), towards the camera
+    floor_hue, light_hue = (torch.stack([session, 5 * session]) / 11 + 0.02 * torch.randn(2, len(of), generator=generator)) % 1
+    images, masks = render_blocks(object_boxes[groups], object_colors[groups], multiply(tilt, turn), floor_hue, light_hue, size, view[:, 2])
+    return dict(images=images, labels=object_labels[groups], classes=tuple(BLOCK_CLASSES), groups=groups,
+                factors=dict(view=view, session=session), masks=masks, boxes=bounding_boxes(masks))
+
+
 def multiply(p, q):
     """Hamilton product of quaternions (n, 4), scalar last."""
     v, w, u, s = p[:, :3], p[:, 3:], q[:, :3], q[:, 3:]
@@ -1088,51 +1186,43 @@ class Loader(torch.utils.data.Dataset):
     alike; `policies[name]` is the Compose that makes it. What needs whole images (decoding, cropping) happens here, per
     rank: on the device when the set lives there, otherwise in worker processes, each of which makes whole batches. The
     rest is `finish`, batched on the device; without another device the workers do that too. Nothing depends on how many
-    workers or ranks there are. With `pairs` an epoch visits every object once, in two of its images: view "2" shows the
-    second, all other views the first.
+    workers or ranks there are.
+
+    An epoch visits every image once, and all its views show it. With a `sampler` they show what that says:
+    `len(sampler)` items are visited in an epoch, and `sampler(items, epoch, generator)` maps a batch of them, (B,), to
+    {view: rows of the data set (B,)}.
     """
 
-    def __init__(self, data, policies, draw, args, device, pairs=False):
-        self.data, self.policies, self.draw, self.device, self.pairs = data, policies, draw, device, pairs
+    def __init__(self, data, policies, draw, args, device, sampler=None):
+        self.data, self.policies, self.draw, self.device, self.sampler = data, policies, draw, device, sampler
         self.seed, self.batch_size, self.workers = args.seed, args.batch_size, args.workers
         self.rank, self.share = rank(), args.batch_size // world_size()  # a worker process does not know them
         self.whole = data.images is None and device.type == "cpu"  # workers do all
-        if pairs:  # images in the order of their objects, and how many each has
-            self.by_object, self.count = torch.argsort(data.groups, stable=True), data.groups.unique(return_counts=True)[1]
-            if (self.count < 2).any():
-                die(f"--data {args.data}: {int((self.count < 2).sum())} objects have a single image, and pairs need two of each")
-        self.items = len(self.count) if pairs else len(data)
+        self.items = len(sampler or data)
         self.steps_per_epoch = self.items // args.batch_size  # the incomplete last batch is dropped
         self.total_steps = args.epochs * self.steps_per_epoch
         if self.items < args.batch_size:
-            die(f"--batch-size {args.batch_size}: larger than the data set ({self.items} {'objects' if pairs else 'images'}); lower it")
+            die(f"--batch-size {args.batch_size}: larger than the data set ({self.items} {'objects' if self.items < len(data) else 'images'}); lower it")
         if args.batch_size % world_size():
             die(f"--batch-size {args.batch_size}: not divisible by the {world_size()} processes; the nearest that is: {max(1, args.batch_size // world_size()) * world_size()}")
 
     def rows(self, step):
-        """This rank's rows of the data set: (b,), with `pairs` (2, b)."""
+        """What this rank's views show: {view: rows of the data set (b,)}."""
         epoch, k = divmod(step, self.steps_per_epoch)
         order = torch.randperm(self.items, generator=rng(self.seed, "order", epoch))
-        mine = slice(self.rank * self.share, (self.rank + 1) * self.share)
-        items = order[k * self.batch_size :][: self.batch_size][mine]  # (b,)
-        if not self.pairs:
-            return items
-        u = torch.rand(self.batch_size, 2, generator=rng(self.seed, "pairs", step))[mine]
-        count, first = self.count[items], (self.count.cumsum(0) - self.count)[items]  # (b,) each
-        i = (u[:, 0] * count).long()  # one of an object's images, and then one of the others
-        j = (i + 1 + (u[:, 1] * (count - 1)).long()) % count
-        return self.by_object[torch.stack([first + i, first + j])]
+        items = order[k * self.batch_size :][: self.batch_size]  # (B,)
+        rows = self.sampler(items, epoch, rng(self.seed, "pairs", step)) if self.sampler else dict.fromkeys(self.policies, items)
+        return {name: r[self.rank * self.share :][: self.share] for name, r in rows.items()}
 
     def __getitem__(self, step):
         low, b, rows = self.rank * self.share, self.share, self.rows(step)
-        images = self.data[rows.flatten()]  # (b, 3, H, W), or b images of any size; 2 b with `pairs`
-        sizes = torch.tensor([image.shape[1:] for image in images])
+        shared = None if self.sampler else self.data[next(iter(rows.values()))]  # (b, 3, H, W), or b images of any size
         views = {}
         for name, (at, params) in self.draw(rng(self.seed, "views", step)).items():
             mine = ((at >= low) & (at < low + b)).nonzero()[:, 0]
-            at, policy = at[mine] - low + b * (self.pairs and name == "2"), self.policies[name]
-            params = policy.resolve({key: value[mine] for key, value in params.items()}, sizes[at])
+            at, policy, images = at[mine] - low, self.policies[name], self.data[rows[name]] if self.sampler else shared
             source = [images[i] for i in at.tolist()] if isinstance(images, list) else images[at.to(images.device)]
+            params = policy.resolve({key: value[mine] for key, value in params.items()}, torch.tensor([image.shape[1:] for image in source]))
             views[name] = (policy if self.whole else policy.crop)(source, params), params  # (n, 3, S, S), else uint8
         return dict(rows=rows, views=views)
 
@@ -1641,11 +1731,18 @@ VITS = dict(  # the sizes of DeiT / DINO (6 heads for ViT-S), and one for CPUs
 )
 
 
-def vit_size(arch):
-    """embed_dim, depth and num_heads of an architecture."""
-    if arch not in VITS:
-        die(f"--arch {arch}: unknown; there are {', '.join(VITS)}")
-    return VITS[arch]
+RESNETS = dict(  # block, blocks of each stage, width of the first stage
+    resnet_pico=(BasicBlock, (2, 2, 2, 2), 16),
+    resnet18=(BasicBlock, (2, 2, 2, 2), 64),
+    resnet50=(Bottleneck, (3, 4, 6, 3), 64),
+)
+
+
+def check_arch(arch, *families):
+    """Refuse an architecture that is not in `families`, VITS or RESNETS."""
+    known = [name for family in families for name in family]
+    if arch not in known:
+        die(f"--arch {arch}: not one of {', '.join(known)}")
 
 
 def sincos_positions(h, w, dim):
@@ -1745,27 +1842,75 @@ class NeckViT(ViT):
         return self(x)
 
 
-def make_backbone(arch, mean, std, **kwargs):
+class ResNet(torchvision.models.ResNet):
+    """torchvision's ResNet, with its parameter names and initial values, without classifier: for small images and for any width.
+
+    stem: "imagenet" (7x7 convolution of stride 2, max-pool), or "cifar" (3x3, no pool). coords: two channels are appended to
+    the (normalised, augmented) input, the column's and the row's position in [-1, 1] [CoordConv, Liu et al. 2018].
+    """
+
+    def __init__(self, arch="resnet18", img_size=224, stem="imagenet", coords=False):
+        block, layers, width = RESNETS[arch]
+        super().__init__(block, layers)
+        self.coords, self.depth, self.dim, self.fc = coords, 4, 8 * width * block.expansion, nn.Identity()
+        if width != 64:
+            self.inplanes, self.bn1 = width, nn.BatchNorm2d(width)
+            for i, n in enumerate(layers):
+                setattr(self, f"layer{i + 1}", self._make_layer(block, width * 2**i, n, stride=1 + (i > 0)))
+        size = dict(kernel_size=7, stride=2, padding=3) if stem == "imagenet" else dict(kernel_size=3, stride=1, padding=1)
+        self.conv1 = nn.Conv2d(3 + 2 * coords, width, bias=False, **size)
+        if stem == "cifar":
+            self.maxpool = nn.Identity()
+        for m in self.modules():
+            if isinstance(m, nn.Conv2d):
+                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+
+    def trace(self, x, taps=()):
+        """x (B, 3, H, W) -> y (B, dim), the mean over the last map, and {k: map after stage k (B, C, h, w)} for `taps`."""
+        if self.coords:
+            column, row = (torch.linspace(-1, 1, n, device=x.device, dtype=x.dtype) for n in (x.shape[3], x.shape[2]))
+            position = torch.stack([column.expand(len(row), -1), row[:, None].expand(-1, len(column))])  # (2, H, W): x, y
+            x = torch.cat([x, position.expand(len(x), -1, -1, -1)], 1)  # (B, 5, H, W)
+        z, tapped = self.maxpool(self.relu(self.bn1(self.conv1(x)))), {}
+        for k, stage in enumerate((self.layer1, self.layer2, self.layer3, self.layer4), 1):
+            z = stage(z)  # (B, C, h, w)
+            if k in taps:
+                tapped[k] = z
+        return self.avgpool(z).flatten(1), tapped
+
+    def forward(self, x):
+        return self.trace(x)[0]
+
+    def last_blocks(self, x, n=1):
+        """The representation, as `forward`: what linear probes of ResNets look at."""
+        return self(x)
+
+    def tokens(self, x, after):
+        """x (B, 3, H, W) -> the map after stage `after`, of 4, with channels last (B, h, w, C)."""
+        return self.trace(x, (after,))[1][after].permute(0, 2, 3, 1)
+
+
+def make_backbone(arch, mean, std, img_size, **kwargs):
     """The encoder that a checkpoint's "backbone" describes. It keeps that description, and in `mean`, `std`, `img_size`
     what it expects as input; `dim` is the width of `backbone(x)`."""
-    vit_size(arch)
-    img_size, patch_size = kwargs["img_size"], kwargs["patch_size"]
+    check_arch(arch, VITS, RESNETS)
+    patch_size = kwargs.get("patch_size", 1)
     if img_size % patch_size:
         die(f"--img-size {img_size}: not divisible by --patch-size {patch_size}; the nearest that is: {max(1, round(img_size / patch_size)) * patch_size}")
-    backbone = (NeckViT if "neck" in kwargs else ViT)(arch=arch, **kwargs)
+    backbone = (ResNet if arch in RESNETS else NeckViT if "neck" in kwargs else ViT)(arch=arch, img_size=img_size, **kwargs)
     backbone.mean, backbone.std, backbone.img_size = mean, std, img_size
-    backbone.description = dict(arch=arch, mean=list(mean), std=list(std), **kwargs)
+    backbone.description = dict(arch=arch, mean=list(mean), std=list(std), img_size=img_size, **kwargs)
     return backbone
 
 
 def load_backbone(path):
     """Checkpoint file -> (frozen encoder in eval mode, checkpoint dict). Strict: weights that do not fit are an error."""
     state = load_checkpoint(path)
-    backbone = make_backbone(**state["backbone"])
     try:
+        backbone = make_backbone(**state["backbone"])
         backbone.load_state_dict(state["backbone_state"])
-    except RuntimeError as e:
-        die(f"{path}: its weights do not fit {state['backbone']['arch']} ({str(e).splitlines()[1].strip()[:200]})")
+    except (RuntimeError, TypeError) as e:
+        die(f"{path}: its weights do not fit {state['backbone'].get('arch')} ({str(e).splitlines()[-1].strip()[:200]})")
     return backbone.eval().requires_grad_(False), state
 
 
@@ -1776,11 +1921,16 @@ def export_backbone(path, backbone):
     from safetensors.torch import save_file
 
     d = backbone.description
-    if "neck" in d:
+    if d["arch"] in RESNETS:
+        if d.get("stem") == "cifar" or d.get("coords") or d["arch"] == "resnet_pico":
+            return f"{path.name}: not written, timm has no ResNet with a 3x3 stem, coordinate channels or of this width"
+        arguments = dict(model_name=d["arch"], num_classes=0)
+    elif "neck" in d:
         return f"{path.name}: not written, timm has no ViT with a neck"
-    if d["cls_layer"] > 0:
+    elif d["cls_layer"] > 0:
         return f"{path.name}: not written, timm has no ViT whose [CLS] enters after a block"
-    arguments = dict(model_name="vit_small_patch16_224", num_classes=0, img_size=d["img_size"], patch_size=d["patch_size"], **VITS[d["arch"]])
+    else:
+        arguments = dict(model_name="vit_small_patch16_224", num_classes=0, img_size=d["img_size"], patch_size=d["patch_size"], **VITS[d["arch"]])
     backbone, twin = copy.deepcopy(backbone).cpu().eval(), timm.create_model(**arguments).eval()
     twin.load_state_dict(backbone.state_dict())
     x = torch.randn(2, 3, d["img_size"], d["img_size"], generator=rng("export"))

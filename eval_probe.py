@@ -9,7 +9,7 @@ Checkpoints that differ only in their seed share a row, mean +- sample standard 
 appended to eval.jsonl beside it, with the protocol that gave them.
 
 Tasks
-  (the final [CLS]; of recon_xattn.py's encoders the mean of the tokens)
+  (the final [CLS]; of recon_xattn.py's encoders the mean of the tokens, of ResNets that of the last map)
   knn     20 nearest neighbours by cosine on the final [CLS], weights exp(cos / 0.07)            [DINO, Caron et al. 2021]
   linear  softmax regression on the [CLS] of the last four blocks, each through the final norm    [SER; DINO]; SGD with
           momentum 0.9, no weight decay, cosine to 0; ten learning rates trained together, the one that is best on a held-out
@@ -20,6 +20,14 @@ Tasks
           (rotation, color, blur, translation, crop, flip), a probe each, targets standardised. SIE draws anew each epoch, for 300 epochs;
           here one draw per image is encoded once, for 50. Posed objects (blocks): two views
           of one object; targets are the quaternion of q1^-1 q2 (pose) and the differences of the hues (hues), raw.
+  latents what a linear readout of one image tells: `object`, its class, learnt on train, read on test images; `session`
+          (core50, blocks-views), which of the sessions that never trained, learnt and read within those (every fifth frame
+          is read); `view err` (tdw, blocks-views), 100 x the squared error of azimuth, elevation and distance, each in units of
+          its deviation over the images it was learnt on: 100 is what a constant scores. Learnt on train, read on test images
+          (tdw), or, where these also differ in their sessions, learnt on half of the test objects and read on the others
+          [CIPER, Xu and Triesch 2023, which leaves "View Err." undefined]. SGD, Nesterov 0.9, weight decay 1e-6, 100 epochs, rate 1,
+          times 0.3 every 10 epochs, batches of 256; for views features are centred and divided by one number.
+          "lstsq": the same read out by least squares.
 """
 
 import dataclasses
@@ -48,7 +56,7 @@ class Args:
 
     checkpoints: tyro.conf.Positional[tuple[str, ...]] = ()
     """checkpoint.pt files written by the method scripts"""
-    tasks: tuple[Literal["knn", "linear", "r2"], ...] = ("knn", "linear")
+    tasks: tuple[Literal["knn", "linear", "r2", "latents"], ...] = ("knn", "linear")
     """probes to run"""
     data: str | None = None
     """data set to probe on; default: the one the checkpoint was trained on"""
@@ -121,6 +129,34 @@ def linear_probe(train, train_labels, test, classes, lrs, epochs, generator, bat
     correct = (score(train[held]).argmax(2) == train_labels[held][:, None]).float().mean(0)  # (L,)
     best = int(correct.argmax())
     return score(test)[:, best], lrs[best]
+
+
+def linear_schedule(train, target, test, generator, epochs=100, batch_size=256):
+    """CIPER's linear readout. Features (N, D), (M, D); target (N,) int64 classes, cross-entropy, or (N, K) numbers, squared
+    error -> scores or predictions (M, K)."""
+    classes = target.dtype == torch.int64
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(generator.initial_seed())
+        readout = nn.Linear(train.shape[1], int(target.max()) + 1 if classes else target.shape[1]).to(train.device)
+    optimizer = torch.optim.SGD(readout.parameters(), lr=1.0, momentum=0.9, nesterov=True, weight_decay=1e-6)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 10, 0.3)
+    for _ in common.progress(range(epochs), desc="linear readout", unit="epoch"):
+        for batch in torch.randperm(len(train), generator=generator).split(batch_size):
+            batch = batch.to(train.device)
+            loss = (F.cross_entropy if classes else F.mse_loss)(readout(train[batch]), target[batch])
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+        scheduler.step()
+    with torch.no_grad():
+        return readout(test)
+
+
+def least_squares(train, target, test):
+    """The closed form beside it: features (N, D), (M, D); target (N, K), or (N,) int64 as one-hot -> (M, K), in float64."""
+    target = F.one_hot(target) if target.dtype == torch.int64 else target
+    with_bias = lambda x: F.pad(x.cpu().double(), (0, 1), value=1.0)
+    return with_bias(test) @ torch.linalg.lstsq(with_bias(train), target.cpu().double(), driver="gelsd").solution
 
 
 def r2_scores(target, predicted):
@@ -205,7 +241,8 @@ def probe(path, args, device):
     backbone, state = common.load_backbone(path)
     backbone = backbone.to(device)
     name, root = args.data or state["args"]["data"], args.data_dir or state["args"]["data_dir"]
-    train, test = (common.load_data(name, root, split, backbone.img_size, args.skip_corrupt, args.workers) for split in ("train", "test"))
+    sessions = state["args"].get("sessions", (1, 2))
+    train, test = (common.load_data(name, root, split, backbone.img_size, args.skip_corrupt, args.workers, sessions) for split in ("train", "test"))
     if test is None:
         common.die(f"--data-dir {root}: has no test split; probes need train/ and val/ or test/")
     if set(args.tasks) - {"r2"} and (train.labels is None or test.labels is None):
@@ -225,7 +262,7 @@ def probe(path, args, device):
     how = dict(device=device, amp=args.amp, workers=args.workers)
     x, x_test = (common.features(backbone, d, encode=backbone.last_blocks, **how).to(device) for d in (train, test))  # (N, 4 D), (M, 4 D)
     y, y_test = x[:, -backbone.dim :], x_test[:, -backbone.dim :]  # the final [CLS], or the mean of the tokens
-    final = "mean of the tokens" if isinstance(backbone, common.NeckViT) else "final [CLS]"
+    final = {common.NeckViT: "mean of the tokens", common.ResNet: "mean of the last map"}.get(type(backbone), "final [CLS]")
     known = dict(known_fraction=args.known_fraction, known_seed=state["args"]["seed"]) if args.known_fraction < 1 else {}
     results, protocol = {}, dict(known, data=name, data_dir=root, amp=args.amp, device=device.type, train_images=len(train), test_images=len(test), view=f"centre crop {backbone.img_size} px")
     if "knn" in args.tasks:
@@ -246,7 +283,50 @@ def probe(path, args, device):
                 r2[target if part == "all" else f"{target} ({part})"] = r2_scores(test_targets, predicted)
         results |= {f"r2 {k}": v["flat"] for k, v in r2.items()}
         protocol["r2"] = dict(epochs=args.r2_epochs, batch_size=256, lr=1e-3, images=args.r2_images, both=r2)
+    if "latents" in args.tasks:
+        values, protocol["latents"] = latents(train, test, y, y_test, args)
+        results |= values
     return results, protocol, state
+
+
+def every_second_object(data):
+    """(N,) bool: the images of every second object of each class."""
+    chosen = torch.zeros(len(data), dtype=torch.bool)
+    for c in data.labels.unique():
+        chosen |= torch.isin(data.groups, data.groups[data.labels == c].unique()[1::2])
+    return chosen
+
+
+def latents(train, test, x, x_test, args):
+    """What a linear readout of one image tells. Sets and their features (N, D), (M, D) -> (results, protocol)."""
+    results, details = {}, {}
+
+    def accuracy(name, x, y, x_test, y_test):
+        for suffix, scores in (("", linear_schedule(x, y.to(x.device), x_test, common.rng(args.seed, name))), (" lstsq", least_squares(x, y, x_test))):
+            results[name + suffix] = 100 * (scores.argmax(1).cpu() == y_test).float().mean().item()
+
+    accuracy("object", x, train.labels, x_test, test.labels)
+    if "frame" in test.factors:  # core50: the same objects in both splits, five of each category
+        accuracy(f"object {len(test.groups.unique())}", x, train.groups, x_test, test.groups)
+    if "session" in test.factors:
+        read = test.factors.get("frame", torch.arange(len(test))) % 5 == 0  # (M,) bool
+        session = test.factors["session"].unique(return_inverse=True)[1]  # (M,) from 0
+        accuracy("session", x_test[~read], session[~read], x_test[read], session[read])
+    if "view" in test.factors:
+        fit, read, f, f_test = train, test, x, x_test
+        if "session" in test.factors:
+            second = every_second_object(test)  # (M,) bool
+            fit, read, f, f_test = test.subset((~second).nonzero()[:, 0]), test.subset(second.nonzero()[:, 0]), x_test[~second], x_test[second]
+        view, mean, std = fit.factors["view"], fit.factors["view"].mean(0), fit.factors["view"].std(0, correction=0)
+        target, centre = ((view - mean) / std).to(f.device), f.mean(0)
+        scale = (f - centre).square().sum(1).mean().sqrt()  # one number keeps what is linear in the features
+        a, b = (f - centre) / scale, (f_test - centre) / scale
+        for suffix, predicted in (("", linear_schedule(a, target, b, common.rng(args.seed, "view"))), (" lstsq", least_squares(a, target, b))):
+            error = predicted.cpu() * std + mean - read.factors["view"]  # (m, 3)
+            results["view err" + suffix] = 100 * (error / std).square().mean().item()
+            turned = (error[:, 0] + 180) % 360 - 180
+            details["rmse" + suffix] = dict(zip(("azimuth", "elevation", "distance"), error.square().mean(0).sqrt().tolist()), azimuth_circular=turned.square().mean().sqrt().item())
+    return results, dict(epochs=100, batch_size=256, lr=1.0, **details)
 
 
 def pairs_of_poses(target, backbone, sides, args, how):

@@ -201,10 +201,30 @@ def latent(families, params, size):
     return torch.cat(columns, 1)
 
 
-def pose_latent(families, factors, rows):
-    """z of posed objects, rows (2, n) of their two images: the relative quaternion, or 1; then the differences of the hues."""
-    z = [common.pose_target("pose", factors, *rows) if "rotation" in families else torch.ones(rows.shape[1], 1)]
-    return torch.cat(z + [common.pose_target("hues", factors, *rows)] * ("color" in families), 1)
+class ObjectPairs:
+    """Posed objects, for the loader: an epoch visits every object once, in two of its images, a random one and another."""
+
+    def __init__(self, groups):
+        self.by_object, self.count = torch.argsort(groups, stable=True), groups.unique(return_counts=True)[1]  # (N,), (objects,)
+        if (self.count < 2).any():
+            common.die(f"--data: {int((self.count < 2).sum())} objects have a single image, and pairs need two of each")
+
+    def __len__(self):
+        return len(self.count)
+
+    def __call__(self, objects, epoch, generator):
+        """Objects (B,) -> {view: rows (B,)}."""
+        u = torch.rand(len(objects), 2, generator=generator)
+        count, first = self.count[objects], (self.count.cumsum(0) - self.count)[objects]  # (B,) each
+        i = (u[:, 0] * count).long()
+        j = (i + 1 + (u[:, 1] * (count - 1)).long()) % count
+        return {"1": self.by_object[first + i], "2": self.by_object[first + j]}
+
+
+def pose_latent(families, factors, i, j):
+    """z of posed objects, rows (n,) of their two images: the relative quaternion, or 1; then the differences of the hues."""
+    z = [common.pose_target("pose", factors, i, j) if "rotation" in families else torch.ones(len(i), 1)]
+    return torch.cat(z + [common.pose_target("hues", factors, i, j)] * ("color" in families), 1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -396,16 +416,11 @@ def build(args, device, outputs):
 
 def check(args):
     """Refuse what cannot work, in one line each, before anything is made."""
-    common.check_data(args.data)
-    if args.recipe not in RECIPES:
-        common.die(f"--recipe {args.recipe or 'is missing'}: name one of {', '.join(RECIPES)} (for --data {args.data})")
-    common.check_ranges(args, RANGES)
+    common.check_run(args, RECIPES, RANGES, common.VITS)
     if args.crop_scale[0] > args.crop_scale[1]:
         common.die(f"--crop-scale {args.crop_scale[0]} {args.crop_scale[1]}: the lower end comes first")
     if args.embed_dim % (4 * heads(args.embed_dim)):
         common.die(f"--embed-dim {args.embed_dim}: must be a multiple of {4 * heads(args.embed_dim)}; take a multiple of 64")
-    if args.epochs and args.warmup_epochs >= args.epochs:
-        common.die(f"--warmup-epochs {args.warmup_epochs}: must be below --epochs {args.epochs}")
     if args.known_fraction < 1 and args.objective not in ("sie", "supervised"):
         common.die(f"--known-fraction {args.known_fraction}: {args.objective} needs to know nothing and sees all images; leave it out")
     if args.objective != "sie" and (args.sie_single or args.sie_params != ("all",)):
@@ -429,10 +444,11 @@ def main(argv=None):
     seen = train if args.known_fraction == 1 else common.known_part(train, args.known_fraction, args.seed)
     families = known_families(args, posed)
     policies = make_policies(args, posed)
-    loader = common.Loader(seen, policies, partial(draw_views, args, policies, () if posed else families), args, device, pairs=posed)
+    draw = partial(draw_views, args, policies, () if posed else families)
+    loader = common.Loader(seen, policies, draw, args, device, ObjectPairs(seen.groups) if posed else None)
 
     def latents(params, rows):
-        return pose_latent(families, seen.factors, rows) if posed else latent(families, params["2"], args.img_size)
+        return pose_latent(families, seen.factors, rows["1"], rows["2"]) if posed else latent(families, params["2"], args.img_size)
 
     outputs = len(train.classes)
     if args.objective == "sie":  # the width of z
@@ -466,12 +482,11 @@ def main(argv=None):
         for group in optimizer.param_groups:
             group["lr"] = lr
         views, params = loader.finish(batch)
-        first = batch["rows"][0] if posed else batch["rows"]  # (b,)
         z = latents(params, batch["rows"]) if args.objective == "sie" else None
         if step == 0:
             run.picture("views.png", [views["1"], views["2"]], model.backbone)
         with common.autocast(device, args.amp):
-            out, y = losses(model, views, z, seen.labels[first] if args.objective == "supervised" else None, patches)
+            out, y = losses(model, views, z, seen.labels[batch["rows"]["1"]] if args.objective == "supervised" else None, patches)
         optimizer.zero_grad(set_to_none=True)
         out["loss"].backward()
         common.average_gradients(parameters)

@@ -690,16 +690,13 @@ def build(args, device):
 
 def check(args):
     """Refuse what cannot work, in one line each, before anything is made."""
-    common.check_data(args.data)
-    if args.recipe not in RECIPES:
-        common.die(f"--recipe {args.recipe or 'is missing'}: name one of {', '.join(RECIPES)} (for --data {args.data})")
-    common.check_ranges(args, RANGES)
+    common.check_run(args, RECIPES, RANGES, common.VITS)
     for name in ("crop_scale", "equi_area", "local_scale"):
         if getattr(args, name)[0] > getattr(args, name)[1]:
             common.die(f"--{name.replace('_', '-')} {' '.join(map(str, getattr(args, name)))}: the lower end comes first")
     if args.jitter[3] > 0.5:
         common.die(f"--jitter {' '.join(map(str, args.jitter))}: hue is in turns, at most 0.5")
-    depth = common.vit_size(args.arch)["depth"]
+    depth = common.VITS[args.arch]["depth"]
     if args.equi == "none":
         args.equi_layer = 0
     if args.equi_layer > depth or args.equi == "ser" and args.equi_layer == 0:
@@ -723,8 +720,6 @@ def check(args):
     for kind, flag, strengths in (("color", "jitter", args.jitter), ("blur", "blur", args.blur), ("solarize", "solarize", args.solarize)):
         if args.equi == "augself" and kind in args.equi_params and not any(strengths):
             common.die(f"--equi-params {kind}: is never applied; give --{flag} values above 0")
-    if args.epochs and args.warmup_epochs >= args.epochs:
-        common.die(f"--warmup-epochs {args.warmup_epochs}: must be below --epochs {args.epochs}")
     if args.equi == "ser":
         n2 = second_part(args.batch_size, args.equi_ratio)
         if n2 >= args.batch_size:

@@ -36,3 +36,17 @@ def tiny(folder):
     return ["--data", "imagefolder", "--data-dir", str(folder), "--recipe", "cifar10", "--arch", "vit_pico", "--img-size", "16", "--patch-size", "4",
             "--batch-size", "12", "--epochs", "3", "--warmup-epochs", "1", "--proj-hidden", "16", "--proj-dim", "8", "--equi-dim", "16", "--workers", "0",
             "--device", "cpu"]
+
+
+@pytest.fixture(scope="session")
+def core50(tmp_path_factory):
+    """Three sessions of ten objects (two categories) as CORe50 lays them out: three frames each, of 16 x 16, numbers with gaps."""
+    root = tmp_path_factory.mktemp("core50")
+    g = torch.Generator().manual_seed(0)
+    for s in (1, 2, 3):
+        for o in range(1, 11):
+            (root / f"s{s}" / f"o{o}").mkdir(parents=True)
+            for frame in (0, 5, 21):
+                x = torch.randint(0, 120, (16, 16, 3), generator=g, dtype=torch.uint8) + 12 * o
+                Image.fromarray(x.numpy()).save(root / f"s{s}" / f"o{o}" / f"C_{s:02d}_{o:02d}_{frame:03d}.png")
+    return root

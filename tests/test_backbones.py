@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 
 import common
 
@@ -60,6 +61,26 @@ def test_forward_is_timm_s():
         assert torch.allclose(last[:, 128:256], vit.norm(vit.trace(x, (4,))[1][4][:, 0]), atol=1e-6)
 
 
+@pytest.mark.parametrize("arch, dim", [("resnet18", 512), ("resnet50", 2048)])
+def test_resnet_is_torchvision_s(arch, dim):
+    ours, theirs = common.make_backbone(arch, (0,) * 3, (1,) * 3, 64).eval(), getattr(torchvision.models, arch)().eval()
+    theirs.load_state_dict(ours.state_dict(), strict=False)
+    theirs.fc, x = torch.nn.Identity(), torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert ours.dim == dim and torch.allclose(ours(x), theirs(x), atol=1e-6) and torch.equal(ours.last_blocks(x), ours(x))
+        assert ours.tokens(x, after=3).shape == (2, 4, 4, dim // 2) and torch.allclose(ours.tokens(x, after=4).mean((1, 2)), ours(x), atol=1e-6)
+
+
+def test_resnet_pico_is_a_quarter_as_wide_and_starts_like_the_others():
+    pico = common.make_backbone("resnet_pico", (0,) * 3, (1,) * 3, 32, stem="cifar")
+    with torch.no_grad():
+        assert pico.dim == 128 and pico.tokens(torch.randn(1, 3, 32, 32), after=1).shape == (1, 32, 32, 16)
+    for m in pico.modules():
+        if isinstance(m, torch.nn.Conv2d):  # He, fan-out
+            expected = (2 / (m.out_channels * m.kernel_size[0] ** 2)) ** 0.5
+            assert m.bias is None and m.weight.std().item() == pytest.approx(expected, rel=0.15)
+
+
 def saved(tmp_path, change=lambda state: None):
     vit = common.make_backbone("vit_pico", *common.CIFAR10, img_size=16, patch_size=4, cls_layer=3, pos="sincos")
     state = dict(format=common.FORMAT, method="ser", args={}, step=0, backbone=vit.description, backbone_state=vit.state_dict(), train_state={})
@@ -81,6 +102,7 @@ def test_load_backbone_rebuilds_the_encoder(tmp_path):
     (lambda s: s["backbone_state"].update(extra=torch.zeros(1)), "extra"),
     (lambda s: s["backbone_state"].update({"norm.weight": torch.zeros(7)}), "norm.weight"),
     (lambda s: s["backbone"].update(arch="resnet_pico"), "resnet_pico"),
+    (lambda s: s["backbone"].update(arch="resnet_huge"), "--arch resnet_huge"),
 ])
 def test_load_backbone_is_strict(tmp_path, capsys, change, word):
     _, path = saved(tmp_path, change)

@@ -180,3 +180,30 @@ def test_no_class_is_symmetric():
                 worst[det] = max(worst[det], ((me & you).sum() / (me | you).sum()).item())
     print("largest overlap with a rotated copy", round(worst[1], 3), "with a mirrored copy", round(worst[-1], 3))
     assert worst[1] < 0.85 and worst[-1] < 0.95
+
+
+def test_turntable():
+    """Every object in its sessions from every side: upright, whole, smaller from afar, in unseen sessions on test images."""
+    d, e = B.blocks_views("train", 12), B.blocks_views("test", 12)
+    assert len(d["images"]) == 50 * 2 * 108 and len(e["images"]) == 20 * 9 * 36
+    assert d["factors"]["session"].unique().tolist() == [0, 1] and e["factors"]["session"].unique().tolist() == list(range(2, 11))
+    assert (d["labels"].bincount() == 1080).all() and (e["labels"].bincount() == 648).all()
+    view = d["factors"]["view"].view(100, 108, 3)
+    assert (view == view[0]).all() and len(view[0].unique(dim=0)) == 108 and (d["groups"].view(100, 108) == d["groups"].view(100, 108)[:, :1]).all()
+    for s in range(2, 11):  # 36 views of each object in each session, all distances, elevations and azimuths among them
+        v = e["factors"]["view"][(e["factors"]["session"] == s) & (e["groups"] == 3)]
+        assert len(v) == 36 and [len(v[:, k].unique()) for k in range(3)] == [12, 3, 3]
+    area = torch.stack([d["masks"][d["factors"]["view"][:, 2] == r].float().mean() for r in (4, 5, 6)])
+    assert torch.allclose(area * torch.tensor([16.0, 25, 36]), area[0] * 16, rtol=0.15)
+    corner = lambda s: d["images"][d["factors"]["session"] == s][:, :, 0, 0].float().mean(0)  # the floor
+    assert (corner(0) - corner(1)).abs().max() > 20
+
+
+def test_a_view_turns_the_object_about_its_vertical_and_tilts_it_to_the_camera():
+    """A box on the object's right is at the left after half a turn; from above its top is seen."""
+    half = lambda degrees: math.radians(degrees) / 2
+    turn = lambda a: torch.tensor([[0, math.sin(half(a)), 0, math.cos(half(a))]])
+    tilt = lambda a: torch.tensor([[math.sin(half(a)), 0, 0, math.cos(half(a))]])
+    R = B.rotation_matrix(B.multiply(tilt(30), turn(90)))[0]
+    assert torch.allclose(R @ torch.tensor([0.0, 1, 0]), torch.tensor([0, math.cos(math.pi / 6), 0.5]), atol=1e-6)  # up leans to the camera
+    assert torch.allclose(R @ torch.tensor([0.0, 0, 1]), torch.tensor([1.0, 0, 0]), atol=1e-6)  # its front looks to the right

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import ciper
 import common
 import eval_probe
 import recon_xattn
@@ -107,11 +108,12 @@ def test_mistakes_with_the_output_directory(tiny, tmp_path, capsys):
     assert (tmp_path / "args.json").exists()
 
 
-def test_every_argument_that_computes_is_fixed_on_resume():
+@pytest.mark.parametrize("script", [ser, recon_xattn, ciper])
+def test_every_argument_that_computes_is_fixed_on_resume(script):
     """A new argument is either free to change on resumption or compared: none slips through unnamed."""
-    assert common.Run.FREE <= {f.name for f in common.dataclasses.fields(ser.Args)}
-    numbers = {f.name for f in common.dataclasses.fields(ser.Args) if any(t in str(f.type) for t in ("int", "float"))}
-    assert numbers == set(ser.RANGES)  # every number has a range
+    assert common.Run.FREE <= {f.name for f in common.dataclasses.fields(script.Args)}
+    numbers = {f.name for f in common.dataclasses.fields(script.Args) if any(t in str(f.type) for t in ("int", "float"))}
+    assert numbers == set(script.RANGES)  # every number has a range
 
 
 def test_mistakes_of_probing(tiny, folder, tmp_path, capsys):
@@ -135,13 +137,13 @@ def test_a_tree_without_classes_trains_and_promises_no_score(tiny, folder, tmp_p
     assert "no k-NN score" in capsys.readouterr().out and (tmp_path / "run" / "checkpoint.pt").exists()
 
 
-@pytest.mark.parametrize("main, flags", [(ser.main, [*vars(ser.Args())]), (recon_xattn.main, [*vars(recon_xattn.Args())]), (eval_probe.main, [k for k in vars(eval_probe.Args()) if k != "checkpoints"])])
+@pytest.mark.parametrize("main, flags", [(ser.main, [*vars(ser.Args())]), (recon_xattn.main, [*vars(recon_xattn.Args())]), (ciper.main, [*vars(ciper.Args())]), (eval_probe.main, [k for k in vars(eval_probe.Args()) if k != "checkpoints"])])
 def test_help_teaches_every_flag(main, flags, capsys):
     with pytest.raises(SystemExit) as end:
         main(["--help"])
     text = capsys.readouterr().out
     assert end.value.code == 0 and all(f"--{name.replace('_', '-')}" in text for name in flags)
-    for cls in (ser.Args, common.RunArgs, eval_probe.Args):
+    for cls in (ser.Args, recon_xattn.Args, ciper.Args, common.RunArgs, eval_probe.Args):
         source = Path(common.sys.modules[cls.__module__].__file__).read_text().split(f"class {cls.__name__}")[1].split("\n\n\n")[0]
         fields = re.findall(r"^    (\w+): .*\n(.*)$", source, flags=re.M)
         assert fields and all(doc.strip().startswith('"""') for _, doc in fields), cls
@@ -174,7 +176,7 @@ def test_the_recipe_of_the_paper():
     assert args.lr * args.batch_size / 256 == pytest.approx(2.4e-3)
 
 
-def test_the_commands_of_the_readme_run(tiny, folder, tmp_path, monkeypatch, capsys):
+def test_the_commands_of_the_readme_run(tiny, folder, core50, tmp_path, monkeypatch, capsys):
     """Every line of README.md that calls a script, as a shell expands it, through main(argv) on tiny images: the last of a
     repeated flag counts."""
     monkeypatch.chdir(tmp_path)
@@ -187,7 +189,9 @@ def test_the_commands_of_the_readme_run(tiny, folder, tmp_path, monkeypatch, cap
         if script != "eval_probe":
             trained += 1
             shared = [a for flag, value in zip(tiny[::2], tiny[1::2]) if flag not in ("--proj-dim", "--equi-dim") for a in (flag, value)]
-            main, ours = dict(ser=(ser.main, [*tiny, "--prototypes", "32"]), recon_xattn=(recon_xattn.main, [*shared, "--neck", "16", "--embed-dim", "8"]))[script]
+            views = ["--data", "core50", "--data-dir", str(core50), "--recipe", "core50", "--arch", "resnet_pico", "--proj-dim", "8"]
+            main, ours = dict(ser=(ser.main, [*tiny, "--prototypes", "32"]), recon_xattn=(recon_xattn.main, [*shared, "--neck", "16", "--embed-dim", "8"]),
+                              ciper=(ciper.main, [*shared, *views]))[script]
             main([*argv, *ours, *(["--epochs", "0"] if "0" in argv else []), "--max-steps", "1", "--no-compile", "--out", f"run-{trained}-s0"])
         else:
             flags = argv[next((i for i, w in enumerate(argv) if w.startswith("--")), len(argv)) :]

@@ -21,6 +21,48 @@ def clusters(n, classes=4, d=8, noise=0.1):
     return centres[labels] + noise * torch.randn(n, d, generator=g), labels
 
 
+# ---- latents ----------------------------------------------------------------------------------
+
+
+def posed(m, sessions):
+    """(a set without images of m objects of 4 classes in some sessions, features that hold class, session and view linearly)."""
+    of = torch.cartesian_prod(torch.arange(m), torch.tensor(sessions), torch.arange(24))
+    view = torch.stack([of[:, 2] % 6 * 60.0, of[:, 2] // 6 * 10.0, torch.rand(len(of), generator=g)], 1)
+    data = common.ImageSet(paths=[""] * len(of), labels=of[:, 0] % 4, classes=tuple("abcd"), groups=of[:, 0], factors=dict(session=of[:, 1], view=view))
+    return data, torch.cat([F.one_hot(data.labels, 4), F.one_hot(of[:, 1], 11), view / torch.tensor([100.0, 10.0, 1.0])], 1).float()
+
+
+def test_latents_are_read_where_they_are_held_and_not_in_noise():
+    (train, x), (test, x_test) = posed(16, (0, 1)), posed(8, (2, 5, 9))
+    values, details = eval_probe.latents(train, test, x, x_test, eval_probe.Args())
+    assert all(values[f"{k}{s}"] > 99 for k in ("object", "session") for s in ("", " lstsq")) and values["view err"] < 2 and values["view err lstsq"] < 1e-6
+    assert details["rmse"]["azimuth"] < 20
+    blind, _ = eval_probe.latents(train, test, torch.randn(x.shape, generator=g), torch.randn(x_test.shape, generator=g), eval_probe.Args())
+    assert abs(blind["object"] - 25) < 10 and abs(blind["session"] - 33) < 15 and 95 < blind["view err"] < 120
+    del train.factors["session"], test.factors["session"]  # as in tdw: views are learnt on train images
+    values, _ = eval_probe.latents(train, test, x, x_test, eval_probe.Args())
+    assert "session" not in values and values["view err lstsq"] < 1e-6
+
+
+def test_a_constant_errs_by_100_in_views():
+    (train, x), (test, _) = posed(8, (0,)), posed(8, (0,))
+    del train.factors["session"], test.factors["session"]
+    test.factors["view"] = train.factors["view"]
+    values, details = eval_probe.latents(train, test, torch.randn(x.shape, generator=g) * 1e-9, torch.zeros_like(x), eval_probe.Args())
+    assert values["view err lstsq"] == pytest.approx(100, abs=5)
+
+
+def test_the_linear_schedule_is_the_paper_s(monkeypatch):
+    """Rate 1, times 0.3 every 10 epochs: 1.968e-5 in the last ten; a line is fitted exactly."""
+    rates, step = [], torch.optim.SGD.step
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda self, *a: (rates.append(self.param_groups[0]["lr"]), step(self, *a))[1])
+    x = torch.randn(1024, 3, generator=g) / 3**0.5
+    W = torch.randn(3, 3, generator=g)
+    out = eval_probe.linear_schedule(x, x @ W + 4, x, common.rng(0))
+    assert rates[:40] == [1] * 40 and rates[79] == pytest.approx(0.3) and rates[-1] == pytest.approx(1.968e-5, rel=1e-3) and len(rates) == 400
+    assert torch.allclose(out, x @ W + 4, atol=1e-2)
+
+
 # ---- linear ---------------------------------------------------------------------------------------
 
 

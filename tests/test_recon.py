@@ -212,7 +212,7 @@ def train(objective, steps=3):
     for step in range(steps):
         batch = loader[step]
         views, params = loader.finish(batch)
-        out, _ = rx.losses(model, {k: v.double() for k, v in views.items()}, rx.latent(common.FAMILIES, params["2"], 16), data.labels[batch["rows"]])
+        out, _ = rx.losses(model, {k: v.double() for k, v in views.items()}, rx.latent(common.FAMILIES, params["2"], 16), data.labels[batch["rows"]["1"]])
         optimizer.zero_grad()
         out["loss"].backward()
         common.average_gradients(list(model.parameters()))
@@ -322,7 +322,7 @@ def test_one_family_at_a_time():
 def test_latents_of_poses():
     q = common.quaternion_from_angles(torch.tensor([[math.pi / 2, 0, 0], [0, math.pi / 2, 0], [0.1, 0.2, 0.3], [0.3, -0.2, 0.5]]))
     factors = dict(rotation=q, floor_hue=torch.tensor([0.1, 0.4, 0.9, 0.2]), light_hue=torch.tensor([0.0, 0.5, 0.5, 0.1]))
-    z = rx.pose_latent(("rotation", "color"), factors, torch.tensor([[0, 2], [1, 3]]))
+    z = rx.pose_latent(("rotation", "color"), factors, torch.tensor([0, 2]), torch.tensor([1, 3]))
     assert z[0].tolist() == pytest.approx([-0.5, 0.5, -0.5, 0.5, 0.3, 0.5], abs=1e-6)
     assert z[1].tolist() == pytest.approx([0.097355, -0.173903, 0.137116, 0.970299, -0.7, -0.4], abs=1e-6)
 
@@ -332,12 +332,12 @@ def test_pairs_show_two_views_of_each_object_once_an_epoch():
     data = common.ImageSet(images=torch.arange(12, dtype=torch.uint8).view(12, 1, 1, 1).expand(12, 3, 4, 4).contiguous(), groups=groups)
     args = args_for(batch_size=2, img_size=4)
     policies = rx.make_policies(args, True)
-    loader = common.Loader(data, policies, rx.partial(rx.draw_views, args, policies, ()), args, torch.device("cpu"), pairs=True)
+    loader = common.Loader(data, policies, rx.partial(rx.draw_views, args, policies, ()), args, torch.device("cpu"), rx.ObjectPairs(groups))
     assert loader.steps_per_epoch == 2
     seen, epoch = set(), []
     for step in range(40):
         batch = loader[step]
-        i, j = batch["rows"]
+        i, j = batch["rows"]["1"], batch["rows"]["2"]
         assert torch.equal(groups[i], groups[j]) and (i != j).all()
         assert torch.equal(batch["views"]["1"][0][:, 0, 0, 0], i.to(torch.uint8)) and torch.equal(batch["views"]["2"][0][:, 0, 0, 0], j.to(torch.uint8))
         epoch = [*epoch, *groups[i].tolist()][-4:]
@@ -349,7 +349,7 @@ def test_pairs_show_two_views_of_each_object_once_an_epoch():
 
 def test_the_hues_alone_have_a_constant_in_z():
     factors = dict(rotation=torch.eye(4)[:2], floor_hue=torch.tensor([0.1, 0.4]), light_hue=torch.tensor([0.0, 0.5]))
-    z = rx.pose_latent(("color",), factors, torch.tensor([[0, 0], [0, 1]]))
+    z = rx.pose_latent(("color",), factors, torch.tensor([0, 0]), torch.tensor([0, 1]))
     assert z[0].tolist() == [1, 0, 0] and z[1].tolist() == pytest.approx([1, 0.3, 0.5])
 
 
@@ -370,9 +370,9 @@ def test_the_known_part_of_objects_is_whole_objects():
     assert known.groups.unique(return_counts=True)[1].tolist() == [3] * 12 and known.factors["rotation"].shape == (36, 4)
     args = args_for("sie", batch_size=4, img_size=4)
     policies = rx.make_policies(args, True)
-    loader = common.Loader(known, policies, rx.partial(rx.draw_views, args, policies, ()), args, torch.device("cpu"), pairs=True)
-    seen = [g for step in range(3) for g in known.groups[loader[step]["rows"][0]].tolist()]
-    assert sorted(seen) == known.groups.unique().tolist() and all((loader[step]["rows"][0] != loader[step]["rows"][1]).all() for step in range(3))
+    loader = common.Loader(known, policies, rx.partial(rx.draw_views, args, policies, ()), args, torch.device("cpu"), rx.ObjectPairs(known.groups))
+    rows = [loader.rows(step) for step in range(3)]
+    assert sorted(g for r in rows for g in known.groups[r["1"]].tolist()) == known.groups.unique().tolist() and all((r["1"] != r["2"]).all() for r in rows)
 
 
 # ---- 3DIEBench ------------------------------------------------------------------------------------------

@@ -299,19 +299,25 @@ def test_a_full_disk_costs_one_line_during_the_run_and_the_exit_code_at_its_end(
     assert end.value.code == 1 and capsys.readouterr().err.count("No space left on device") == 2
 
 
-def test_exported_backbone_gives_the_same_features_in_timm(tmp_path):
+@pytest.mark.parametrize("kwargs", [dict(arch="vit_pico", img_size=16, patch_size=4, cls_layer=0, pos="sincos"), dict(arch="resnet18", img_size=16)])
+def test_exported_backbone_gives_the_same_features_in_timm(kwargs, tmp_path):
     import timm
     from safetensors import safe_open
 
-    backbone = common.make_backbone("vit_pico", *common.CIFAR10, img_size=16, patch_size=4, cls_layer=0, pos="sincos").eval()
+    backbone = common.make_backbone(mean=common.CIFAR10[0], std=common.CIFAR10[1], **kwargs).eval()
     common.export_backbone(tmp_path / "backbone.safetensors", backbone)
     with safe_open(tmp_path / "backbone.safetensors", "pt") as f:
         model = timm.create_model(**json.loads(f.metadata()["timm"]), checkpoint_path=tmp_path / "backbone.safetensors").eval()
     x = torch.randn(4, 3, 16, 16)
     with torch.no_grad():
         assert (model(x) - backbone(x)).abs().max() <= 1e-5
+
+
+def test_what_timm_does_not_know_is_not_exported(tmp_path):
     late = common.make_backbone("vit_pico", *common.CIFAR10, img_size=16, patch_size=4, cls_layer=3, pos="sincos")
-    assert "not written" in common.export_backbone(tmp_path / "late.safetensors", late) and not (tmp_path / "late.safetensors").exists()
+    small = common.make_backbone("resnet18", *common.CIFAR10, img_size=16, stem="cifar")
+    for encoder in (late, small):
+        assert "not written" in common.export_backbone(tmp_path / "x.safetensors", encoder) and not (tmp_path / "x.safetensors").exists()
 
 
 def test_torch_save_is_what_we_think_it_is():
