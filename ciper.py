@@ -386,6 +386,8 @@ def check(args):
         common.die(f"--drop-aug {' '.join(args.drop_aug)}: goes with --views image; {args.views} views are not augmented")
     if args.objective == "predictive" and len(set(args.drop_aug)) == len(PARAMETERS):
         common.die(f"--drop-aug {' '.join(args.drop_aug)}: leaves nothing to predict; leave one of them out")
+    if args.epochs and args.warmup_epochs >= args.epochs:
+        common.die(f"--warmup-epochs {args.warmup_epochs}: must be below --epochs {args.epochs}")
     if args.crop_scale[0] > args.crop_scale[1]:
         common.die(f"--crop-scale {args.crop_scale[0]} {args.crop_scale[1]}: the lower end comes first")
     if args.jitter[3] > 0.5:

@@ -40,6 +40,7 @@ import torch.nn.functional as F
 import torchvision
 import tyro
 from PIL import Image, ImageOps
+from timm.layers import DropPath
 from timm.models.vision_transformer import VisionTransformer
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.utils import save_image
@@ -142,8 +143,6 @@ def check_run(args, recipes, ranges, *archs):
         die(f"--recipe {args.recipe or 'is missing'}: name one of {', '.join(recipes)} (for --data {args.data})")
     check_arch(args.arch, *archs)
     check_ranges(args, ranges)
-    if args.epochs and args.warmup_epochs >= args.epochs:
-        die(f"--warmup-epochs {args.warmup_epochs}: must be below --epochs {args.epochs}")
 
 
 def check_ranges(args, ranges):
@@ -1153,7 +1152,8 @@ def blocks_views(split, size=32, seed=0):
     azimuth, elevation, zero = *view[:, :2].deg2rad().T / 2, torch.zeros(len(of))     # (N,) each; half angles
     turn = torch.stack([zero, azimuth.sin(), zero, azimuth.cos()], 1)                 # (N, 4)
     tilt = torch.stack([elevation.sin(), zero, zero, elevation.cos()], 1)             # (N, 4), towards the camera
-    floor_hue, light_hue = (torch.stack([session, 5 * session]) / 11 + 0.02 * torch.randn(2, len(of), generator=generator)) % 1
+    hues = torch.stack([session / 11, 5 * session % 11 / 55])                         # (2, N): any floor, warm light
+    floor_hue, light_hue = (hues + 0.02 * torch.randn(2, len(of), generator=generator)) % 1
     images, masks = render_blocks(object_boxes[groups], object_colors[groups], multiply(tilt, turn), floor_hue, light_hue, size, view[:, 2])
     return dict(images=images, labels=object_labels[groups], classes=tuple(BLOCK_CLASSES), groups=groups,
                 factors=dict(view=view, session=session), masks=masks, boxes=bounding_boxes(masks))
@@ -1446,14 +1446,15 @@ class Rot90:
 
 
 class Affine:
-    """Rotate about the centre, then shift, in one bilinear warp filled with 0: torchvision's `affine`.
+    """Rotate about the centre, then shift, in one warp filled with 0: torchvision's `affine`.
 
-    degrees: rotations are uniform in +-degrees. translate: shifts are uniform in +-translate pixels.
+    degrees: rotations are uniform in +-degrees. translate: shifts are uniform in +-translate pixels. interpolation: "bilinear"
+    or "nearest".
     Params `angle`, (n,) float, degrees, clockwise; `shift_y`, `shift_x`, (n,) float, pixels down and right.
     """
 
-    def __init__(self, degrees=0.0, translate=0.0):
-        self.degrees, self.translate = degrees, translate
+    def __init__(self, degrees=0.0, translate=0.0, interpolation="bilinear"):
+        self.degrees, self.translate, self.interpolation = degrees, translate, interpolation
 
     def sample(self, n, generator=None, sizes=None):
         angle = uniform(n, -self.degrees, self.degrees, generator)  # (n,)
@@ -1468,7 +1469,45 @@ class Affine:
         half = torch.tensor([W / 2, H / 2], dtype=x.dtype)  # affine_grid counts in half sides
         theta = torch.cat([inverse * half / half[:, None], (-inverse @ shift[..., None]) / half[:, None]], 2)  # (n, 2, 3)
         grid = F.affine_grid(theta.to(x.device, non_blocking=True), x.shape, align_corners=False)  # (n, H, W, 2)
-        return F.grid_sample(x, grid, "bilinear", "zeros", align_corners=False)  # (n, 3, H, W)
+        return F.grid_sample(x, grid, self.interpolation, "zeros", align_corners=False)  # (n, 3, H, W)
+
+
+class Elastic:
+    """Shift every pixel by smooth noise, bilinear, filled with 0: torchvision's RandomApply([ElasticTransform(alpha, sigma)], p).
+
+    The shift along each axis is uniform noise in [-1, 1), blurred with a Gaussian of `sigma` pixels (8 sigma + 1 taps), times
+    alpha / 2 pixels: 1.6 px in standard deviation for alpha = 100, sigma = 5, on any image.
+    Param `elastic`: (n,) int64, what the noise grows from; 0 where not applied.
+    """
+
+    def __init__(self, alpha=100.0, sigma=5.0, p=0.5):
+        self.alpha, self.p, self.smooth = alpha, p, GaussianBlur((sigma, sigma), kernel=int(8 * sigma + 1))
+
+    def sample(self, n, generator=None, sizes=None):
+        on = torch.rand(n, generator=generator) < self.p  # (n,) bool
+        return {"elastic": torch.randint(1, 2**31, (n,), generator=generator) * on}  # (n,)
+
+    def __call__(self, x, params):
+        seed = params["elastic"]  # (n,)
+        return change_rows(x, seed > 0, lambda y: self.warp(y, seed[seed > 0]))  # (n, 3, H, W)
+
+    def warp(self, x, seed):
+        """x (m, 3, H, W), seed (m,) -> (m, 3, H, W)."""
+        m, _, H, W = x.shape
+        noise = hash_noise(seed.to(x.device, non_blocking=True), 2 * H * W).view(m, 2, H, W).to(x.dtype) * 2 - 1  # (m, 2, H, W)
+        shift = self.smooth.blur(noise, torch.full((m,), self.smooth.sigma[0])).permute(0, 2, 3, 1)  # (m, H, W, 2) along x and y
+        eye = torch.eye(2, 3, dtype=x.dtype, device=x.device).expand(m, 2, 3)
+        grid = F.affine_grid(eye, x.shape, align_corners=False)  # (m, H, W, 2), from -1 to 1
+        return F.grid_sample(x, grid + shift * (self.alpha / torch.tensor([W, H])).to(shift), "bilinear", "zeros", align_corners=False)
+
+
+def hash_noise(seed, n):
+    """(m,) int64 seeds -> (m, n) in [0, 1), the same on every device: a hash of 32 bits (lowbias32, Wellons 2018) of seed and place."""
+    h = (seed[:, None] + torch.arange(n, device=seed.device) * 0x9E3779B9) & 0xFFFFFFFF  # (m, n)
+    for factor, shift in ((1, 16), (0x7FEB352D, 15), (0x846CA68B, 16)):
+        h = h * factor & 0xFFFFFFFF
+        h = h ^ (h >> shift)
+    return h.double() / 2**32
 
 
 class GridResize:
@@ -1598,15 +1637,15 @@ class GaussianBlur:
         return change_rows(x, sigma > 0, lambda y: self.blur(y, sigma[sigma > 0]))  # (n, 3, H, W)
 
     def blur(self, x, sigma):
-        """x (m, 3, H, W), sigma (m,) -> (m, 3, H, W). Every plane is a channel with its own kernel, axis by axis."""
-        m, _, H, W = x.shape
+        """x (m, C, H, W), sigma (m,) -> (m, C, H, W). Every plane is a channel with its own kernel, axis by axis."""
+        m, C, H, W = x.shape
         ry, rx = min(self.radius, H - 1), min(self.radius, W - 1)
-        x = F.pad(x.reshape(1, 3 * m, H, W), (rx, rx, ry, ry), mode="reflect")  # (1, 3 * m, H + 2 * ry, W + 2 * rx)
+        x = F.pad(x.reshape(1, C * m, H, W), (rx, rx, ry, ry), mode="reflect")  # (1, C * m, H + 2 * ry, W + 2 * rx)
         for radius, taps in ((rx, (1, -1)), (ry, (-1, 1))):
             t = torch.arange(-radius, radius + 1, dtype=x.dtype) / sigma[:, None]  # (m, 2 * radius + 1)
-            k = torch.softmax(-0.5 * t ** 2, 1).repeat_interleave(3, 0).view(3 * m, 1, *taps)  # (3 * m, 1, 1, taps)
-            x = F.conv2d(x, k.to(x.device, x.dtype, non_blocking=True), groups=3 * m)  # without this axis's padding
-        return x.reshape(m, 3, H, W)  # (m, 3, H, W)
+            k = torch.softmax(-0.5 * t ** 2, 1).repeat_interleave(C, 0).view(C * m, 1, *taps)  # (C * m, 1, 1, taps)
+            x = F.conv2d(x, k.to(x.device, x.dtype, non_blocking=True), groups=C * m)  # without this axis's padding
+        return x.reshape(m, C, H, W)  # (m, C, H, W)
 
 
 class Solarize:
@@ -1736,6 +1775,7 @@ RESNETS = dict(  # block, blocks of each stage, width of the first stage
     resnet18=(BasicBlock, (2, 2, 2, 2), 64),
     resnet50=(Bottleneck, (3, 4, 6, 3), 64),
 )
+VMAMBAS = dict(vmamba_tiny=(96, (2, 2, 8, 2)))  # width of the first stage, blocks of each
 
 
 def check_arch(arch, *families):
@@ -1890,16 +1930,147 @@ class ResNet(torchvision.models.ResNet):
         return self.trace(x, (after,))[1][after].permute(0, 2, 3, 1)
 
 
-def make_backbone(arch, mean, std, img_size, **kwargs):
+def selective_scan(u, delta, A, B, C, D):
+    """h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t,  y_t = C_t h_t + D u_t,  h_0 = 0, along the last axis.
+
+    u, delta (b, k, d, L); A, D (k, d), A < 0; B, C (b, k, L) -> y (b, k, d, L). In chunks of about sqrt(L): all chunks step through
+    their recurrence side by side from 0, then what each inherits from those before it is added. Linear in L, and no
+    exponential of a sum can overflow, since every factor is below 1.
+    """
+    L = u.shape[3]
+    T = math.ceil(math.sqrt(L))  # steps of a chunk
+    chunked = lambda v, fill: F.pad(v, (0, -L % T), value=fill).unflatten(3, (-1, T)).unbind(4)  # T times (b, k, d, chunks)
+    a, x = chunked(torch.exp(delta * A[..., None]), 1.0), chunked(delta * B[:, :, None] * u, 0.0)
+    h, decay = [x[0]], [a[0]]
+    for t in range(1, T):
+        h.append(a[t] * h[-1] + x[t])
+        decay.append(a[t] * decay[-1])
+    carry = [torch.zeros_like(h[0][..., 0])]  # the state that each chunk starts from
+    for end, kept in zip(h[-1].unbind(3)[:-1], decay[-1].unbind(3)[:-1]):
+        carry.append(end + kept * carry[-1])
+    h = torch.stack(h, 4) + torch.stack(decay, 4) * torch.stack(carry, 3)[..., None]  # (b, k, d, chunks, T)
+    return C[:, :, None] * h.flatten(3)[..., :L] + D[..., None] * u
+
+
+class SS2D(nn.Module):
+    """VMamba's 2-D selective scan with state size 1 and no gate: rows and columns, each forwards and backwards."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.rank = rank = math.ceil(dim / 16)
+        self.in_proj, self.out_proj = nn.Linear(dim, dim, bias=False), nn.Linear(dim, dim, bias=False)
+        self.conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False)
+        self.norm = nn.LayerNorm(dim)
+        self.x_proj = nn.Parameter(torch.empty(4, rank + 2, dim).uniform_(-(dim**-0.5), dim**-0.5))  # to the rank of delta, B and C
+        self.dt_proj = nn.Parameter(torch.empty(4, dim, rank).uniform_(-(rank**-0.5), rank**-0.5))
+        dt = torch.empty(4, dim).uniform_(math.log(1e-3), math.log(0.1)).exp().clamp(min=1e-4)
+        self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # softplus(dt_bias) = dt
+        self.A_log, self.D = nn.Parameter(torch.zeros(4 * dim, 1)), nn.Parameter(torch.ones(4 * dim))
+
+    def forward(self, x):
+        """x (B, H, W, d) -> the same shape."""
+        _, H, W, d = x.shape
+        x = F.silu(self.conv(self.in_proj(x).permute(0, 3, 1, 2)))  # (B, d, H, W)
+        u = cross_scan(x)  # (B, 4, d, L)
+        with full_precision():
+            u = upcast(u)
+            delta, B, C = torch.einsum("bkdl,krd->bkrl", u, upcast(self.x_proj)).split([self.rank, 1, 1], dim=2)
+            delta = F.softplus(torch.einsum("bkrl,kdr->bkdl", delta, upcast(self.dt_proj)) + self.dt_bias[..., None])  # (B, 4, d, L)
+            y = selective_scan(u, delta, -torch.exp(self.A_log).view(4, d), B[:, :, 0], C[:, :, 0], self.D.view(4, d))
+        return self.out_proj(self.norm(cross_merge(y, H, W).permute(0, 2, 3, 1)))
+
+
+def cross_scan(x):
+    """x (B, d, H, W) -> (B, 4, d, H W): by rows, by columns, and both backwards."""
+    both = torch.stack([x.flatten(2), x.transpose(2, 3).flatten(2)], 1)  # (B, 2, d, L)
+    return torch.cat([both, both.flip(3)], 1)
+
+
+def cross_merge(y, H, W):
+    """y (B, 4, d, H W) -> the sum of all four, each back in its place (B, d, H, W)."""
+    rows, columns = (y[:, :2] + y[:, 2:].flip(3)).unbind(1)  # (B, d, L) each
+    return rows.unflatten(2, (H, W)) + columns.unflatten(2, (W, H)).transpose(2, 3)
+
+
+class VMambaBlock(nn.Module):
+    """Scan and MLP, each on normalised features and added to them."""
+
+    def __init__(self, dim, drop_path):
+        super().__init__()
+        self.norm1, self.scan, self.norm2, self.drop = nn.LayerNorm(dim), SS2D(dim), nn.LayerNorm(dim), DropPath(drop_path)
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+
+    def forward(self, x):  # (B, H, W, d)
+        x = x + self.drop(self.scan(self.norm1(x)))
+        return x + self.drop(self.mlp(self.norm2(x)))
+
+
+class ChannelsLast(nn.Module):
+    """A 3x3 convolution of stride 2 and layer norm on (B, H, W, C)."""
+
+    def __init__(self, before, after):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(before, after, 3, 2, 1), nn.LayerNorm(after)
+
+    def forward(self, x):
+        return self.norm(self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+
+
+class VMamba(nn.Module):
+    """VMamba-Tiny [s1l8] (Liu et al. 2024, arXiv 2401.10166; its public code), in plain torch: four stages of 2, 2, 8, 2 blocks,
+    96 to 768 wide, with strides 4, 8, 16, 32; representation: mean of the normalised last map. Images of any size."""
+
+    def __init__(self, arch="vmamba_tiny", img_size=224, drop_path=0.2):
+        super().__init__()
+        width, depths = VMAMBAS[arch]
+        self.depth, self.dim = 4, 8 * width
+        rates = iter(np.linspace(0, drop_path, sum(depths)).tolist())
+        self.stem = nn.Sequential(ChannelsLast(3, width // 2), nn.GELU(), ChannelsLast(width // 2, width))
+        self.stages = nn.ModuleList()
+        for i, n in enumerate(depths):
+            blocks = [VMambaBlock(width * 2**i, next(rates)) for _ in range(n)]
+            self.stages.append(nn.Sequential(*([ChannelsLast(width * 2**i // 2, width * 2**i)] if i else []), *blocks))
+        self.norm = nn.LayerNorm(self.dim)
+        for m in self.modules():
+            if isinstance(m, nn.Linear):
+                nn.init.trunc_normal_(m.weight, std=0.02)
+                if m.bias is not None:
+                    nn.init.zeros_(m.bias)
+
+    def trace(self, x, taps=()):
+        """x (B, 3, H, W) -> y (B, dim), and {k: map after stage k (B, h, w, C)} for `taps`."""
+        z, tapped = self.stem(x.permute(0, 2, 3, 1)), {}
+        for k, stage in enumerate(self.stages, 1):
+            z = stage(z)
+            if k in taps:
+                tapped[k] = z
+        return self.norm(z).mean((1, 2)), tapped
+
+    def forward(self, x):
+        return self.trace(x)[0]
+
+    def last_blocks(self, x, n=1):
+        """The representation, as `forward`."""
+        return self(x)
+
+    def tokens(self, x, after):
+        """x (B, 3, H, W) -> the map after stage `after`, of 4 (B, h, w, C)."""
+        return self.trace(x, (after,))[1][after]
+
+
+def make_backbone(arch, mean, std, img_size, inv=None, **kwargs):
     """The encoder that a checkpoint's "backbone" describes. It keeps that description, and in `mean`, `std`, `img_size`
-    what it expects as input; `dim` is the width of `backbone(x)`."""
-    check_arch(arch, VITS, RESNETS)
+    what it expects as input; `dim` is the width of `backbone(x)`, `inv` that of its invariant part, which comes first (None:
+    it is not split)."""
+    check_arch(arch, VITS, RESNETS, VMAMBAS)
     patch_size = kwargs.get("patch_size", 1)
     if img_size % patch_size:
         die(f"--img-size {img_size}: not divisible by --patch-size {patch_size}; the nearest that is: {max(1, round(img_size / patch_size)) * patch_size}")
-    backbone = (ResNet if arch in RESNETS else NeckViT if "neck" in kwargs else ViT)(arch=arch, img_size=img_size, **kwargs)
+    family = ResNet if arch in RESNETS else VMamba if arch in VMAMBAS else NeckViT if "neck" in kwargs else ViT
+    backbone = family(arch=arch, img_size=img_size, **kwargs)
     backbone.mean, backbone.std, backbone.img_size = mean, std, img_size
-    backbone.description = dict(arch=arch, mean=list(mean), std=list(std), img_size=img_size, **kwargs)
+    backbone.inv = kwargs["neck"] // 2 if "neck" in kwargs else inv
+    backbone.description = dict(arch=arch, mean=list(mean), std=list(std), img_size=img_size, inv=inv, **kwargs)
     return backbone
 
 
@@ -1921,6 +2092,8 @@ def export_backbone(path, backbone):
     from safetensors.torch import save_file
 
     d = backbone.description
+    if d["arch"] in VMAMBAS:
+        return f"{path.name}: not written, timm has no VMamba"
     if d["arch"] in RESNETS:
         if d.get("stem") == "cifar" or d.get("coords") or d["arch"] == "resnet_pico":
             return f"{path.name}: not written, timm has no ResNet with a 3x3 stem, coordinate channels or of this width"
@@ -1938,7 +2111,7 @@ def export_backbone(path, backbone):
         difference = (twin(x) - backbone(x)).abs().max().item()
     if not difference <= 1e-5:
         return f"{path.name}: not written, timm's features differ by {difference:.1e}"
-    save_file(backbone.state_dict(), path, metadata=dict(timm=json.dumps(arguments), mean=json.dumps(d["mean"]), std=json.dumps(d["std"])))
+    save_file({k: v.contiguous() for k, v in backbone.state_dict().items()}, path, metadata=dict(timm=json.dumps(arguments), mean=json.dumps(d["mean"]), std=json.dumps(d["std"])))
     return f"{path}: the encoder for timm.create_model, whose arguments stand in its metadata"
 
 

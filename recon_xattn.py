@@ -421,6 +421,8 @@ def check(args):
         common.die(f"--crop-scale {args.crop_scale[0]} {args.crop_scale[1]}: the lower end comes first")
     if args.embed_dim % (4 * heads(args.embed_dim)):
         common.die(f"--embed-dim {args.embed_dim}: must be a multiple of {4 * heads(args.embed_dim)}; take a multiple of 64")
+    if args.epochs and args.warmup_epochs >= args.epochs:
+        common.die(f"--warmup-epochs {args.warmup_epochs}: must be below --epochs {args.epochs}")
     if args.known_fraction < 1 and args.objective not in ("sie", "supervised"):
         common.die(f"--known-fraction {args.known_fraction}: {args.objective} needs to know nothing and sees all images; leave it out")
     if args.objective != "sie" and (args.sie_single or args.sie_params != ("all",)):

@@ -720,6 +720,8 @@ def check(args):
     for kind, flag, strengths in (("color", "jitter", args.jitter), ("blur", "blur", args.blur), ("solarize", "solarize", args.solarize)):
         if args.equi == "augself" and kind in args.equi_params and not any(strengths):
             common.die(f"--equi-params {kind}: is never applied; give --{flag} values above 0")
+    if args.epochs and args.warmup_epochs >= args.epochs:
+        common.die(f"--warmup-epochs {args.warmup_epochs}: must be below --epochs {args.epochs}")
     if args.equi == "ser":
         n2 = second_part(args.batch_size, args.equi_ratio)
         if n2 >= args.batch_size:

@@ -1,0 +1,475 @@
+"""CLeVER: a representation split into an invariant and an equivariant part, under DINO; DDCL, the same under SimSiam.
+
+Paper: "Contrastive Learning Via Equivariant Representation" (Song et al. 2024, arXiv 2406.00262); DDCL: "Distortion-Disentangled
+Contrastive Learning" (Wang et al., WACV 2024, arXiv 2303.05066).
+
+Idea. The first 80 % of the representation learn what all views of an image share, as usual. The rest is pushed the other way:
+two views of one image should not look alike in it, so it is free to hold what the augmentation did, however complex that
+was and without being told. Nothing else keeps the second head from dying, so a penalty ties the size of its weights to that of the
+first.
+
+    o = f(x) = [z_IR, z_EF],  d_IR = 0.8 D                          the invariant and the equivariant part
+    dino:    students s_v = h_IR(z_IR) of all crops v, teachers t_i of the two global ones, S_v, T_i those of h_EF(z_EF)
+             q_i = softmax((t_i - c_IR) / tau_t),  p_v = softmax(s_v / tau),  Q_i, P_v likewise with a centre of their own
+             L_CL = mean over i != v of -sum_k q_ik log p_vk        L_Orth = mean over i != v of | mean_batch cos(Q_i, P_v) |
+             L_PReg = | |h_EF|^2 - |h_IR|^2 |                       |h|^2: all weights of the student's head, squared and summed
+    simsiam: L_CL = -1/2 (cos(p_1, sg z_2) + cos(p_2, sg z_1))      p = predictor(z), z = projector(z_IR)
+             L_Orth = | 1/2 mean (cos(P_1, sg Z_2) + cos(P_2, sg Z_1)) |,  of the equivariant projector and predictor
+             L_PReg = 1/2 of that difference between the projectors + 1/2 of that between the predictors
+    L = alpha L_CL + beta L_Orth + lambda L_PReg                    beta = lambda = 0: the base, on 80 % of the representation
+
+Usage
+    python clever.py                                                   # CLeVER on DINO, rendered images, CPU, minutes
+    python clever.py --base simsiam --equi ddcl                        # DDCL; --lambda-preg 0: as published before
+    python clever.py --equi none                                       # DINO
+    python clever.py --data cifar10 --data-dir CIFAR --aug complex     # rotations by up to 90 degrees; complex_plus: and elastic
+    torchrun --nproc_per_node=8 clever.py --data imagenet100 --data-dir IMAGENET --arch resnet50 --compile
+
+Where the paper is silent, or its public code differs, this file takes (sources: [C] the code of CLeVER, [DD] that of DDCL):
+  * equation 11 has a plain dot product of softmaxes, whose optimum is almost reached by uniform ones; [C] has the cosine above, with
+    the teacher's sharpened and centred output on one side and a gradient for the student only. `--orth dot` is the paper's.
+  * [DD] takes the modulus after the mean over the batch, so that images of opposite sign cancel; so does this file. The
+    predictor and sg, missing in the paper's equations 2 and 3, are SimSiam's.
+  * AdamW with 5e-4 per 256 images [C]; the appendix says SGD with 0.001, which is what that rate is at batch 512. SimSiam: SGD, 0.05
+    per 256, weight decay 1e-4 on everything, the cosine falls from epoch to epoch and leaves the predictors alone; before
+    it 30 epochs of warm-up that do not count [DD]. There its data order stands still; here it goes on.
+  * d_IR is cut down to a whole number (clever) [C] or rounded (ddcl) [DD].
+  * the norms count what is trained: biases, and of the prototypes the directions without their frozen lengths. As these are normalised
+    before use, the penalty can be met by scaling them alone; it holds DDCL's heads, which have none, more tightly.
+  * the teacher has no stochastic depth (that of VMamba has, in [C]) and batch statistics of its own, as in training.
+  * rotations are nearest-neighbour, filled with black, before the colours (dino) or after them (simsiam), as in [C] and [DD].
+  * SimSiam alone starts with residual branches at zero, DDCL does not [DD].
+"""
+
+import copy
+import dataclasses
+import math
+from functools import partial
+from typing import Literal
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.layers import DropPath
+
+import common
+from common import Affine, ColorJitter, Compose, Elastic, GaussianBlur, Grayscale, HorizontalFlip, Normalize, RandomResizedCrop, Solarize, upcast
+
+
+@dataclasses.dataclass
+class Args(common.RunArgs):
+    """What CLeVER, DDCL and their bases need, beside the arguments that all scripts share."""
+
+    arch: str = "vit_small"
+    """encoder: vit_pico, vit_tiny, vit_small, vit_base, resnet_pico, resnet18, resnet50 or vmamba_tiny"""
+    base: Literal["dino", "simsiam"] = "dino"
+    """the invariant method underneath"""
+    equi: Literal["clever", "ddcl", "none"] = "clever"
+    """what makes the rest equivariant: clever (of dino), ddcl (of simsiam); none is exactly the base"""
+    aug: Literal["basic", "complex", "complex_plus"] = "basic"
+    """basic: the base's own; complex: with rotations by up to 90 degrees; complex_plus: and elastic deformations of half the views"""
+    inv_ratio: float = 0.8
+    """share of the representation that is the invariant part"""
+    alpha: float = 1.0
+    """weight of L_CL"""
+    beta: float = 1.0
+    """weight of L_Orth"""
+    lambda_preg: float = 0.001
+    """lambda, weight of L_PReg; 0 switches it off"""
+    orth: Literal["cos", "dot"] = "cos"
+    """similarity in L_Orth of dino: cosine of the softmaxes, or their dot product"""
+    head_dim: int = 65536
+    """prototypes of h_IR (dino); width of the embeddings (simsiam)"""
+    head_dim_equi: int = 65536
+    """prototypes of h_EF (dino); width of the equivariant embeddings (simsiam)"""
+    proj_hidden: int = 2048
+    """hidden width of the heads (dino) or projectors (simsiam)"""
+    bottleneck: int = 256
+    """width before the prototypes (dino), hidden width of the predictors (simsiam)"""
+    local_crops: int = 8
+    """small crops of each image beside the two global ones (dino)"""
+    local_size: int = 96
+    """their side in pixels"""
+    crop_scale: tuple[float, float] = (0.4, 1.0)
+    """area of the global crops, relative to the image"""
+    local_scale: tuple[float, float] = (0.05, 0.4)
+    """area of the small ones"""
+    blur: bool = True
+    """Gaussian blur and solarisation (both are usual on large images only)"""
+    temp: float = 0.1
+    """tau, temperature of the student"""
+    teacher_temp: tuple[float, float] = (0.04, 0.04)
+    """tau_t, temperature of the teacher: first and last value of its linear warm-up"""
+    teacher_temp_epochs: float = 0
+    """epochs of that warm-up"""
+    momentum: float = 0.996
+    """of the teacher at the start; it rises to 1 along half a cosine (dino)"""
+    freeze_last_epochs: float = 1
+    """epochs at the start in which the prototypes do not learn (dino)"""
+    weight_decay: float = 0.04
+    """at the start: AdamW's on parameters of two or more dimensions (dino), SGD's on all (simsiam)"""
+    weight_decay_end: float = 0.4
+    """and at the end of half a cosine"""
+    warmup_epochs: float = 10
+    """linear warm-up; before the --epochs (simsiam) or within them (dino); then the learning rate falls along half a cosine"""
+    lr_end: float = 1e-6
+    """the learning rate at the end"""
+    clip: float | None = 3.0
+    """largest norm of the gradient of each parameter tensor; none: no clipping"""
+    drop_path: float = 0.1
+    """stochastic depth of the student (ViT, VMamba)"""
+
+
+RANGES = common.RANGES | dict(
+    inv_ratio="(0, 1)", alpha="[0, inf)", beta="[0, inf)", lambda_preg="[0, inf)", head_dim="[2, inf)", head_dim_equi="[2, inf)", proj_hidden="[1, inf)", bottleneck="[1, inf)",
+    local_crops="[0, inf)", local_size="[1, inf)", crop_scale="(0, 1]", local_scale="(0, 1]", temp="(0, inf)", teacher_temp="(0, inf)", teacher_temp_epochs="[0, inf)",
+    momentum="[0, 1]", freeze_last_epochs="[0, inf)", weight_decay="[0, inf)", weight_decay_end="[0, inf)", warmup_epochs="[0, inf)", lr_end="[0, inf)", clip="(0, inf)",
+    drop_path="[0, 1)")
+
+BASES = dict(
+    dino=dict(batch_size=512, lr=5e-4),
+    simsiam=dict(equi="ddcl", batch_size=256, lr=0.05, head_dim=2048, head_dim_equi=2048, bottleneck=512, local_crops=0, crop_scale=(0.2, 1.0), weight_decay=1e-4,
+                 weight_decay_end=1e-4, warmup_epochs=30, lr_end=0.0, clip=None, drop_path=0.0))
+ARCHS = dict(vmamba_tiny=dict(drop_path=0.2))
+SMALL = dict(
+    dino=dict(img_size=32, local_size=16, local_scale=(0.1, 0.4), blur=False, drop_path=0.0, momentum=0.99, freeze_last_epochs=0.0, head_dim=1024, head_dim_equi=1024),
+    simsiam=dict(img_size=32, blur=False))
+RECIPES = {  # epochs of the tables: 500 (Tables 2 to 7), 200 (Table 8), 100 (ImageNet)
+    "imagenet100": dict(epochs=200),
+    "imagenet": dict(epochs=100),
+    "cifar10": dict(arch="vit_tiny", patch_size=4, epochs=200, batch_size=256),  # ours, as all below
+    "cifar100": dict(arch="vit_tiny", patch_size=4, epochs=200, batch_size=256),
+    "blocks": dict(arch="vit_pico", patch_size=8, epochs=4, batch_size=128, warmup_epochs=0.5, proj_hidden=256, local_crops=4),
+}
+SMALL_BASES = dict(dino=dict(lr=1e-3), simsiam=dict(lr=0.1, head_dim=256, head_dim_equi=256, bottleneck=64, local_crops=0))  # of blocks
+NORMALISE = dict(blocks=common.BLOCKS, cifar10=common.CIFAR10, cifar100=common.CIFAR100)  # all others: ImageNet's mean and std
+
+
+def values_in_force(first):
+    """What base, recipe and architecture, named in a first look at the command line, set as defaults for the second."""
+    name = first.recipe or first.data
+    if name not in RECIPES:
+        return {}  # `check` will complain
+    values = dict(recipe=name) | BASES[first.base] | (SMALL[first.base] if "patch_size" in RECIPES[name] else {}) | RECIPES[name]
+    values |= SMALL_BASES[first.base] if name == "blocks" else {}
+    return values | (ARCHS.get(first.arch, {}) if values.get("drop_path", 0.1) else {})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Views
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def make_policies(args):
+    """{view: Compose}: "1" and "2" are the global crops, "3", "4", ... the small ones."""
+    normalise = Normalize(*NORMALISE.get(args.recipe, common.IMAGENET))
+    warps = dict(basic=[], complex=[Affine(degrees=90, interpolation="nearest")], complex_plus=[Affine(degrees=90, interpolation="nearest"), Elastic(alpha=100)])[args.aug]
+    if args.base == "simsiam":
+        blur = [GaussianBlur(p=0.5)] * args.blur
+        crop = RandomResizedCrop(args.img_size, args.crop_scale)
+        view = Compose([crop, ColorJitter(0.4, 0.4, 0.4, 0.1), Grayscale(0.2), *blur, HorizontalFlip(), *warps, normalise])
+        return {"1": view, "2": view}
+    crops = [RandomResizedCrop(args.img_size, args.crop_scale, interpolation="bicubic")] * 2
+    crops += [RandomResizedCrop(args.local_size, args.local_scale, interpolation="bicubic")] * args.local_crops
+    policies = {}
+    for i, crop in enumerate(crops, 1):
+        photometrics = [GaussianBlur(p={1: 1.0, 2: 0.1}.get(i, 0.5)), *[Solarize(p=0.2)] * (i == 2)] if args.blur else []
+        policies[f"{i}"] = Compose([crop, HorizontalFlip(), *warps, ColorJitter(0.4, 0.4, 0.2, 0.1), Grayscale(0.2), *photometrics, normalise])
+    return policies
+
+
+def draw_views(args, policies, generator):
+    """{view: (rows of the global batch, what its policy draws for them)}: every crop by itself."""
+    return {view: (torch.arange(args.batch_size), policy.draw(args.batch_size, generator)) for view, policy in policies.items()}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Losses
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def over_pairs(term, teachers, students):
+    """Mean of term(teacher's i, student's v) over all pairs of a global crop i and another crop v."""
+    terms = [term(q, p) for i, q in enumerate(teachers) for v, p in enumerate(students) if i != v]
+    return sum(terms) / len(terms)
+
+
+def cross_entropy(q, log_p):
+    """q, log p (b, K) -> -sum_k q log p, mean over the batch."""
+    return -(q * log_p).sum(1).mean()
+
+
+def alike(q, log_p, form):
+    """How alike two softmaxes are, 0 to 1, mean over the batch: their cosine, or their dot product. q, log p (b, K)."""
+    p = log_p.exp()
+    return (F.cosine_similarity(q, p, dim=1) if form == "cos" else (q * p).sum(1)).mean()
+
+
+def cosines(p1, p2, z1, z2):
+    """1/2 (cos(p_1, sg z_2) + cos(p_2, sg z_1)), mean over the global batch: (b, d) on this process each -> a number."""
+    mean = (F.cosine_similarity(p1, z2.detach(), dim=1) + F.cosine_similarity(p2, z1.detach(), dim=1)).mean() / 2
+    return common.all_reduce(mean) / common.world_size()
+
+
+def size(module):
+    """|h|^2: the sum of the squares of all that is trained in it."""
+    return sum(p.square().sum() for p in module.parameters() if p.requires_grad)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Bases: an encoder, one or two heads, and `losses`
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class DINOHead(nn.Module):
+    """d -> hidden -> hidden -> bottleneck, GELU between, L2-normalised, then K prototypes of norm 1."""
+
+    def __init__(self, dim, args, prototypes):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(dim, args.proj_hidden), nn.GELU(), nn.Linear(args.proj_hidden, args.proj_hidden), nn.GELU(), nn.Linear(args.proj_hidden, args.bottleneck))
+        for m in self.mlp[::2]:
+            nn.init.trunc_normal_(m.weight, std=0.02)
+            nn.init.zeros_(m.bias)
+        self.last = nn.utils.parametrizations.weight_norm(nn.Linear(args.bottleneck, prototypes, bias=False))
+        nn.init.ones_(self.last.parametrizations.weight.original0)  # the lengths g
+        self.last.parametrizations.weight.original0.requires_grad_(False)
+
+    def forward(self, z):  # (b, d) -> (b, K)
+        return self.last(F.normalize(self.mlp(z), dim=1))
+
+
+class DINO(nn.Module):
+    """Student, teacher, a head for each part and a centre for each head. The teacher is what is evaluated."""
+
+    evaluated = "teacher.backbone"
+
+    def __init__(self, backbone, args, inv):
+        super().__init__()
+        if hasattr(backbone, "cls_token"):
+            nn.init.trunc_normal_(backbone.cls_token, std=0.02)
+        self.args, self.inv, self.backbone = args, inv, backbone
+        self.heads = nn.ModuleDict(dict(inv=DINOHead(inv, args, args.head_dim)))
+        if inv < backbone.dim:
+            self.heads["equi"] = DINOHead(backbone.dim - inv, args, args.head_dim_equi)
+        self.teacher = copy.deepcopy(nn.ModuleDict(dict(backbone=backbone, heads=self.heads))).requires_grad_(False)
+        for m in self.teacher.modules():
+            if isinstance(m, DropPath):
+                m.drop_prob = 0.0
+        for name in self.heads:
+            self.register_buffer(f"centre_{name}", torch.zeros(args.head_dim if name == "inv" else args.head_dim_equi))
+
+    def last_layers(self):
+        return [p for head in self.heads.values() for p in head.last.parameters()]
+
+    def losses(self, views, epoch=0.0, encode=(None, None)):
+        """views {"1", "2", ...} (b, 3, H, W) -> ({"loss", "L_CL", ...}, representation of view 1 (b, D)). Moves the centres. `encode`
+        holds the compiled student and teacher."""
+        args, b, student, teacher = self.args, len(views["1"]), encode[0] or self.backbone, encode[1] or self.teacher["backbone"]
+        first, last = args.teacher_temp
+        teacher_temp = last if epoch >= args.teacher_temp_epochs else first + (last - first) * epoch / args.teacher_temp_epochs
+        both = torch.cat([views["1"], views["2"]])
+        with torch.no_grad():
+            t = teacher(both)  # (2 b, D)
+        o = [student(both)]  # all crops of one size in one pass
+        if args.local_crops:
+            o.append(student(torch.cat([views[f"{v}"] for v in range(3, 3 + args.local_crops)])))
+        o, out = torch.cat(o), {}  # (crops b, D)
+        for name, head in self.heads.items():
+            part = slice(None, self.inv) if name == "inv" else slice(self.inv, None)
+            s = upcast(head(o[:, part]))  # (crops b, K)
+            with torch.no_grad():
+                outputs = upcast(self.teacher["heads"][name](t[:, part]))  # (2 b, K)
+            with common.full_precision():
+                centre = getattr(self, f"centre_{name}")
+                q = F.softmax((outputs - centre) / teacher_temp, dim=1).split(b)
+                log_p = F.log_softmax(s / args.temp, dim=1).split(b)
+                if name == "inv":
+                    out["L_CL"] = over_pairs(cross_entropy, q, log_p)
+                else:
+                    out["L_Orth"] = over_pairs(partial(alike, form=args.orth), q, log_p)
+                setattr(self, f"centre_{name}", 0.9 * centre + 0.1 * common.all_reduce(outputs.mean(0)) / common.world_size())
+                out |= {f"log_h_{name}": size(head).log10().detach(), f"log_z_{name}": s.detach().square().sum(1).mean().log10()}
+        loss = args.alpha * out["L_CL"]
+        if "equi" in self.heads:
+            out["L_PReg"] = (size(self.heads["equi"]) - size(self.heads["inv"])).abs()
+            loss = loss + args.beta * out["L_Orth"] + args.lambda_preg * out["L_PReg"]
+        return dict(loss=loss) | out, o[:b]
+
+    @torch.no_grad()
+    def update_teacher(self, m):
+        """teacher <- m teacher + (1 - m) student, encoder and heads."""
+        common.ema_update(self.teacher["backbone"], self.backbone, m)
+        common.ema_update(self.teacher["heads"], self.heads, m)
+
+
+class SimSiam(nn.Module):
+    """One encoder; projector and predictor for each part."""
+
+    evaluated = "backbone"
+
+    def __init__(self, backbone, args, inv):
+        super().__init__()
+        self.args, self.inv, self.backbone = args, inv, backbone
+        self.projectors, self.predictors = nn.ModuleDict(), nn.ModuleDict()
+        for name, dim, d in (("inv", inv, args.head_dim), ("equi", backbone.dim - inv, args.head_dim_equi)):
+            if dim:
+                hidden = lambda a, b: (nn.Linear(a, b, bias=False), nn.BatchNorm1d(b), nn.ReLU(inplace=True))
+                self.projectors[name] = nn.Sequential(*hidden(dim, args.proj_hidden), *hidden(args.proj_hidden, args.proj_hidden), nn.Linear(args.proj_hidden, d), nn.BatchNorm1d(d, affine=False))
+                self.predictors[name] = nn.Sequential(*hidden(d, args.bottleneck), nn.Linear(args.bottleneck, d))
+        if "equi" not in self.projectors:  # plain SimSiam
+            self.projectors["inv"][-2].bias.requires_grad_(False)
+            for m in backbone.modules():
+                if isinstance(m, (common.BasicBlock, common.Bottleneck)):
+                    nn.init.zeros_((m.bn2 if isinstance(m, common.BasicBlock) else m.bn3).weight)
+
+    def last_layers(self):
+        return []
+
+    def losses(self, views, epoch=0.0, encode=(None, None)):
+        """views {"1", "2"} (b, 3, H, W) -> ({"loss", "L_CL", ...}, representation of view 1 (b, D))."""
+        args, out = self.args, {}
+        o1, o2 = ((encode[0] or self.backbone)(views[v]) for v in "12")  # (b, D) each
+        for name, projector in self.projectors.items():
+            part = slice(None, self.inv) if name == "inv" else slice(self.inv, None)
+            z1, z2 = projector(o1[:, part]), projector(o2[:, part])  # (b, d) each
+            p1, p2 = self.predictors[name](z1), self.predictors[name](z2)  # (b, d) each
+            with common.full_precision():
+                cos = cosines(*map(upcast, (p1, p2, z1, z2)))
+                out |= {"L_CL": -cos} if name == "inv" else {"L_Orth": cos.abs()}
+                out |= {f"log_h_{name}": size(projector).log10().detach(), f"log_z_{name}": upcast(z1).detach().square().sum(1).mean().log10()}
+        loss = args.alpha * out["L_CL"]
+        if "equi" in self.projectors:
+            out["L_PReg"] = sum((size(h["equi"]) - size(h["inv"])).abs() for h in (self.projectors, self.predictors)) / 2
+            loss = loss + args.beta * out["L_Orth"] + args.lambda_preg * out["L_PReg"]
+        return dict(loss=loss) | out, o1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def build(args, device):
+    """The model with its initial weights: seeded, the same on every process."""
+    common.seed_everything(args.seed, "weights")
+    mean, std = NORMALISE.get(args.recipe, common.IMAGENET)
+    if args.arch in common.VITS:
+        kwargs = dict(patch_size=args.patch_size, cls_layer=0, pos="learned", drop_path=args.drop_path)
+    elif args.arch in common.RESNETS:
+        kwargs = dict(stem="cifar" if args.img_size < 64 else "imagenet")
+    else:
+        kwargs = dict(drop_path=args.drop_path)
+    backbone = common.make_backbone(args.arch, mean, std, args.img_size, **kwargs)
+    inv = dict(clever=math.floor, ddcl=round, none=lambda _: backbone.dim)[args.equi](backbone.dim * args.inv_ratio)
+    if args.equi != "none":
+        backbone.inv = backbone.description["inv"] = inv
+    model = dict(dino=DINO, simsiam=SimSiam)[args.base](backbone, args, inv)
+    encoder = model.get_submodule(model.evaluated)
+    encoder.description = backbone.description
+    return common.batchnorm_over_ranks(model, device).to(device, memory_format=torch.channels_last)
+
+
+def make_optimizer(model, args, device):
+    """DINO: AdamW, weight decay in group 0, none on biases and vectors. SimSiam: SGD, the predictors in group 1."""
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    if args.base == "dino":
+        plain = lambda n, p: n.endswith(".bias") or p.ndim == 1
+        groups = [dict(params=[p for n, p in named if not plain(n, p)]), dict(params=[p for n, p in named if plain(n, p)], weight_decay=0.0)]
+        return torch.optim.AdamW(groups, lr=0.0, weight_decay=args.weight_decay, fused=device.type == "cuda")
+    groups = [dict(params=[p for n, p in named if n.startswith("predictors") == last]) for last in (False, True)]
+    return torch.optim.SGD(groups, lr=0.0, momentum=0.9, weight_decay=args.weight_decay, fused=device.type == "cuda")
+
+
+def learning_rates(args, step, per_epoch):
+    """Learning rates of the two groups at a step. dino: linear from 0 to the peak over the warm-up, both ends included, then half a
+    cosine to --lr-end, step by step. simsiam: warm-up first, then an epoch-wise cosine; the predictors stay at the peak."""
+    peak = args.lr * args.batch_size / 256
+    warmup, total = round(args.warmup_epochs * per_epoch), args.epochs * per_epoch
+    if args.base == "simsiam":
+        if step < warmup:
+            return [peak * (step // per_epoch) / args.warmup_epochs + 1e-9] * 2
+        return [common.cosine((step - warmup) // per_epoch / args.epochs, peak, args.lr_end), peak]
+    if step < warmup:
+        return [peak * step / max(warmup - 1, 1)] * 2
+    return [common.cosine((step - warmup) / (total - warmup), peak, args.lr_end)] * 2
+
+
+def check(args):
+    """Refuse what cannot work, in one line each, before anything is made."""
+    common.check_run(args, RECIPES, RANGES, common.VITS, common.RESNETS, common.VMAMBAS)
+    if args.equi not in dict(dino=("clever", "none"), simsiam=("ddcl", "none"))[args.base]:
+        common.die(f"--equi {args.equi}: goes with --base {'dino' if args.equi == 'clever' else 'simsiam'}")
+    for name in ("crop_scale", "local_scale"):
+        if getattr(args, name)[0] > getattr(args, name)[1]:
+            common.die(f"--{name.replace('_', '-')} {' '.join(map(str, getattr(args, name)))}: the lower end comes first")
+    if args.base == "dino" and args.epochs and args.warmup_epochs >= args.epochs:
+        common.die(f"--warmup-epochs {args.warmup_epochs}: must be below --epochs {args.epochs}")
+    if args.base == "simsiam" and args.local_crops:
+        common.die(f"--local-crops {args.local_crops}: simsiam compares two views; leave it out")
+    if args.local_crops and args.arch in common.VITS and args.local_size % args.patch_size:
+        common.die(f"--local-size {args.local_size}: not divisible by --patch-size {args.patch_size}")
+
+
+def main(argv=None):
+    """Train: arguments -> model, data, optimiser -> steps -> checkpoint and a k-NN score."""
+    args = common.parse(Args, values_in_force, argv, description=__doc__)
+    device = common.start(args.device)
+    check(args)
+    model = build(args, device)
+    encoder = model.get_submodule(model.evaluated)
+    policies = make_policies(args)
+    train, test = (common.load_data(args.data, args.data_dir, split, args.img_size, args.skip_corrupt, args.workers) for split in ("train", "test"))
+    train = train.to(device)
+    loader = common.Loader(train, policies, partial(draw_views, args, policies), args, device)
+    extra = round(args.warmup_epochs * loader.steps_per_epoch) if args.base == "simsiam" and args.epochs else 0
+    loader.total_steps += extra
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = make_optimizer(model, args, device)
+    run = common.Run("clever", args, "-".join([args.base, args.equi, args.arch] + [args.aug] * (args.aug != "basic")), device)
+
+    def dump():
+        heads = {k: v for k, v in model.state_dict().items() if not k.startswith(f"{model.evaluated}.")}
+        return encoder, dict(heads=heads, optimizer=optimizer.state_dict())
+
+    def load(train_state, backbone_state):
+        model.load_state_dict(train_state["heads"] | {f"{model.evaluated}.{k}": v for k, v in backbone_state.items()})
+        optimizer.load_state_dict(train_state["optimizer"])
+
+    begin = run.restore(load)
+    chance = f"L_CL {math.log(args.head_dim):.2f}" if args.base == "dino" else "L_CL 0"
+    run.introduce(train, loader, model, args.lr * args.batch_size / 256, chance)
+    backbones = (model.backbone, model.teacher["backbone"] if args.base == "dino" else None)
+    encode = [torch.compile(b, dynamic=False) if args.compile and b is not None else None for b in backbones]
+
+    for step, batch in run.steps(loader, dump, begin):
+        epoch = step / loader.steps_per_epoch
+        rates = learning_rates(args, step, loader.steps_per_epoch)
+        for group, lr in zip(optimizer.param_groups, rates):
+            group["lr"] = lr
+        if args.base == "dino":
+            optimizer.param_groups[0]["weight_decay"] = common.cosine(step / loader.total_steps, args.weight_decay, args.weight_decay_end)
+        if step == extra:
+            optimizer.state.clear()  # SimSiam's warm-up has its own momentum
+        views, _ = loader.finish(batch)
+        if step == 0:
+            run.picture("views.png", [views[v] for v in sorted(views, key=int)], encoder)
+        with common.autocast(device, args.amp):
+            out, y = model.losses(views, epoch, encode)
+        optimizer.zero_grad(set_to_none=True)
+        out["loss"].backward()
+        common.average_gradients(parameters)
+        if args.clip is not None:
+            common.clip_each_(parameters, args.clip)
+        if epoch < args.freeze_last_epochs:
+            for p in model.last_layers():
+                p.grad = None
+        optimizer.step()
+        if args.base == "dino":
+            model.update_teacher(common.cosine(step / loader.total_steps, args.momentum, 1.0))
+        run.log(step, features=y, lr=rates[0], epoch=epoch, **out)
+
+    run.finish(encoder, build(args, device).get_submodule(model.evaluated), train, test)
+
+
+if __name__ == "__main__":
+    main()
