@@ -20,7 +20,7 @@ crop was given: L = InfoNCE(z_1, z_2) + alpha CE(rot(h_3), k), with negatives fr
 
 Usage
     python ciper.py                                                   # turntable images, CPU, minutes
-    python ciper.py --views dataset                                   # views: the same object from elsewhere, in another session
+    python ciper.py --views dataset                                   # views: the same object from elsewhere, in any session
     python ciper.py --objective simclr --views time                   # views: successive images of a walk around an object
     python ciper.py --data cifar10 --data-dir CIFAR                   # the paper's Table 3
     python ciper.py --data core50 --data-dir CORE50 --views dataset   # Table 2
@@ -48,7 +48,8 @@ the paper builds on; [C] that of Contrastive Learning Through Time, [S] its succ
   * SGD, momentum 0.9, weight decay 5e-4 on everything, lr 0.03 along half a cosine to 0, at any batch size.
     E-SSL: lr 0.12 at batch 512 after 10 epochs of warm-up [E].
   * any change of view within an object, the identity too; azimuths differ by -180 to 180 degrees. If the anchor is of the
-    same session, h - h_k cannot tell which one: the paper's target has this floor.
+    same session, h - h_k cannot tell which one: the paper's target has this floor, and neither small steps alone nor other
+    sessions alone are offered.
   * a stream is as long as the data set, goes on with the same object with probability 0.95 and then stays in the
     session with the same probability [S], one step along one axis a time, azimuths wrap around. [C] never steps back in
     azimuth and never starts at the end of an axis; here all directions are equal.
@@ -77,6 +78,8 @@ class Args(common.RunArgs):
     """encoder: resnet_pico, resnet18 or resnet50, with a 3x3 stem for small images"""
     img_size: int = 32
     """side of the (square) training images in pixels"""
+    patch_size: int = 16
+    """not used: ResNets have no patches"""
     epochs: int = 800
     """passes over the data; the schedules follow it; 0 writes the untrained encoder"""
     batch_size: int = 256
@@ -94,7 +97,7 @@ class Args(common.RunArgs):
     sessions: tuple[int, ...] = (1, 2)
     """sessions of core50 to train on, counted from 1; the others test"""
     time_continue: float = 0.95
-    """probability that the next image of the stream shows the same object; and then, that it is of the same session"""
+    """probability that the next image of the stream (--views time) shows the same object; and then, that it is of the same session"""
     temp: float = 0.5
     """tau"""
     negatives: Literal["both", "cross"] = "both"
@@ -175,6 +178,7 @@ PARAMETERS = dict(  # Table 1
     flip=lambda p: [p["flip"].float()],
     jitter=lambda p: [p["brightness"], p["contrast"], p["saturation"], p["hue"]],
     gray=lambda p: [1 - p["gray"].float()])
+WIDTH = dict(crop=4, flip=1, jitter=4, gray=1)
 
 
 def augmentation(params, dropped=()):
@@ -193,7 +197,7 @@ def change(factors, i, j):
 
 
 class Ragged:
-    """Lists of several lengths: groups (n,) says in which one each of the numbers from 0 to n - 1 is."""
+    """Lists of several lengths: groups (n,), from 0, says in which one each of the numbers from 0 to n - 1 is."""
 
     def __init__(self, groups):
         self.order, self.count = torch.argsort(groups, stable=True), torch.bincount(groups)
@@ -202,6 +206,9 @@ class Ragged:
     def pick(self, group, u):
         """A member of each list `group` (m,), at u (m,) in [0, 1) of its length."""
         return self.order[self.first[group] + (u * self.count[group]).long()]
+
+    def lists(self):
+        return [v.tolist() for v in self.order.split(self.count.tolist())]
 
 
 class ObjectViews:
@@ -217,38 +224,36 @@ class ObjectViews:
     def __len__(self):
         return len(self.object)
 
-    def pick(self, objects, u):
-        """Objects (n,) and u (2, n) in [0, 1) -> an image of each, (n,)."""
-        return self.images.pick(self.cells.pick(objects, u[0]), u[1])
-
     def __call__(self, items, epoch, generator):
         """Anchors (B,) -> {view: rows (B,)}."""
         u = torch.rand(2, 2, len(items), generator=generator)
-        return {"0": items, "1": self.pick(self.object[items], u[0]), "2": self.pick(self.object[items], u[1])}
+        pick = lambda u: self.images.pick(self.cells.pick(self.object[items], u[0]), u[1])
+        return {"0": items, "1": pick(u[0]), "2": pick(u[1])}
 
 
 class TimeStream(ObjectViews):
     """Time views: "1" and "2" are neighbours in a stream, another one each epoch, that wanders through the views of an
-    object, with jumps to its other sessions, and on to the next object."""
+    object, with jumps to its other sessions, and on to the next object. As long as the data set."""
 
     def __init__(self, data, p, seed):
         super().__init__(data)
         self.p, self.seed, self.epoch, self.steps = p, seed, None, neighbours(data.factors, self.cell)
 
     def walk(self, epoch):
-        """The stream of an epoch: (N,) rows. As long as the data, so 95 in 100 images are one step from the one before."""
+        """The stream of an epoch: (N,) rows."""
         n, generator = len(self), common.rng(self.seed, "stream", epoch)
-        shuffled = torch.cat([torch.randperm(len(self.cells.count), generator=generator) for _ in range(n // len(self.cells.count) + 1)])
-        u, stream, k = torch.rand(n, 3, generator=generator), [], -1
-        # every jump that could happen, so that the loop below only looks up
-        jumps = u[:, 0] >= self.p
-        jumps[0] = True
-        objects = shuffled[jumps.cumsum(0) - 1]  # (n,) whom the stream shows
-        elsewhere = self.pick(objects, torch.rand(2, n, generator=generator)).tolist()
-        jumps = (jumps | (u[:, 1] >= self.p)).tolist()
-        for at, (jump, choice) in enumerate(zip(jumps, u[:, 2].tolist())):
-            ways = () if jump else self.steps[k]
-            k = ways[int(choice * len(ways))] if ways else elsewhere[at]
+        cells, images, cell_of = self.cells.lists(), self.images.lists(), self.cell.tolist()
+        shuffled = iter(torch.cat([torch.randperm(len(cells), generator=generator) for _ in range(n // len(cells) + 1)]).tolist())
+        choose = lambda options, u: options[int(u * len(options))]
+        thing, k, stream = None, None, []
+        for leave, switch, u, v in torch.rand(n, 4, generator=generator).tolist():
+            if k is None or leave >= self.p:  # the next object
+                thing = next(shuffled)
+                k = choose(images[choose(cells[thing], u)], v)
+            elif switch >= self.p and len(cells[thing]) > 1:  # another session of it
+                k = choose(images[choose([c for c in cells[thing] if c != cell_of[k]], u)], v)
+            elif self.steps[k]:
+                k = choose(self.steps[k], u)
             stream.append(k)
         return torch.tensor(stream)
 
@@ -260,28 +265,28 @@ class TimeStream(ObjectViews):
 
 
 def neighbours(factors, cell):
-    """For each image the rows of those one step away in its object and session, `cell` (N,): a list of N tuples. A step goes to
+    """For each image the rows of those one step away in its object and session, `cell` (N,): a list of N lists. A step goes to
     the next azimuth (round and round), elevation or distance, or to the next frame."""
     if "view" in factors:
         axes = [v.unique(return_inverse=True) for v in factors["view"].T]
-        place, length = torch.stack([inverse for _, inverse in axes], 1), torch.tensor([len(values) for values, _ in axes])  # (N, 3), (3,)
+        place, azimuths = torch.stack([inverse for _, inverse in axes], 1), len(axes[0][0])  # (N, 3)
     else:
-        place = torch.empty_like(cell)
         order = torch.argsort(factors["frame"], stable=True)
-        order = order[torch.argsort(cell[order], stable=True)]
-        count = torch.bincount(cell)
-        place[order] = torch.arange(len(cell)) - (count.cumsum(0) - count)[cell[order]]
-        place, length = place[:, None], count.max()[None]  # (N, 1), (1,)
-    at = {key: i for i, key in enumerate(map(tuple, torch.cat([cell[:, None], place], 1).tolist()))}
-    ways = []
+        order, in_cells = order[torch.argsort(cell[order], stable=True)], Ragged(cell)
+        place = torch.empty(len(cell), 1, dtype=torch.long)
+        place[order, 0] = torch.arange(len(cell)) - in_cells.first[cell[order]]  # (N, 1)
+        azimuths = None
+    key = lambda place: map(tuple, torch.cat([cell[:, None], place], 1).tolist())
+    at, ways = {where: k for k, where in enumerate(key(place))}, [set() for _ in cell]
     for axis in range(place.shape[1]):
         for step in (-1, 1):
             there = place.clone()
             there[:, axis] += step
-            if "view" in factors and axis == 0:
-                there[:, 0] %= length[0]
-            ways.append([at.get(key) for key in map(tuple, torch.cat([cell[:, None], there], 1).tolist())])
-    return [tuple(k for k in row if k is not None) for row in zip(*ways)]
+            if azimuths and axis == 0:
+                there[:, 0] %= azimuths
+            for k, where in enumerate(key(there)):
+                ways[k].add(at.get(where, k))
+    return [sorted(w - {k}) for k, w in enumerate(ways)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -384,18 +389,24 @@ def check(args):
         common.die(f"--views {args.views}: {args.objective} goes with {', '.join(VALID[args.objective])}")
     if args.drop_aug and args.views != "image":
         common.die(f"--drop-aug {' '.join(args.drop_aug)}: goes with --views image; {args.views} views are not augmented")
-    if args.objective == "predictive" and len(set(args.drop_aug)) == len(PARAMETERS):
-        common.die(f"--drop-aug {' '.join(args.drop_aug)}: leaves nothing to predict; leave one of them out")
+    if args.views != "image" and args.data not in ("blocks-views", "core50", "tdw"):
+        common.die(f"--views {args.views}: {args.data} knows neither views nor sessions of its objects; take blocks-views, core50 or tdw, or --views image")
+    if args.time_continue != 0.95 and args.views != "time":
+        common.die(f"--time-continue {args.time_continue}: goes with --views time")
+    if len(set(args.drop_aug)) < len(args.drop_aug) or len(args.drop_aug) == len(WIDTH):
+        common.die(f"--drop-aug {' '.join(args.drop_aug)}: name each once, and leave one of {', '.join(WIDTH)} to tell the views apart")
+    if args.objective == "essl" and args.img_size < 2:
+        common.die(f"--img-size {args.img_size}: essl turns crops of half the size; take 2 or more")
     if args.epochs and args.warmup_epochs >= args.epochs:
-        common.die(f"--warmup-epochs {args.warmup_epochs}: must be below --epochs {args.epochs}")
+        common.die(f"--warmup-epochs {args.warmup_epochs} (in force): must be below --epochs {args.epochs}; give both")
     if args.crop_scale[0] > args.crop_scale[1]:
         common.die(f"--crop-scale {args.crop_scale[0]} {args.crop_scale[1]}: the lower end comes first")
     if args.jitter[3] > 0.5:
         common.die(f"--jitter {' '.join(map(str, args.jitter))}: hue is in turns, at most 0.5")
     if args.sessions != (1, 2) and args.data != "core50":
         common.die(f"--sessions {' '.join(map(str, args.sessions))}: {args.data} has none to choose; leave it out")
-    if not args.sessions:
-        common.die("--sessions: name at least one to train on, of 1 to 11")
+    if not args.sessions or len(set(args.sessions)) < len(args.sessions):
+        common.die(f"--sessions {' '.join(map(str, args.sessions))}: name those to train on, of 1 to 11, each once")
 
 
 def main(argv=None):
@@ -403,12 +414,13 @@ def main(argv=None):
     args = common.parse(Args, values_in_force, argv, description=__doc__)
     device = common.start(args.device)
     check(args)
-    train, test = (common.load_data(args.data, args.data_dir, split, args.img_size, args.skip_corrupt, args.workers, args.sessions) for split in ("train", "test"))
-    if args.views != "image" and (train.groups is None or not {"view", "session"} & set(train.factors)):
-        common.die(f"--views {args.views}: {args.data} does not say what its images show from where; take blocks-views, core50 or tdw, or --views image")
+    load = partial(common.load_data, args.data, args.data_dir, size=args.img_size, skip_corrupt=args.skip_corrupt, workers=args.workers, sessions=args.sessions)
+    train, test = load(split="train"), load(split="test")
     train = train.to(device)
     policies = make_policies(args)
-    sampler = dict(image=lambda: None, dataset=lambda: ObjectViews(train), time=lambda: TimeStream(train, args.time_continue, args.seed))[args.views]()
+    sampler = None
+    if args.views != "image":
+        sampler = ObjectViews(train) if args.views == "dataset" else TimeStream(train, args.time_continue, args.seed)
     loader = common.Loader(train, policies, partial(draw_views, args, policies), args, device, sampler)
 
     def targets(params, rows):  # of view 1, then of view 2: r (2 b, M), session (2 b,) or None
@@ -417,10 +429,9 @@ def main(argv=None):
         r, session = zip(*(change(train.factors, rows["0"], rows[v]) for v in "12"))
         return torch.cat(r), None if session[0] is None else torch.cat(session)
 
-    if args.views == "image":
-        M = augmentation(policies["1"].sample(1, sizes=torch.full((1, 2), args.img_size)), args.drop_aug).shape[1] if len(args.drop_aug) < 4 else 0
-    else:
-        M = 3 * ("view" in train.factors) + SESSIONS * ("session" in train.factors)
+    numbers = 3 * ("view" in train.factors) if sampler else sum(WIDTH[name] for name in WIDTH if name not in args.drop_aug)
+    sessions = SESSIONS if sampler and "session" in train.factors else 0
+    M = numbers + sessions
     model = build(args, device, M)
     parameters = list(model.parameters())
     optimizer = torch.optim.SGD(parameters, lr=0.0, momentum=0.9, weight_decay=args.weight_decay, fused=device.type == "cuda")
@@ -430,14 +441,15 @@ def main(argv=None):
         heads = {k: v for k, v in model.state_dict().items() if not k.startswith("backbone.")}
         return model.backbone, dict(heads=heads, optimizer=optimizer.state_dict())
 
-    def load(train_state, backbone_state):
+    def restore(train_state, backbone_state):
         model.load_state_dict(train_state["heads"] | {f"backbone.{k}": v for k, v in backbone_state.items()})
         optimizer.load_state_dict(train_state["optimizer"])
 
-    begin = run.restore(load)
+    begin = run.restore(restore)
     B = args.batch_size
     chance = [f"L_c {math.log(2 * B - 1 if args.negatives == 'both' else B):.2f}"] * (model.projector is not None)
-    chance += ["L_p about 1" if M else ""] * (model.predictor is not None) + ["L_rot 1.39"] * (model.rotation is not None)
+    chance += [f"L_p about {(numbers > 0) + (math.log(sessions) if sessions else 0):.2f}"] * (model.predictor is not None)
+    chance += ["L_rot 1.39"] * (model.rotation is not None)
     run.introduce(train, loader, model, args.lr, ", ".join(chance))
     encode = torch.compile(model.backbone, dynamic=False) if args.compile else None
 

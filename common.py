@@ -846,13 +846,14 @@ def core50(root, split, sessions):
     if missing or not set(there) - set(sessions):
         die(f"--data-dir {root}: core50 is s1/o1/C_01_01_000.png ... s11/; found the sessions {' '.join(map(str, sorted(there))) or 'none'}, to train on {' '.join(map(str, sessions))}, test on the rest")
     found = []
-    for path in (p for s, d in there.items() if (s in sessions) == (split == "train") for p in d.glob("o*/C_*_*_*.png")):
+    for s, path in ((s, p) for s, d in there.items() if (s in sessions) == (split == "train") for p in d.glob("o*/C_*_*_*.png")):
         number = path.stem.split("_")[1:]
-        if not all(n.isdecimal() for n in number) or not 1 <= int(number[1]) <= 50:
-            die(f"{path}: not a frame of CORe50, C_<session>_<object>_<frame>.png with objects 1 to 50")
+        if len(number) != 3 or not all(n.isdecimal() for n in number) or int(number[0]) != s or path.parent.name != f"o{int(number[1])}" or not 1 <= int(number[1]) <= 50:
+            die(f"{path}: not a frame of CORe50, s<session>/o<object>/C_<session>_<object>_<frame>.png with objects 1 to 50")
         found.append((*map(int, number), path))
-    if not found:
-        die(f"--data-dir {root}: no frames o1/C_*_01_*.png in the sessions of {split}")
+    empty = set(sessions) - {f[0] for f in found} if split == "train" else {} if found else set(there) - set(sessions)
+    if empty:
+        die(f"--data-dir {root}: no frames o1/C_*_01_*.png in {', '.join(f's{s}' for s in sorted(empty))}; unpack it again")
     session, thing, frame, paths = zip(*sorted(found))
     session, thing, frame = (torch.tensor(v) for v in (session, thing, frame))  # (N,) each
     return ImageSet(paths=list(map(str, paths)), labels=(thing - 1) // 5, classes=CORE50_CLASSES, groups=thing - 1, factors=dict(session=session - 1, frame=frame))
@@ -908,6 +909,8 @@ def load_data(name, root, split, size, skip_corrupt=False, workers=None, session
     if name.startswith("cifar"):
         return cifar(name, root, split)
     if name == "tdw":
+        if skip_corrupt:
+            die("--skip-corrupt: tdw tells its images by their number, so none can be left out; leave the flag out")
         return tdw(root, split)
     if name in ("3diebench", "core50"):
         data = threediebench(root, split, workers) if name == "3diebench" else core50(root, split, sessions)
@@ -948,6 +951,8 @@ def without_unreadable(data, workers):
         dist.all_gather_object(every, bad)
         bad = set().union(*every)
     keep = torch.tensor([i for i in range(len(data)) if i not in bad], dtype=torch.long)
+    if not len(keep):
+        die(f"{Path(data.paths[0]).parent}: none of the {len(data)} images can be read")
     return dataclasses.replace(data.subset(keep), skipped=tuple(data.paths[i] for i in sorted(bad)))
 
 
@@ -1129,7 +1134,7 @@ def blocks(split, size=32, seed=0):
 
 
 AZIMUTHS, ELEVATIONS, DISTANCES = range(0, 360, 30), (10, 30, 50), (4.0, 5.0, 6.0)      # degrees, degrees, as above
-SESSIONS = {"train": (0, 1), "test": range(2, 11)}                                    # each with a floor and a light of its own
+BLOCK_SESSIONS = {"train": (0, 1), "test": range(2, 11)}                              # each with a floor and a light of its own
 
 
 def blocks_views(split, size=32, seed=0):
@@ -1145,7 +1150,7 @@ def blocks_views(split, size=32, seed=0):
     object_labels = torch.arange(m) % len(BLOCK_CLASSES)                              # (m,)
     object_boxes, object_colors = random_objects(object_labels, generator)            # (m, K, 6), (m, K, 3)
     grid = torch.cartesian_prod(*(torch.tensor(list(axis), dtype=torch.float32) for axis in (AZIMUTHS, ELEVATIONS, DISTANCES)))  # (108, 3)
-    of = torch.cartesian_prod(torch.arange(m), torch.tensor(SESSIONS[split]), torch.arange(len(grid)))  # (N, 3)
+    of = torch.cartesian_prod(torch.arange(m), torch.tensor(BLOCK_SESSIONS[split]), torch.arange(len(grid)))  # (N, 3)
     if split == "test":
         of = of[(of[:, 0] + of[:, 1] + of[:, 2] // 9 + of[:, 2] // 3 + of[:, 2]) % 3 == 0]  # other views in each session
     groups, session, view = of[:, 0], of[:, 1], grid[of[:, 2]]                        # (N,), (N,), (N, 3)
@@ -1198,7 +1203,7 @@ class Loader(torch.utils.data.Dataset):
         self.seed, self.batch_size, self.workers = args.seed, args.batch_size, args.workers
         self.rank, self.share = rank(), args.batch_size // world_size()  # a worker process does not know them
         self.whole = data.images is None and device.type == "cpu"  # workers do all
-        self.items = len(sampler or data)
+        self.items = len(data if sampler is None else sampler)
         self.steps_per_epoch = self.items // args.batch_size  # the incomplete last batch is dropped
         self.total_steps = args.epochs * self.steps_per_epoch
         if self.items < args.batch_size:
@@ -1211,18 +1216,18 @@ class Loader(torch.utils.data.Dataset):
         epoch, k = divmod(step, self.steps_per_epoch)
         order = torch.randperm(self.items, generator=rng(self.seed, "order", epoch))
         items = order[k * self.batch_size :][: self.batch_size]  # (B,)
-        rows = self.sampler(items, epoch, rng(self.seed, "pairs", step)) if self.sampler else dict.fromkeys(self.policies, items)
+        rows = self.sampler(items, epoch, rng(self.seed, "pairs", step)) if self.sampler is not None else dict.fromkeys(self.policies, items)
         return {name: r[self.rank * self.share :][: self.share] for name, r in rows.items()}
 
     def __getitem__(self, step):
         low, b, rows = self.rank * self.share, self.share, self.rows(step)
-        shared = None if self.sampler else self.data[next(iter(rows.values()))]  # (b, 3, H, W), or b images of any size
+        shared = None if self.sampler is not None else self.data[next(iter(rows.values()))]  # (b, 3, H, W), or b images of any size
         views = {}
         for name, (at, params) in self.draw(rng(self.seed, "views", step)).items():
             mine = ((at >= low) & (at < low + b)).nonzero()[:, 0]
-            at, policy, images = at[mine] - low, self.policies[name], self.data[rows[name]] if self.sampler else shared
+            at, policy, images = at[mine] - low, self.policies[name], self.data[rows[name]] if shared is None else shared
             source = [images[i] for i in at.tolist()] if isinstance(images, list) else images[at.to(images.device)]
-            params = policy.resolve({key: value[mine] for key, value in params.items()}, torch.tensor([image.shape[1:] for image in source]))
+            params = policy.resolve({key: value[mine] for key, value in params.items()}, torch.tensor([image.shape[1:] for image in source]).view(-1, 2))
             views[name] = (policy if self.whole else policy.crop)(source, params), params  # (n, 3, S, S), else uint8
         return dict(rows=rows, views=views)
 

@@ -20,9 +20,9 @@ Tasks
           (rotation, color, blur, translation, crop, flip), a probe each, targets standardised. SIE draws anew each epoch, for 300 epochs;
           here one draw per image is encoded once, for 50. Posed objects (blocks): two views
           of one object; targets are the quaternion of q1^-1 q2 (pose) and the differences of the hues (hues), raw.
-  latents what a linear readout of one image tells: `object`, its class, learnt on train, read on test images; `session`
-          (core50, blocks-views), which of the sessions that never trained, learnt and read within those (every fifth frame
-          is read); `view err` (tdw, blocks-views), 100 x the squared error of azimuth, elevation and distance, each in units of
+  latents what a linear readout of one image tells: `object`, its class, learnt on train, read on test images, and `instance`
+          (core50), which of the 50 objects; `session` (core50, blocks-views), which of the sessions that never trained, learnt
+          and read within those (every fifth image is read); `view err` (tdw, blocks-views), 100 x the squared error of azimuth, elevation and distance, each in units of
           its deviation over the images it was learnt on: 100 is what a constant scores. Learnt on train, read on test images
           (tdw), or, where these also differ in their sessions, learnt on half of the test objects and read on the others
           [CIPER, Xu and Triesch 2023, which leaves "View Err." undefined]. SGD, Nesterov 0.9, weight decay 1e-6, 100 epochs, rate 1,
@@ -71,7 +71,8 @@ class Args:
     r2_targets: tuple[Literal["rotation", "color", "blur", "translation", "crop", "flip", "pose", "hues"], ...] | None = None
     """what to regress; default: pose and hues on posed objects, the six families of transformations on other images"""
     part: tuple[Literal["all", "inv", "equi"], ...] = ("all",)
-    """what r2 looks at: the representation, and of recon_xattn.py's encoders its invariant (first) and equivariant (second) half"""
+    """what knn, linear and r2 look at: the representation, and of the encoders of recon_xattn.py and clever.py its invariant (first) and
+    its equivariant (last) part"""
     known_fraction: float = 1.0
     """train the probes on this share of every class, the one that recon_xattn.py --known-fraction knew"""
     r2_epochs: int = 50
@@ -263,24 +264,32 @@ def probe(path, args, device):
     x, x_test = (common.features(backbone, d, encode=backbone.last_blocks, **how).to(device) for d in (train, test))  # (N, 4 D), (M, 4 D)
     y, y_test = x[:, -backbone.dim :], x_test[:, -backbone.dim :]  # the final [CLS], or the mean of the tokens
     final = {common.NeckViT: "mean of the tokens", common.ResNet: "mean of the last map"}.get(type(backbone), "final [CLS]")
-    known = dict(known_fraction=args.known_fraction, known_seed=state["args"]["seed"]) if args.known_fraction < 1 else {}
+    known = dict(sessions=sessions) if name == "core50" else {}
+    known |= dict(known_fraction=args.known_fraction, known_seed=state["args"]["seed"]) if args.known_fraction < 1 else {}
+    rest = backbone.dim - (backbone.inv or 0)  # width of the equivariant part: the last dimensions, of the last block alone
+    columns = lambda width, part: dict(all=slice(None), inv=slice(width - rest), equi=slice(width - rest, None))[part]
+    look = lambda f, part: f[:, columns(f.shape[1], part)]  # (N, d)
+    named = lambda name, part: name if part == "all" else f"{name} ({part})"
     results, protocol = {}, dict(known, data=name, data_dir=root, amp=args.amp, device=device.type, train_images=len(train), test_images=len(test), view=f"centre crop {backbone.img_size} px")
     if "knn" in args.tasks:
-        results |= accuracies("knn", common.knn(y, train.labels, y_test, args.knn_k, classes=len(train.classes)), test.labels)
+        for part in args.part:
+            scores = common.knn(look(y, part), train.labels, look(y_test, part), args.knn_k, classes=len(train.classes))
+            results |= accuracies(named("knn", part), scores, test.labels)
         protocol["knn"] = dict(k=args.knn_k, temperature=0.07, feature=final)
     if "linear" in args.tasks:
-        scores, lr = linear_probe(x, train.labels.to(device), x_test, len(train.classes), args.linear_lrs, args.linear_epochs, common.rng(args.seed, "linear"))
-        results |= accuracies("linear", scores, test.labels)
-        protocol["linear"] = dict(epochs=args.linear_epochs, batch_size=256, lrs=args.linear_lrs, chosen=lr, held_out=0.1,
+        chosen = {}
+        for part in args.part:
+            scores, chosen[part] = linear_probe(look(x, part), train.labels.to(device), look(x_test, part), len(train.classes), args.linear_lrs, args.linear_epochs, common.rng(args.seed, "linear"))
+            results |= accuracies(named("linear", part), scores, test.labels)
+        protocol["linear"] = dict(epochs=args.linear_epochs, batch_size=256, lrs=args.linear_lrs, chosen=chosen, held_out=0.1,
                                   feature=final if x.shape[1] == backbone.dim else f"[CLS] of the last {x.shape[1] // backbone.dim} blocks")
     if "r2" in args.tasks:
-        sides, r2, half = ((train, y), (test, y_test)), {}, backbone.dim // 2
-        columns = dict(all=slice(None), inv=slice(half), equi=slice(half, None))
+        sides, r2 = ((train, y), (test, y_test)), {}
         for target in targets:
             sample, test_pairs, test_targets = (pairs_of_poses if target in POSES else pairs_of_images)(target, backbone, sides, args, how)
             for part in args.part:
-                predicted = regress(sample, test_pairs, columns[part], args.r2_epochs, common.rng(args.seed, "r2", target))
-                r2[target if part == "all" else f"{target} ({part})"] = r2_scores(test_targets, predicted)
+                predicted = regress(sample, test_pairs, columns(backbone.dim, part), args.r2_epochs, common.rng(args.seed, "r2", target))
+                r2[named(target, part)] = r2_scores(test_targets, predicted)
         results |= {f"r2 {k}": v["flat"] for k, v in r2.items()}
         protocol["r2"] = dict(epochs=args.r2_epochs, batch_size=256, lr=1e-3, images=args.r2_images, both=r2)
     if "latents" in args.tasks:
@@ -307,9 +316,9 @@ def latents(train, test, x, x_test, args):
 
     accuracy("object", x, train.labels, x_test, test.labels)
     if "frame" in test.factors:  # core50: the same objects in both splits, five of each category
-        accuracy(f"object {len(test.groups.unique())}", x, train.groups, x_test, test.groups)
+        accuracy("instance", x, train.groups, x_test, test.groups)
     if "session" in test.factors:
-        read = test.factors.get("frame", torch.arange(len(test))) % 5 == 0  # (M,) bool
+        read = torch.arange(len(test)) % 5 == 0  # (M,) bool
         session = test.factors["session"].unique(return_inverse=True)[1]  # (M,) from 0
         accuracy("session", x_test[~read], session[~read], x_test[read], session[read])
     if "view" in test.factors:
@@ -326,7 +335,7 @@ def latents(train, test, x, x_test, args):
             results["view err" + suffix] = 100 * (error / std).square().mean().item()
             turned = (error[:, 0] + 180) % 360 - 180
             details["rmse" + suffix] = dict(zip(("azimuth", "elevation", "distance"), error.square().mean(0).sqrt().tolist()), azimuth_circular=turned.square().mean().sqrt().item())
-    return results, dict(epochs=100, batch_size=256, lr=1.0, **details)
+    return results, dict(epochs=100, batch_size=256, lr=1.0, session_read="every fifth test image", view_read="every second test object" if "session" in test.factors else "test", **details)
 
 
 def pairs_of_poses(target, backbone, sides, args, how):
@@ -374,9 +383,9 @@ def table(results):
     lines = [["", "n", *columns]]
     for name, group in rows.items():
         line = [name, str(len(group))]
-        for c in columns:
-            v, digits = torch.tensor([g[c] for g in group], dtype=torch.float64), 3 if c.startswith("r2") else 2
-            line.append(f"{v.mean():.{digits}f}" + (f" ± {v.std():.{digits}f}" if len(v) > 1 else ""))
+        for c in columns:  # data sets differ in what can be asked of them
+            v, digits = torch.tensor([g[c] for g in group if c in g], dtype=torch.float64), 3 if c.startswith("r2") else 2
+            line.append((f"{v.mean():.{digits}f}" if len(v) else "-") + (f" ± {v.std():.{digits}f}" if len(v) > 1 else ""))
         lines.append(line)
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths))) for line in lines)
@@ -406,9 +415,9 @@ def main(argv=None):
     if len(set(args.checkpoints)) < len(args.checkpoints):
         common.die("a checkpoint is given twice; name each once")
     states = [{k: s[k] for k in ("method", "step", "args", "backbone")} for s in map(common.load_checkpoint, args.checkpoints)]  # all, before the first is probed
-    whole = [path for path, state in zip(args.checkpoints, states) if "neck" not in state["backbone"]]
+    whole = [path for path, state in zip(args.checkpoints, states) if "neck" not in state["backbone"] and state["backbone"].get("inv") is None]
     if set(args.part) - {"all"} and whole:
-        common.die(f"--part {' '.join(args.part)}: {whole[0]} does not split its representation; only recon_xattn.py's encoders do")
+        common.die(f"--part {' '.join(args.part)}: {whole[0]} does not split its representation; only encoders of recon_xattn.py and clever.py do")
     device, results = common.start(args.device), []
     for path, name in zip(args.checkpoints, row_names(args.checkpoints, states)):
         begin = time.monotonic()

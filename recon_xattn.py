@@ -207,7 +207,7 @@ class ObjectPairs:
     def __init__(self, groups):
         self.by_object, self.count = torch.argsort(groups, stable=True), groups.unique(return_counts=True)[1]  # (N,), (objects,)
         if (self.count < 2).any():
-            common.die(f"--data: {int((self.count < 2).sum())} objects have a single image, and pairs need two of each")
+            common.die(f"--data-dir: {int((self.count < 2).sum())} objects have a single image, and pairs need two of each")
 
     def __len__(self):
         return len(self.count)

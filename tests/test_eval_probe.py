@@ -7,8 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import clever
 import common
 import eval_probe
+import recon_xattn
 import ser
 
 g = common.rng("eval")
@@ -232,11 +234,39 @@ def test_targets_say_what_was_done():
 # ---- the table --------------------------------------------------------------------------------------
 
 
+def test_a_metric_that_one_data_set_lacks_is_a_dash():
+    lines = eval_probe.table([("a", dict(object=1.0)), ("b", {"object": 2.0, "view err": 3.0})]).splitlines()
+    assert lines[1].split() == ["a", "1", "1.00", "-"] and lines[2].split() == ["b", "1", "2.00", "3.00"]
+
+
 def test_table_folds_seeds():
     text = eval_probe.table([("a", {"knn": 50.0}), ("a", {"knn": 52.0}), ("b", {"knn": 10.0})])
     a, b = text.splitlines()[1:]
     assert "51.00 ± 1.41" in a and a.split()[:2] == ["a", "2"]  # sample standard deviation: sqrt(2)
     assert b.split() == ["b", "1", "10.00"]
+
+
+def test_parts_are_slices_of_the_last_block(folder, tmp_path, capsys, monkeypatch):
+    """Of four blocks of a ViT side by side the equivariant part is the last dimensions of the last, the invariant part all others;
+    of a single representation its own two parts. Seen in the widths that the probes are given."""
+    shared = ["--data", "imagefolder", "--data-dir", str(folder), "--recipe", "cifar10", "--arch", "vit_pico", "--img-size", "16", "--patch-size", "4", "--epochs", "0", "--warmup-epochs", "0",
+              "--batch-size", "12", "--workers", "0", "--device", "cpu"]
+    clever.main([*shared, "--local-size", "8", "--head-dim", "8", "--head-dim-equi", "8", "--out", str(tmp_path / "clever")])
+    recon_xattn.main([*shared, "--neck", "16", "--embed-dim", "8", "--out", str(tmp_path / "recon")])
+    seen, linear, regress = [], eval_probe.linear_probe, eval_probe.regress
+    monkeypatch.setattr(eval_probe, "linear_probe", lambda x, *a: (seen.append(x.shape[1]), linear(x, *a))[1])
+    monkeypatch.setattr(eval_probe, "regress", lambda s, pairs, columns, *a: (seen.append(len(range(pairs.shape[2])[columns])), regress(s, pairs, columns, *a))[1])
+    paths = [str(tmp_path / name / "checkpoint.pt") for name in ("clever", "recon")]
+    run = [*paths, "--tasks", "knn", "linear", "r2", "--part", "all", "inv", "equi", "--known-fraction", "0.5", "--linear-epochs", "1", "--r2-epochs", "1", "--r2-targets", "flip", "--device", "cpu"]
+    results = dict(eval_probe.main(run))
+    assert seen == [512, 512 - 26, 26, 128, 102, 26, 16, 8, 8, 16, 8, 8]  # 128 dimensions: 102 + 26
+    assert {f"{k}{p}" for k in ("knn", "linear", "r2 flip") for p in ("", " (inv)", " (equi)")} <= set(results["clever"]) == set(results["recon"])
+    record = json.loads((tmp_path / "clever" / "eval.jsonl").read_text())
+    assert record["protocol"]["train_images"] == 12 and record["protocol"]["known_fraction"] == 0.5
+    ser.main([*shared, "--equi", "none", "--out", str(tmp_path / "ser")])
+    with pytest.raises(SystemExit) as end:
+        eval_probe.main([str(tmp_path / "ser" / "checkpoint.pt"), "--part", "inv"])
+    assert end.value.code == 2 and "--part inv" in capsys.readouterr().err
 
 
 def test_one_call_from_checkpoints_to_table(tiny, folder, tmp_path, capsys):
