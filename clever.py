@@ -364,8 +364,6 @@ def build(args, device):
     if args.equi != "none":
         backbone.inv = backbone.description["inv"] = inv
     model = dict(dino=DINO, simsiam=SimSiam)[args.base](backbone, args, inv)
-    encoder = model.get_submodule(model.evaluated)
-    encoder.description = backbone.description
     return common.batchnorm_over_ranks(model, device).to(device, memory_format=torch.channels_last)
 
 

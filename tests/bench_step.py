@@ -1,7 +1,9 @@
-"""Seconds a training step of ser.py takes, each equivariance term beside the base alone, side by side.
+"""Seconds a training step of ser.py takes, each equivariance term beside the base alone, side by side; and of encoders alone.
 
     python tests/bench_step.py                                  # vit_pico on random 32-px images, on a CPU
     python tests/bench_step.py --arch vit_small --img-size 224 --patch-size 16 --batch-size 256 --recipe imagenet --device cuda
+    python tests/bench_step.py encoders 96 8                    # ViT-S/16, ResNet-50, VMamba-T: size of the images, batch
+    python tests/bench_step.py encoders 224 128                 # (on a GPU, where there is one: bfloat16, compiled)
 
 Takes the arguments of ser.py. Every variant does one step a round, rounds repeat, and the ratio is the median of those
 within a round. Views are made beforehand; forward, backward, optimiser and moving average are timed.
@@ -49,8 +51,26 @@ def make_step(argv):
     return step
 
 
-def main(argv, rounds=15):
-    steps = {name: make_step([*SMALL, *argv, "--equi", name.split()[0].rstrip(","), *more]) for name, more in VARIANTS.items()}
+def make_encoder_step(arch, size, batch):
+    """Forward and backward of an encoder on random images."""
+    device = common.start("auto")
+    kwargs = dict(patch_size=16, cls_layer=0) if arch in common.VITS else {}
+    encoder = common.make_backbone(arch, *common.IMAGENET, size, **kwargs).to(device, memory_format=torch.channels_last)
+    x, run = torch.randn(batch, 3, size, size, device=device), torch.compile(encoder, dynamic=False) if device.type == "cuda" else encoder
+
+    def step():
+        with common.autocast(device, "auto"):
+            loss = run(x).float().square().mean()
+        loss.backward()
+        encoder.zero_grad(set_to_none=True)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    return step
+
+
+def race(steps, base, rounds=15):
+    """Every step once a round; print its median time and the median of its ratios to `base` within a round."""
     seconds = {name: [] for name in steps}
     for r in range(rounds + 2):
         for name, step in steps.items():
@@ -58,9 +78,17 @@ def main(argv, rounds=15):
             step()
             if r >= 2:  # two rounds to warm up
                 seconds[name].append(time.perf_counter() - start)
-    print("| | ms a step | of MoCo-v3's |\n|---|---|---|")
+    print(f"| | ms a step | of {base}'s |\n|---|---|---|")
     for name, t in seconds.items():
-        print(f"| {name} | {1e3 * statistics.median(t):.0f} | {statistics.median(a / b for a, b in zip(t, seconds['none'])):.2f} |")
+        print(f"| {name} | {1e3 * statistics.median(t):.0f} | {statistics.median(a / b for a, b in zip(t, seconds[base])):.2f} |")
+
+
+def main(argv):
+    if argv[:1] == ["encoders"]:
+        race({arch: make_encoder_step(arch, int(argv[1]), int(argv[2])) for arch in ("vit_small", "resnet50", "vmamba_tiny")}, "vit_small", rounds=7)
+        return
+    steps = {name: make_step([*SMALL, *argv, "--equi", name.split()[0].rstrip(","), *more]) for name, more in VARIANTS.items()}
+    race(steps, "none")
 
 
 if __name__ == "__main__":

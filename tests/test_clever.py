@@ -105,7 +105,7 @@ def test_the_whole_loss_equals_its_formula(base, equi):
     torch.manual_seed(0)
     out, _ = model.losses(views)
     heads = [model.heads] if base == "dino" else [model.projectors, model.predictors]
-    squares = lambda h: sum(float((p**2).sum()) for n, p in h.named_parameters() if not n.endswith("original0"))
+    squares = lambda h: sum(float((p.detach() ** 2).sum()) for n, p in h.named_parameters() if not n.endswith("original0"))
     penalty = sum(abs(squares(h["equi"]) - squares(h["inv"])) for h in heads) / len(heads)
     assert out["L_PReg"].item() == pytest.approx(penalty, rel=1e-9)
     if base == "dino":

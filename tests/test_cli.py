@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import ciper
+import clever
 import common
 import eval_probe
 import recon_xattn
@@ -108,7 +109,7 @@ def test_mistakes_with_the_output_directory(tiny, tmp_path, capsys):
     assert (tmp_path / "args.json").exists()
 
 
-@pytest.mark.parametrize("script", [ser, recon_xattn, ciper])
+@pytest.mark.parametrize("script", [ser, recon_xattn, ciper, clever])
 def test_every_argument_that_computes_is_fixed_on_resume(script):
     """A new argument is either free to change on resumption or compared: none slips through unnamed."""
     assert common.Run.FREE <= {f.name for f in common.dataclasses.fields(script.Args)}
@@ -137,13 +138,13 @@ def test_a_tree_without_classes_trains_and_promises_no_score(tiny, folder, tmp_p
     assert "no k-NN score" in capsys.readouterr().out and (tmp_path / "run" / "checkpoint.pt").exists()
 
 
-@pytest.mark.parametrize("main, flags", [(ser.main, [*vars(ser.Args())]), (recon_xattn.main, [*vars(recon_xattn.Args())]), (ciper.main, [*vars(ciper.Args())]), (eval_probe.main, [k for k in vars(eval_probe.Args()) if k != "checkpoints"])])
+@pytest.mark.parametrize("main, flags", [(ser.main, [*vars(ser.Args())]), (recon_xattn.main, [*vars(recon_xattn.Args())]), (ciper.main, [*vars(ciper.Args())]), (clever.main, [*vars(clever.Args())]), (eval_probe.main, [k for k in vars(eval_probe.Args()) if k != "checkpoints"])])
 def test_help_teaches_every_flag(main, flags, capsys):
     with pytest.raises(SystemExit) as end:
         main(["--help"])
     text = capsys.readouterr().out
     assert end.value.code == 0 and all(f"--{name.replace('_', '-')}" in text for name in flags)
-    for cls in (ser.Args, recon_xattn.Args, ciper.Args, common.RunArgs, eval_probe.Args):
+    for cls in (ser.Args, recon_xattn.Args, ciper.Args, clever.Args, common.RunArgs, eval_probe.Args):
         source = Path(common.sys.modules[cls.__module__].__file__).read_text().split(f"class {cls.__name__}")[1].split("\n\n\n")[0]
         fields = re.findall(r"^    (\w+): .*\n(.*)$", source, flags=re.M)
         assert fields and all(doc.strip().startswith('"""') for _, doc in fields), cls
@@ -184,14 +185,15 @@ def test_the_commands_of_the_readme_run(tiny, folder, core50, tmp_path, monkeypa
     shell = 'python() { echo "$@"; }; torchrun() { echo "$@"; }\n' + "".join(b for b in blocks if "venv" not in b)
     lines = subprocess.run(["bash", "-ec", shell], capture_output=True, text=True, check=True).stdout.splitlines()
     calls = [(Path(words[i]).stem, words[i + 1 :]) for words in map(str.split, lines) for i, w in enumerate(words) if w.endswith(".py") and not w.startswith("tests/")]
+    calls = list(dict.fromkeys((script, re.sub(r" --(seed|out) \S+", "", " ".join(argv))) for script, argv in calls))  # each kind once
     trained = 0
-    for script, argv in calls:
+    for script, argv in ((script, argv.split()) for script, argv in calls):
         if script != "eval_probe":
             trained += 1
             shared = [a for flag, value in zip(tiny[::2], tiny[1::2]) if flag not in ("--proj-dim", "--equi-dim") for a in (flag, value)]
             views = ["--data", "core50", "--data-dir", str(core50), "--recipe", "core50", "--arch", "resnet_pico", "--proj-dim", "8"]
             main, ours = dict(ser=(ser.main, [*tiny, "--prototypes", "32"]), recon_xattn=(recon_xattn.main, [*shared, "--neck", "16", "--embed-dim", "8"]),
-                              ciper=(ciper.main, [*shared, *views]))[script]
+                              ciper=(ciper.main, [*shared, *views]), clever=(clever.main, [*shared, "--head-dim", "16", "--head-dim-equi", "16", "--local-size", "8"]))[script]
             main([*argv, *ours, *(["--epochs", "0"] if "0" in argv else []), "--max-steps", "1", "--no-compile", "--out", f"run-{trained}-s0"])
         else:
             flags = argv[next((i for i, w in enumerate(argv) if w.startswith("--")), len(argv)) :]

@@ -47,7 +47,7 @@ def on_ranks(world, tmp_path, fn, *args):
     return [results[r] for r in range(world)]
 
 
-def train(base, equi, changes, steps=5):
+def train(base, equi, changes, steps=3):
     """`steps` steps of tiny training in float64 -> (losses, gradients of the first step), as numpy."""
     args = ser.Args(**ser.values_in_force(ser.Args(base=base, equi=equi)) | dict(base=base, prototypes=32, equi=equi, batch_size=16, img_size=16, patch_size=4, proj_hidden=16,
                                                                                 proj_dim=8, equi_dim=16, equi_ratio=0.5, local_size=8) | changes)
@@ -75,10 +75,10 @@ def train(base, equi, changes, steps=5):
 @pytest.mark.parametrize("base, equi, changes", [(base, equi, {}) for base in ser.BASES for equi in ("ser", "none")]
                          + [("mocov3", "augself", dict(equi_params=("crop", "color", "flip", "blur", "solarize", "rotation"), blur=(0.5, 0.5), solarize=(0.5, 0.5))), ("mocov3", "stl", {}),
                             ("mocov3", "equimod", {}), ("mocov3", "essl", {}), ("mocov3", "ser", dict(local_views=4)), ("mocov3", "equimod", dict(equi_layer=2))])
-def test_1_2_and_4_processes_train_the_same_model(base, equi, changes, tmp_path):
+def test_1_2_and_for_ser_4_processes_train_the_same_model(base, equi, changes, tmp_path):
     (losses, gradients), *_ = on_ranks(1, tmp_path, train, base, equi, changes)
     scale = max(abs(g).max() for g in gradients)
-    for world in (2, 4):
+    for world in (2, 4) if equi == "ser" and not changes else (2,):
         for other_losses, other_gradients in on_ranks(world, tmp_path, train, base, equi, changes):
             assert torch.allclose(torch.tensor(other_losses), torch.tensor(losses), rtol=1e-8, atol=0)
             for a, b in zip(gradients, other_gradients):
