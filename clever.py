@@ -21,7 +21,7 @@ first.
 Usage
     python clever.py                                                   # CLeVER on DINO, rendered images, CPU, minutes
     python clever.py --base simsiam --equi ddcl                        # DDCL; --lambda-preg 0: as published before
-    python clever.py --equi none                                       # DINO
+    python clever.py --equi none                                       # DINO, on the whole representation
     python clever.py --data cifar10 --data-dir CIFAR --aug complex     # rotations by up to 90 degrees; complex_plus: and elastic
     torchrun --nproc_per_node=8 clever.py --data imagenet100 --data-dir IMAGENET --arch resnet50 --compile
 
@@ -34,11 +34,15 @@ Where the paper is silent, or its public code differs, this file takes (sources:
     per 256, weight decay 1e-4 on everything, the cosine falls from epoch to epoch and leaves the predictors alone; before
     it 30 epochs of warm-up that do not count [DD]. There its data order stands still; here it goes on.
   * d_IR is cut down to a whole number (clever) [C] or rounded (ddcl) [DD].
-  * the norms count what is trained: biases, and of the prototypes the directions without their frozen lengths. As these are normalised
-    before use, the penalty can be met by scaling them alone; it holds DDCL's heads, which have none, more tightly.
+  * the norms count what is trained: biases, and of the prototypes the directions without their frozen lengths. Before use these are
+    normalised, as DDCL's layers are by the batch norm behind them, so scale alone can meet the penalty. What that buys is that
+    weight decay cannot carry one head off by itself, down to where epsilons swallow its output.
   * the teacher has no stochastic depth (that of VMamba has, in [C]) and batch statistics of its own, as in training.
   * rotations are nearest-neighbour, filled with black, before the colours (dino) or after them (simsiam), as in [C] and [DD].
   * SimSiam alone starts with residual branches at zero, DDCL does not [DD].
+  * positions of small crops are resampled to their grid, without DINO's offset of a tenth of a cell. SGD for DINO, stochastic depth in
+    the teacher, a modulus per image in L_Orth, and a penalty on some of the weights only, all switches of one code or the
+    other, are not offered.
 """
 
 import copy
@@ -77,7 +81,7 @@ class Args(common.RunArgs):
     lambda_preg: float = 0.001
     """lambda, weight of L_PReg; 0 switches it off"""
     orth: Literal["cos", "dot"] = "cos"
-    """similarity in L_Orth of dino: cosine of the softmaxes, or their dot product"""
+    """similarity in L_Orth (dino): cosine of the softmaxes, or their dot product"""
     head_dim: int = 65536
     """prototypes of h_IR (dino); width of the embeddings (simsiam)"""
     head_dim_equi: int = 65536
@@ -97,21 +101,22 @@ class Args(common.RunArgs):
     blur: bool = True
     """Gaussian blur and solarisation (both are usual on large images only)"""
     temp: float = 0.1
-    """tau, temperature of the student"""
+    """tau, temperature of the student (dino)"""
     teacher_temp: tuple[float, float] = (0.04, 0.04)
-    """tau_t, temperature of the teacher: first and last value of its linear warm-up"""
+    """tau_t, temperature of the teacher: first and last value of its linear warm-up, step by step (dino)"""
     teacher_temp_epochs: float = 0
     """epochs of that warm-up"""
     momentum: float = 0.996
-    """of the teacher at the start; it rises to 1 along half a cosine (dino)"""
+    """of the teacher (dino) at the start; it rises to 1 along half a cosine"""
     freeze_last_epochs: float = 1
     """epochs at the start in which the prototypes do not learn (dino)"""
     weight_decay: float = 0.04
     """at the start: AdamW's on parameters of two or more dimensions (dino), SGD's on all (simsiam)"""
     weight_decay_end: float = 0.4
-    """and at the end of half a cosine"""
+    """and at the end of half a cosine (dino)"""
     warmup_epochs: float = 10
-    """linear warm-up; before the --epochs (simsiam) or within them (dino); then the learning rate falls along half a cosine"""
+    """linear warm-up, within the --epochs (dino), or before them, epoch by epoch from almost 0 (simsiam); then the learning rate
+    falls along half a cosine"""
     lr_end: float = 1e-6
     """the learning rate at the end"""
     clip: float | None = 3.0
@@ -128,20 +133,21 @@ RANGES = common.RANGES | dict(
 
 BASES = dict(
     dino=dict(batch_size=512, lr=5e-4),
-    simsiam=dict(equi="ddcl", batch_size=256, lr=0.05, head_dim=2048, head_dim_equi=2048, bottleneck=512, local_crops=0, crop_scale=(0.2, 1.0), weight_decay=1e-4,
+    simsiam=dict(equi="ddcl", arch="resnet50", batch_size=256, lr=0.05, head_dim=2048, head_dim_equi=2048, bottleneck=512, local_crops=0, crop_scale=(0.2, 1.0), weight_decay=1e-4,
                  weight_decay_end=1e-4, warmup_epochs=30, lr_end=0.0, clip=None, drop_path=0.0))
-ARCHS = dict(vmamba_tiny=dict(drop_path=0.2))
-SMALL = dict(
-    dino=dict(img_size=32, local_size=16, local_scale=(0.1, 0.4), blur=False, drop_path=0.0, momentum=0.99, freeze_last_epochs=0.0, head_dim=1024, head_dim_equi=1024),
-    simsiam=dict(img_size=32, blur=False))
-RECIPES = {  # epochs of the tables: 500 (Tables 2 to 7), 200 (Table 8), 100 (ImageNet)
-    "imagenet100": dict(epochs=200),
-    "imagenet": dict(epochs=100),
-    "cifar10": dict(arch="vit_tiny", patch_size=4, epochs=200, batch_size=256),  # ours, as all below
-    "cifar100": dict(arch="vit_tiny", patch_size=4, epochs=200, batch_size=256),
-    "blocks": dict(arch="vit_pico", patch_size=8, epochs=4, batch_size=128, warmup_epochs=0.5, proj_hidden=256, local_crops=4),
+SMALL = dict(  # what images of 32 px change; ours, as are all recipes but the first two
+    dino=dict(arch="vit_tiny", img_size=32, patch_size=4, local_size=16, local_scale=(0.1, 0.4), blur=False, drop_path=0.0, momentum=0.99, freeze_last_epochs=0.0, head_dim=1024,
+              head_dim_equi=1024),
+    simsiam=dict(arch="resnet18", img_size=32, patch_size=4, blur=False))
+MINUTES = dict(arch="vit_pico", patch_size=8, epochs=4, batch_size=128, proj_hidden=256)
+RECIPES = {  # for each base; epochs of the tables are 500 (Tables 2 to 7), 200 (Table 8), 100 (ImageNet)
+    "imagenet100": dict(dino=dict(epochs=200), simsiam=dict(epochs=200)),
+    "imagenet": dict(dino=dict(epochs=100), simsiam=dict(epochs=100)),
+    "cifar10": {base: values | dict(epochs=200, batch_size=256) for base, values in SMALL.items()},
+    "blocks": dict(dino=SMALL["dino"] | MINUTES | dict(lr=1e-3, warmup_epochs=0.5, local_crops=4),
+                   simsiam=SMALL["simsiam"] | MINUTES | dict(lr=0.1, warmup_epochs=0, head_dim=256, head_dim_equi=256, bottleneck=64)),
 }
-SMALL_BASES = dict(dino=dict(lr=1e-3), simsiam=dict(lr=0.1, head_dim=256, head_dim_equi=256, bottleneck=64, local_crops=0))  # of blocks
+RECIPES["cifar100"] = RECIPES["cifar10"]
 NORMALISE = dict(blocks=common.BLOCKS, cifar10=common.CIFAR10, cifar100=common.CIFAR100)  # all others: ImageNet's mean and std
 
 
@@ -150,9 +156,10 @@ def values_in_force(first):
     name = first.recipe or first.data
     if name not in RECIPES:
         return {}  # `check` will complain
-    values = dict(recipe=name) | BASES[first.base] | (SMALL[first.base] if "patch_size" in RECIPES[name] else {}) | RECIPES[name]
-    values |= SMALL_BASES[first.base] if name == "blocks" else {}
-    return values | (ARCHS.get(first.arch, {}) if values.get("drop_path", 0.1) else {})
+    values = BASES[first.base] | RECIPES[name][first.base]
+    if first.arch in common.VMAMBAS and "drop_path" not in values:
+        values["drop_path"] = 0.2
+    return dict(recipe=name) | values
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -163,7 +170,7 @@ def values_in_force(first):
 def make_policies(args):
     """{view: Compose}: "1" and "2" are the global crops, "3", "4", ... the small ones."""
     normalise = Normalize(*NORMALISE.get(args.recipe, common.IMAGENET))
-    warps = dict(basic=[], complex=[Affine(degrees=90, interpolation="nearest")], complex_plus=[Affine(degrees=90, interpolation="nearest"), Elastic(alpha=100)])[args.aug]
+    warps = [Affine(degrees=90, interpolation="nearest"), Elastic(alpha=100)][: dict(basic=0, complex=1, complex_plus=2)[args.aug]]
     if args.base == "simsiam":
         blur = [GaussianBlur(p=0.5)] * args.blur
         crop = RandomResizedCrop(args.img_size, args.crop_scale)
@@ -216,6 +223,13 @@ def size(module):
     return sum(p.square().sum() for p in module.parameters() if p.requires_grad)
 
 
+@torch.no_grad()
+def diagnostics(name, head, z):
+    """Table 1: log10 of |h|^2, and of the squared norm of its output z (b, d), mean over the global batch. The floor is float32's."""
+    norm = common.all_reduce(z.square().sum(1).mean()) / common.world_size()
+    return {f"log_h_{name}": size(head).clamp(min=1e-37).log10(), f"log_z_{name}": norm.clamp(min=1e-37).log10()}
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Bases: an encoder, one or two heads, and `losses`
 # ----------------------------------------------------------------------------------------------------------------------
@@ -246,10 +260,10 @@ class DINO(nn.Module):
     def __init__(self, backbone, args, inv):
         super().__init__()
         if hasattr(backbone, "cls_token"):
-            nn.init.trunc_normal_(backbone.cls_token, std=0.02)
+            nn.init.trunc_normal_(backbone.cls_token, std=0.02)  # DINO's; timm's 1e-6 stays with SimSiam
         self.args, self.inv, self.backbone = args, inv, backbone
         self.heads = nn.ModuleDict(dict(inv=DINOHead(inv, args, args.head_dim)))
-        if inv < backbone.dim:
+        if args.equi != "none":
             self.heads["equi"] = DINOHead(backbone.dim - inv, args, args.head_dim_equi)
         self.teacher = copy.deepcopy(nn.ModuleDict(dict(backbone=backbone, heads=self.heads))).requires_grad_(False)
         for m in self.teacher.modules():
@@ -288,7 +302,7 @@ class DINO(nn.Module):
                 else:
                     out["L_Orth"] = over_pairs(partial(alike, form=args.orth), q, log_p)
                 setattr(self, f"centre_{name}", 0.9 * centre + 0.1 * common.all_reduce(outputs.mean(0)) / common.world_size())
-                out |= {f"log_h_{name}": size(head).log10().detach(), f"log_z_{name}": s.detach().square().sum(1).mean().log10()}
+                out |= diagnostics(name, head, s.detach())
         loss = args.alpha * out["L_CL"]
         if "equi" in self.heads:
             out["L_PReg"] = (size(self.heads["equi"]) - size(self.heads["inv"])).abs()
@@ -311,12 +325,13 @@ class SimSiam(nn.Module):
         super().__init__()
         self.args, self.inv, self.backbone = args, inv, backbone
         self.projectors, self.predictors = nn.ModuleDict(), nn.ModuleDict()
-        for name, dim, d in (("inv", inv, args.head_dim), ("equi", backbone.dim - inv, args.head_dim_equi)):
-            if dim:
-                hidden = lambda a, b: (nn.Linear(a, b, bias=False), nn.BatchNorm1d(b), nn.ReLU(inplace=True))
-                self.projectors[name] = nn.Sequential(*hidden(dim, args.proj_hidden), *hidden(args.proj_hidden, args.proj_hidden), nn.Linear(args.proj_hidden, d), nn.BatchNorm1d(d, affine=False))
-                self.predictors[name] = nn.Sequential(*hidden(d, args.bottleneck), nn.Linear(args.bottleneck, d))
-        if "equi" not in self.projectors:  # plain SimSiam
+        hidden = lambda a, b: (nn.Linear(a, b, bias=False), nn.BatchNorm1d(b), nn.ReLU(inplace=True))
+        h, parts = args.proj_hidden, dict(inv=(inv, args.head_dim), equi=(backbone.dim - inv, args.head_dim_equi))
+        for name in ("inv",) if args.equi == "none" else ("inv", "equi"):
+            dim, d = parts[name]
+            self.projectors[name] = nn.Sequential(*hidden(dim, h), *hidden(h, h), nn.Linear(h, d), nn.BatchNorm1d(d, affine=False))
+            self.predictors[name] = nn.Sequential(*hidden(d, args.bottleneck), nn.Linear(args.bottleneck, d))
+        if args.equi == "none":  # plain SimSiam
             self.projectors["inv"][-2].bias.requires_grad_(False)
             for m in backbone.modules():
                 if isinstance(m, (common.BasicBlock, common.Bottleneck)):
@@ -336,7 +351,7 @@ class SimSiam(nn.Module):
             with common.full_precision():
                 cos = cosines(*map(upcast, (p1, p2, z1, z2)))
                 out |= {"L_CL": -cos} if name == "inv" else {"L_Orth": cos.abs()}
-                out |= {f"log_h_{name}": size(projector).log10().detach(), f"log_z_{name}": upcast(z1).detach().square().sum(1).mean().log10()}
+                out |= diagnostics(name, projector, upcast(z1).detach())
         loss = args.alpha * out["L_CL"]
         if "equi" in self.projectors:
             out["L_PReg"] = sum((size(h["equi"]) - size(h["inv"])).abs() for h in (self.projectors, self.predictors)) / 2
@@ -362,7 +377,9 @@ def build(args, device):
     backbone = common.make_backbone(args.arch, mean, std, args.img_size, **kwargs)
     inv = dict(clever=math.floor, ddcl=round, none=lambda _: backbone.dim)[args.equi](backbone.dim * args.inv_ratio)
     if args.equi != "none":
-        backbone.inv = backbone.description["inv"] = inv
+        if not 0 < inv < backbone.dim:
+            common.die(f"--inv-ratio {args.inv_ratio}: gives {inv} of {backbone.dim} dimensions to the invariant part; both parts need some")
+        backbone.inv = backbone.description["inv"] = inv  # only now is the width known that it is a share of
     model = dict(dino=DINO, simsiam=SimSiam)[args.base](backbone, args, inv)
     return common.batchnorm_over_ranks(model, device).to(device, memory_format=torch.channels_last)
 
@@ -378,11 +395,10 @@ def make_optimizer(model, args, device):
     return torch.optim.SGD(groups, lr=0.0, momentum=0.9, weight_decay=args.weight_decay, fused=device.type == "cuda")
 
 
-def learning_rates(args, step, per_epoch):
-    """Learning rates of the two groups at a step. dino: linear from 0 to the peak over the warm-up, both ends included, then half a
-    cosine to --lr-end, step by step. simsiam: warm-up first, then an epoch-wise cosine; the predictors stay at the peak."""
-    peak = args.lr * args.batch_size / 256
-    warmup, total = round(args.warmup_epochs * per_epoch), args.epochs * per_epoch
+def learning_rates(args, step, per_epoch, warmup):
+    """Learning rates of the two groups at a step, of which `warmup` warm up. dino: linear from 0 to the peak, both ends included, then
+    half a cosine to --lr-end, step by step. simsiam: epoch by epoch, after the warm-up; the predictors stay at the peak."""
+    peak, total = args.lr * args.batch_size / 256, args.epochs * per_epoch
     if args.base == "simsiam":
         if step < warmup:
             return [peak * (step // per_epoch) / args.warmup_epochs + 1e-9] * 2
@@ -402,6 +418,8 @@ def check(args):
             common.die(f"--{name.replace('_', '-')} {' '.join(map(str, getattr(args, name)))}: the lower end comes first")
     if args.base == "dino" and args.epochs and args.warmup_epochs >= args.epochs:
         common.die(f"--warmup-epochs {args.warmup_epochs}: must be below --epochs {args.epochs}")
+    if args.base == "simsiam" and args.orth != "cos":
+        common.die(f"--orth {args.orth}: is a choice of --base dino; simsiam compares embeddings by their cosine")
     if args.base == "simsiam" and args.local_crops:
         common.die(f"--local-crops {args.local_crops}: simsiam compares two views; leave it out")
     if args.local_crops and args.arch in common.VITS and args.local_size % args.patch_size:
@@ -419,7 +437,8 @@ def main(argv=None):
     train, test = (common.load_data(args.data, args.data_dir, split, args.img_size, args.skip_corrupt, args.workers) for split in ("train", "test"))
     train = train.to(device)
     loader = common.Loader(train, policies, partial(draw_views, args, policies), args, device)
-    extra = round(args.warmup_epochs * loader.steps_per_epoch) if args.base == "simsiam" and args.epochs else 0
+    warmup = round(args.warmup_epochs * loader.steps_per_epoch) if args.epochs else 0
+    extra = warmup if args.base == "simsiam" else 0  # steps before the epochs
     loader.total_steps += extra
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = make_optimizer(model, args, device)
@@ -436,18 +455,19 @@ def main(argv=None):
     begin = run.restore(load)
     chance = f"L_CL {math.log(args.head_dim):.2f}" if args.base == "dino" else "L_CL 0"
     run.introduce(train, loader, model, args.lr * args.batch_size / 256, chance)
+    run.say(*[f"  {args.warmup_epochs:g} epochs of warm-up come before these; the log counts them below 0"] * (extra > 0))
     backbones = (model.backbone, model.teacher["backbone"] if args.base == "dino" else None)
     encode = [torch.compile(b, dynamic=False) if args.compile and b is not None else None for b in backbones]
 
     for step, batch in run.steps(loader, dump, begin):
-        epoch = step / loader.steps_per_epoch
-        rates = learning_rates(args, step, loader.steps_per_epoch)
+        epoch = (step - extra) / loader.steps_per_epoch
+        rates = learning_rates(args, step, loader.steps_per_epoch, warmup)
         for group, lr in zip(optimizer.param_groups, rates):
             group["lr"] = lr
         if args.base == "dino":
             optimizer.param_groups[0]["weight_decay"] = common.cosine(step / loader.total_steps, args.weight_decay, args.weight_decay_end)
-        if step == extra:
-            optimizer.state.clear()  # SimSiam's warm-up has its own momentum
+        if extra and step == extra:
+            optimizer.state.clear()  # the warm-up has a momentum of its own
         views, _ = loader.finish(batch)
         if step == 0:
             run.picture("views.png", [views[v] for v in sorted(views, key=int)], encoder)

@@ -1481,7 +1481,8 @@ class Elastic:
     """Shift every pixel by smooth noise, bilinear, filled with 0: torchvision's RandomApply([ElasticTransform(alpha, sigma)], p).
 
     The shift along each axis is uniform noise in [-1, 1), blurred with a Gaussian of `sigma` pixels (8 sigma + 1 taps), times
-    alpha / 2 pixels: 1.6 px in standard deviation for alpha = 100, sigma = 5, on any image.
+    alpha / 2 pixels: 1.6 px in standard deviation for alpha = 100, sigma = 5, far from the borders; more near them, and on sides
+    below 41 px, where the kernel is cut to 2 side - 1 taps.
     Param `elastic`: (n,) int64, what the noise grows from; 0 where not applied.
     """
 
@@ -1512,7 +1513,7 @@ def hash_noise(seed, n):
     for factor, shift in ((1, 16), (0x7FEB352D, 15), (0x846CA68B, 16)):
         h = h * factor & 0xFFFFFFFF
         h = h ^ (h >> shift)
-    return h.double() / 2**32
+    return (h >> 8).float() / 2**24
 
 
 class GridResize:
@@ -1784,7 +1785,7 @@ VMAMBAS = dict(vmamba_tiny=(96, (2, 2, 8, 2)))  # width of the first stage, bloc
 
 
 def check_arch(arch, *families):
-    """Refuse an architecture that is not in `families`, VITS or RESNETS."""
+    """Refuse an architecture that is not in `families`, of VITS, RESNETS, VMAMBAS."""
     known = [name for family in families for name in family]
     if arch not in known:
         die(f"--arch {arch}: not one of {', '.join(known)}")

@@ -9,7 +9,7 @@ Checkpoints that differ only in their seed share a row, mean +- sample standard 
 appended to eval.jsonl beside it, with the protocol that gave them.
 
 Tasks
-  (the final [CLS]; of recon_xattn.py's encoders the mean of the tokens, of ResNets that of the last map)
+  (the final [CLS]; of recon_xattn.py's encoders the mean of the tokens, of ResNets and VMamba that of the last map)
   knn     20 nearest neighbours by cosine on the final [CLS], weights exp(cos / 0.07)            [DINO, Caron et al. 2021]
   linear  softmax regression on the [CLS] of the last four blocks, each through the final norm    [SER; DINO]; SGD with
           momentum 0.9, no weight decay, cosine to 0; ten learning rates trained together, the one that is best on a held-out
@@ -263,14 +263,14 @@ def probe(path, args, device):
     how = dict(device=device, amp=args.amp, workers=args.workers)
     x, x_test = (common.features(backbone, d, encode=backbone.last_blocks, **how).to(device) for d in (train, test))  # (N, 4 D), (M, 4 D)
     y, y_test = x[:, -backbone.dim :], x_test[:, -backbone.dim :]  # the final [CLS], or the mean of the tokens
-    final = {common.NeckViT: "mean of the tokens", common.ResNet: "mean of the last map"}.get(type(backbone), "final [CLS]")
+    final = {common.NeckViT: "mean of the tokens", common.ResNet: "mean of the last map", common.VMamba: "mean of the last map"}.get(type(backbone), "final [CLS]")
     known = dict(sessions=sessions) if name == "core50" else {}
     known |= dict(known_fraction=args.known_fraction, known_seed=state["args"]["seed"]) if args.known_fraction < 1 else {}
     rest = backbone.dim - (backbone.inv or 0)  # width of the equivariant part: the last dimensions, of the last block alone
     columns = lambda width, part: dict(all=slice(None), inv=slice(width - rest), equi=slice(width - rest, None))[part]
     look = lambda f, part: f[:, columns(f.shape[1], part)]  # (N, d)
     named = lambda name, part: name if part == "all" else f"{name} ({part})"
-    results, protocol = {}, dict(known, data=name, data_dir=root, amp=args.amp, device=device.type, train_images=len(train), test_images=len(test), view=f"centre crop {backbone.img_size} px")
+    results, protocol = {}, dict(known, dim=backbone.dim, inv=backbone.inv, data=name, data_dir=root, amp=args.amp, device=device.type, train_images=len(train), test_images=len(test), view=f"centre crop {backbone.img_size} px")
     if "knn" in args.tasks:
         for part in args.part:
             scores = common.knn(look(y, part), train.labels, look(y_test, part), args.knn_k, classes=len(train.classes))

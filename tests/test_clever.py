@@ -1,5 +1,6 @@
 """CLeVER, DDCL and their bases: losses against closed forms, what learns from what, schedules, VMamba's scan, deformations."""
 
+import json
 import math
 
 import pytest
@@ -164,6 +165,57 @@ def test_without_orthogonality_and_penalty_it_is_the_base_on_the_invariant_part(
     _, plain, _ = step(equi="none")
     assert set(plain.heads) == {"inv"} and plain.inv == plain.backbone.dim
 
+    class Cut(torch.nn.Module):  # plain DINO whose encoder ends where the invariant part does
+        def __init__(self, whole):
+            super().__init__()
+            self.whole, self.dim = whole, model.inv
+
+        def forward(self, x):
+            return self.whole(x)[:, : self.dim]
+
+    base = clever.DINO(Cut(model.backbone), args_for(equi="none"), model.inv).double()
+    base.heads.load_state_dict({k: v for k, v in model.heads.state_dict().items() if k.startswith("inv")})
+    base.teacher["heads"].load_state_dict(base.heads.state_dict())
+    base.teacher["backbone"] = Cut(model.teacher["backbone"])
+    model.centre_inv.zero_()
+    assert base.losses(views)[0]["loss"].item() == pytest.approx(model.losses(views)[0]["loss"].item(), rel=1e-9)
+
+
+def test_what_simsiam_alone_does():
+    for equi, zero in (("none", True), ("ddcl", False)):
+        _, model, _ = step("simsiam", equi, arch="resnet_pico")
+        assert all((m.bn2.weight == 0).all() == zero for m in model.backbone.modules() if isinstance(m, common.BasicBlock))
+        assert model.projectors["inv"][-2].bias.requires_grad is not zero and set(model.projectors) == ({"inv"} if zero else {"inv", "equi"})
+
+
+def test_the_teacher_has_no_stochastic_depth():
+    _, model, _ = step(drop_path=0.3)
+    rates = lambda m: [d.drop_prob for d in m.modules() if isinstance(d, clever.DropPath)]
+    assert max(rates(model.backbone)) == pytest.approx(0.3) and max(rates(model.teacher)) == 0
+
+
+@pytest.mark.parametrize("base, recipe, arch, expected", [
+    ("dino", "imagenet100", "vit_small", dict(arch="vit_small", epochs=200, lr=5e-4, batch_size=512, warmup_epochs=10, weight_decay=0.04, weight_decay_end=0.4, momentum=0.996, clip=3.0,
+                                              local_crops=8, head_dim=65536, head_dim_equi=65536, bottleneck=256, drop_path=0.1, freeze_last_epochs=1, teacher_temp=(0.04, 0.04), inv_ratio=0.8,
+                                              beta=1.0, lambda_preg=0.001, crop_scale=(0.4, 1.0), local_scale=(0.05, 0.4), lr_end=1e-6)),
+    ("dino", "imagenet", "vmamba_tiny", dict(epochs=100, drop_path=0.2)),
+    ("dino", "cifar10", "vmamba_tiny", dict(drop_path=0.0)),
+    ("simsiam", "imagenet100", "vit_small", dict(arch="resnet50", equi="ddcl", epochs=200, lr=0.05, batch_size=256, warmup_epochs=30, weight_decay=1e-4, clip=None, local_crops=0, head_dim=2048,
+                                                 bottleneck=512, crop_scale=(0.2, 1.0), lr_end=0.0)),
+    ("simsiam", "cifar10", "vit_small", dict(arch="resnet18", img_size=32)),
+])
+def test_values_in_force(base, recipe, arch, expected):
+    values = vars(clever.Args(**clever.values_in_force(clever.Args(base=base, data="imagefolder", recipe=recipe, arch=arch))))
+    assert {k: values[k] for k in expected} == expected
+
+
+def test_the_diagnostics_end_at_the_floor_and_not_in_infinity():
+    head = torch.nn.Linear(2, 2)
+    torch.nn.init.zeros_(head.weight), torch.nn.init.zeros_(head.bias)
+    out = clever.diagnostics("equi", head, 0 * torch.ones(3, 2))
+    assert {k: v.item() for k, v in out.items()} == pytest.approx(dict(log_h_equi=-37, log_z_equi=-37))
+    assert clever.diagnostics("inv", head, torch.tensor([[3.0, 4], [0, 5]]))["log_z_inv"].item() == pytest.approx(math.log10(25))
+
 
 def test_centres_and_their_update():
     args, model, views = step()
@@ -213,13 +265,13 @@ def test_parameter_counts_and_sizes_at_the_start():
         args = clever.Args(**clever.BASES["simsiam"])
         model = clever.SimSiam(common.ResNet("resnet50"), args, 1638)
         assert (count(model.projectors["inv"]), count(model.projectors["equi"]), count(model.predictors["inv"])) == (11_753_472, 9_238_528, 2_100_224)
-        assert count(clever.SimSiam(common.ResNet("resnet50"), args, 2048).projectors["inv"]) == 12_593_152
+        assert count(clever.SimSiam(common.ResNet("resnet50"), clever.dataclasses.replace(args, equi="none"), 2048).projectors["inv"]) == 12_593_152
         assert count(common.VMamba()) == 29_480_064 and count(common.ViT("vit_tiny")) == 5_524_416 and count(common.ResNet("resnet50")) == 23_508_032
     torch.manual_seed(0)
     K = 4096
     head = clever.DINOHead(307, clever.Args(), K)
     assert clever.size(head).item() == pytest.approx(K / 3 + 0.8192 * 307 + 1887.44, rel=0.01)
-    model = clever.SimSiam(type("Encoder", (torch.nn.Identity,), dict(dim=80))(), args, 64)
+    model = clever.SimSiam(type("Encoder", (torch.nn.Identity,), dict(dim=80))(), args, 64)  # equi="ddcl"
     assert clever.size(model.projectors["equi"]).log10().item() == pytest.approx(3.788, abs=0.002) and clever.size(model.predictors["inv"]).log10().item() == pytest.approx(3.136, abs=0.005)
 
 
@@ -240,7 +292,7 @@ def test_the_first_values_of_clever():
 
 def test_schedules_of_dino():
     args = clever.Args(**clever.values_in_force(clever.Args(data="imagenet100")))
-    rate = lambda s: clever.learning_rates(args, s, 247)[0]
+    rate = lambda s: clever.learning_rates(args, s, 247, 2470)[0]
     assert (args.epochs, args.batch_size, rate(0)) == (200, 512, 0) and rate(2469) == pytest.approx(1e-3) and rate(2470) == pytest.approx(1e-3)
     assert rate(49_399) == pytest.approx(1.0000011e-6, rel=1e-6)
     assert common.cosine(0.25, args.momentum, 1.0) == pytest.approx(0.9965858, abs=1e-7) and common.cosine(0.25, args.weight_decay, args.weight_decay_end) == pytest.approx(0.0927208)
@@ -248,7 +300,7 @@ def test_schedules_of_dino():
 
 def test_schedules_of_simsiam():
     args = clever.Args(**clever.values_in_force(clever.Args(base="simsiam", data="imagenet100")) | dict(base="simsiam"))
-    rates = lambda epoch: clever.learning_rates(args, epoch * 10 + 7, 10)
+    rates = lambda epoch: clever.learning_rates(args, epoch * 10 + 7, 10, 300)
     assert args.equi == "ddcl" and rates(0) == pytest.approx([1e-9, 1e-9]) and rates(15) == pytest.approx([0.025, 0.025]) and rates(29)[0] == pytest.approx(0.0483333, abs=1e-6)
     assert rates(30) == [0.05, 0.05] and rates(130) == pytest.approx([0.025, 0.05]) and rates(31)[0] < 0.05
 
@@ -381,7 +433,7 @@ def train(base, equi, arch, steps=2):
         optimizer.zero_grad()
         out["loss"].backward()
         common.average_gradients(parameters)
-        losses.append([common.all_reduce(v.detach().double()).item() / common.world_size() for n, v in out.items() if not n.startswith("log_z")])
+        losses.append([common.all_reduce(v.detach().double()).item() / common.world_size() for v in out.values()])
         if k == 0:
             gradients = [p.grad.clone().numpy() for p in parameters]
         optimizer.step()
@@ -409,14 +461,30 @@ def small(folder):
 @pytest.mark.parametrize("arch", ["vit_pico", "resnet_pico"])
 @pytest.mark.parametrize("base, equi", VARIANTS)
 def test_every_variant_trains_and_resumes_to_the_same_bits(base, equi, arch, small, tmp_path, capsys):
-    """Stopped in the middle of the warm-up, of the temperature's and of the weight decay's schedule."""
-    run = [*small, "--base", base, "--equi", equi, "--arch", arch]
+    """Stopped in the middle of the temperature's and of the weight decay's schedule, with the prototypes frozen (dino), or of the
+    warm-up, after which the momentum starts anew (simsiam)."""
+    run = [*small, "--base", base, "--equi", equi, "--arch", arch, "--freeze-last-epochs", "2", "--max-steps", "6"]
+    run += ["--warmup-epochs", "2"] if base == "simsiam" else []
     run += ["--local-crops", "2", "--teacher-temp", "0.04", "0.07", "--teacher-temp-epochs", "2", "--aug", "complex_plus"] if base == "dino" else []
     clever.main([*run, "--out", str(tmp_path / "whole")])
     clever.main([*run, "--out", str(tmp_path / "halved"), "--max-steps", "3"])
     clever.main([*run, "--out", str(tmp_path / "halved"), "--resume"])
-    assert same(*(content(tmp_path / name / "checkpoint.pt") for name in ("whole", "halved")))
+    whole, halved = (content(tmp_path / name / "checkpoint.pt") for name in ("whole", "halved"))
+    assert same(whole, halved)
+    if base == "simsiam":  # 4 of its 6 steps warmed up; since then two made the momentum
+        assert whole["train_state"]["optimizer"]["param_groups"][1]["lr"] == pytest.approx(0.05 * 12 / 256)
+    log = [json.loads(line) for line in (tmp_path / "halved" / "log.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in log] == [(k - 4 * (base == "simsiam")) / 2 for k in range(6)]
     assert "k-NN accuracy" in capsys.readouterr().out
+
+
+def test_frozen_prototypes_stay_where_they_are(small, tmp_path):
+    for epochs, moved in (("1", True), ("2", False)):
+        clever.main([*small, "--arch", "vit_pico", "--local-crops", "1", "--freeze-last-epochs", epochs, "--momentum", "1.0", "--out", str(tmp_path / epochs)])
+        state = common.load_checkpoint(tmp_path / epochs / "checkpoint.pt")["train_state"]["heads"]
+        for name in ("inv", "equi"):  # 4 steps of 2 epochs; a teacher that never moves
+            now, then = (state[f"{who}heads.{name}.last.parametrizations.weight.original1"] for who in ("", "teacher."))
+            assert torch.equal(now, then) is not moved
 
 
 def test_vmamba_trains(small, tmp_path, capsys):
@@ -432,6 +500,9 @@ def test_vmamba_trains(small, tmp_path, capsys):
     (["--local-size", "10"], ("--local-size 10", "--patch-size 4")),
     (["--warmup-epochs", "3"], ("--warmup-epochs 3",)),
     (["--inv-ratio", "1"], ("--inv-ratio 1",)),
+    (["--arch", "vit_pico", "--inv-ratio", "0.001"], ("--inv-ratio 0.001", "0 of 128")),
+    (["--base", "simsiam", "--arch", "vit_pico", "--inv-ratio", "0.999"], ("--inv-ratio 0.999", "128 of 128")),
+    (["--base", "simsiam", "--orth", "dot"], ("--orth dot", "dino")),
     (["--arch", "vmamba_small"], ("--arch vmamba_small", "vmamba_tiny")),
     (["--recipe", "tdw"], ("--recipe tdw", "cifar10")),
 ])
