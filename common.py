@@ -1861,9 +1861,11 @@ class ViT(VisionTransformer):
         return torch.cat([self.norm(tapped[k][:, 0]) for k in blocks], dim=1)
 
     def tokens(self, x, after):
-        """x (B, 3, H, W) -> the patch tokens after block `after`, un-normalised, as a map (B, h, w, dim)."""
-        h, w = self.cells(x)
-        return self.trace(x, (after,))[1][after][:, -h * w :].unflatten(1, (h, w))
+        """x (B, 3, H, W) -> the patch tokens after block `after`, un-normalised, as a map (B, h, w, dim); after several: a list."""
+        (h, w), layers = self.cells(x), after if isinstance(after, tuple) else (after,)
+        tapped = self.trace(x, layers)[1]
+        maps = [tapped[k][:, -h * w :].unflatten(1, (h, w)) for k in layers]
+        return maps if isinstance(after, tuple) else maps[0]
 
 
 class NeckViT(ViT):
@@ -1932,8 +1934,11 @@ class ResNet(torchvision.models.ResNet):
         return self(x)
 
     def tokens(self, x, after):
-        """x (B, 3, H, W) -> the map after stage `after`, of 4, with channels last (B, h, w, C)."""
-        return self.trace(x, (after,))[1][after].permute(0, 2, 3, 1)
+        """x (B, 3, H, W) -> the map after stage `after`, of 4, with channels last (B, h, w, C); after several: a list."""
+        layers = after if isinstance(after, tuple) else (after,)
+        tapped = self.trace(x, layers)[1]
+        maps = [tapped[k].permute(0, 2, 3, 1) for k in layers]
+        return maps if isinstance(after, tuple) else maps[0]
 
 
 def selective_scan(u, delta, A, B, C, D):
@@ -2060,8 +2065,10 @@ class VMamba(nn.Module):
         return self(x)
 
     def tokens(self, x, after):
-        """x (B, 3, H, W) -> the map after stage `after`, of 4 (B, h, w, C)."""
-        return self.trace(x, (after,))[1][after]
+        """x (B, 3, H, W) -> the map after stage `after`, of 4 (B, h, w, C); after several: a list."""
+        layers = after if isinstance(after, tuple) else (after,)
+        tapped = self.trace(x, layers)[1]
+        return [tapped[k] for k in layers] if isinstance(after, tuple) else tapped[after]
 
 
 def make_backbone(arch, mean, std, img_size, inv=None, **kwargs):

@@ -15,6 +15,8 @@ Tasks
           momentum 0.9, no weight decay, cosine to 0; ten learning rates trained together, the one that is best on a held-out
           tenth of the training images is read on the test images, once, after the last epoch. Centre crops, no augmentation:
           the features are extracted a single time.
+  mlp     the same with a 3-layer MLP (D-1024-1024-C, Adam)
+  fewshot the linear probe, trained on 1 % and on 10 % of each class
   r2      how well the features of two views tell what happened between them: a 3-layer MLP on their concatenation, MSE,
           Adam [SIE, Garrido et al. 2023]. Images: the second view is the first under one family of transformations
           (rotation, color, blur, translation, crop, flip), a probe each, targets standardised. SIE draws anew each epoch, for 300 epochs;
@@ -31,6 +33,7 @@ Tasks
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import re
@@ -56,7 +59,7 @@ class Args:
 
     checkpoints: tyro.conf.Positional[tuple[str, ...]] = ()
     """checkpoint.pt files written by the method scripts"""
-    tasks: tuple[Literal["knn", "linear", "r2", "latents"], ...] = ("knn", "linear")
+    tasks: tuple[Literal["knn", "linear", "mlp", "fewshot", "r2", "latents"], ...] = ("knn", "linear")
     """probes to run"""
     data: str | None = None
     """data set to probe on; default: the one the checkpoint was trained on"""
@@ -68,10 +71,12 @@ class Args:
     """epochs of the linear probe"""
     linear_lrs: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
     """learning rates of the linear probe, per 256 images"""
+    mlp_epochs: int = 50
+    """epochs of the MLP"""
     r2_targets: tuple[Literal["rotation", "color", "blur", "translation", "crop", "flip", "pose", "hues"], ...] | None = None
     """what to regress; default: pose and hues on posed objects, the six families of transformations on other images"""
     part: tuple[Literal["all", "inv", "equi"], ...] = ("all",)
-    """what knn, linear and r2 look at: the representation, and of the encoders of recon_xattn.py and clever.py its invariant (first) and
+    """what all but latents look at: the representation, and of the encoders of recon_xattn.py and clever.py its invariant (first) and
     its equivariant (last) part"""
     known_fraction: float = 1.0
     """train the probes on this share of every class, the one that recon_xattn.py --known-fraction knew"""
@@ -91,7 +96,7 @@ class Args:
     """auto is bfloat16 autocast on CUDA and float32 elsewhere"""
 
 
-RANGES = dict(known_fraction="(0, 1]", knn_k="[1, inf)", linear_epochs="[1, inf)", linear_lrs="(0, inf)", r2_epochs="[1, inf)", r2_images="[2, inf)",
+RANGES = dict(known_fraction="(0, 1]", knn_k="[1, inf)", linear_epochs="[1, inf)", linear_lrs="(0, inf)", mlp_epochs="[1, inf)", r2_epochs="[1, inf)", r2_images="[2, inf)",
               seed="[0, 4294967296)", workers="[0, inf)")
 
 
@@ -170,28 +175,41 @@ def r2_scores(target, predicted):
     return dict(flat=flat.item(), uniform=uniform.item())
 
 
-def regress(sample, test_pairs, columns, epochs, generator, batch_size=256, lr=1e-3):
-    """A 3-layer MLP 2D-1024-1024-K from pairs of features to targets, MSE, Adam at a constant rate [SIE].
-
-    sample(epoch) -> (pairs (N, 2, D), targets (N, K)), the same or others each epoch; test_pairs (M, 2, D) -> (M, K). Only
-    `columns`, a slice of the D features, are looked at."""
-    part = lambda pairs: pairs[..., columns].flatten(1)
-    test_pairs = part(test_pairs)
+def mlp_probe(sample, test, outputs, epochs, generator, batch_size=256, lr=1e-3):
+    """A 3-layer MLP D-1024-1024-K, ReLU, Adam at a constant rate [SIE]. sample(epoch) -> (features (N, D), targets (N, K), squared
+    error, or classes (N,) int64, cross-entropy), the same or others each epoch; test features (M, D) -> (M, K)."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator.initial_seed())
-        mlp = nn.Sequential(nn.Linear(test_pairs.shape[1], 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, sample(0)[1].shape[1]))
-    mlp = mlp.to(test_pairs.device)
+        mlp = nn.Sequential(nn.Linear(test.shape[1], 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, outputs)).to(test.device)
     optimizer = torch.optim.Adam(mlp.parameters(), lr=lr)
-    for epoch in common.progress(range(epochs), desc="regression", unit="epoch"):
-        pairs, t = sample(epoch)
-        x = part(pairs)
+    for epoch in common.progress(range(epochs), desc="MLP", unit="epoch"):
+        x, t = sample(epoch)
         for batch in torch.randperm(len(x), generator=generator).split(batch_size):
-            loss = F.mse_loss(mlp(x[batch]), t[batch])
+            batch = batch.to(x.device)
+            loss = (F.cross_entropy if t.dtype == torch.int64 else F.mse_loss)(mlp(x[batch]), t[batch])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
     with torch.no_grad():
-        return mlp(test_pairs)
+        return mlp(test)
+
+
+def regress(sample, test_pairs, columns, epochs, generator):
+    """From pairs of features to what happened between them: sample(epoch) -> (pairs (N, 2, D), targets (N, K)); test_pairs
+    (M, 2, D) -> (M, K). Only `columns`, a slice of the D features, are looked at."""
+    part = lambda pairs: pairs[..., columns].flatten(1)
+
+    def shown(epoch):
+        pairs, targets = sample(epoch)
+        return part(pairs), targets
+
+    return mlp_probe(shown, part(test_pairs), sample(0)[1].shape[1], epochs, generator)
+
+
+def stratified(labels, share, generator):
+    """Rows of a share of every class, one at least, at random: (n,)."""
+    rows = [torch.nonzero(labels == c)[:, 0] for c in labels.unique()]
+    return torch.cat([r[torch.randperm(len(r), generator=generator)[: max(1, round(share * len(r)))]] for r in rows])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -237,63 +255,124 @@ def accuracies(name, scores, labels):
     return out | ({f"{name} top-5": 100 * top.any(1).float().mean().item()} if scores.shape[1] > 5 else {})
 
 
+@dataclasses.dataclass
+class Case:
+    """One encoder on one data set: what every task looks at. Features are extracted when a task first asks, and kept."""
+
+    backbone: nn.Module
+    state: dict  # of the checkpoint, without its tensors
+    train: common.ImageSet
+    test: common.ImageSet
+    args: Args
+    device: torch.device
+
+    def __post_init__(self):
+        self.how = dict(device=self.device, amp=self.args.amp, workers=self.args.workers)
+        self.rest = self.backbone.dim - (self.backbone.inv or 0)  # width of the equivariant part: the last dimensions, of the last block alone
+
+    @functools.cached_property
+    def x(self):
+        """What linear probes look at, of train and test images: (N, W), (M, W)."""
+        return tuple(common.features(self.backbone, d, encode=self.backbone.last_blocks, **self.how).to(self.device) for d in (self.train, self.test))
+
+    @property
+    def y(self):
+        """The representation alone: (N, D), (M, D)."""
+        return tuple(x[:, -self.backbone.dim :] for x in self.x)
+
+    @property
+    def feature(self):
+        """What x is, for the protocol."""
+        name = {common.NeckViT: "mean of the tokens", common.ResNet: "mean of the last map", common.VMamba: "mean of the last map"}.get(type(self.backbone), "final [CLS]")
+        return name if self.x[0].shape[1] == self.backbone.dim else f"[CLS] of the last {self.x[0].shape[1] // self.backbone.dim} blocks"
+
+    def columns(self, width, part):
+        return dict(all=slice(None), inv=slice(width - self.rest), equi=slice(width - self.rest, None))[part]
+
+    def parts(self, features):
+        """Features of train and test images -> for each --part: how to name its results, and its columns of both."""
+        for part in self.args.part:
+            columns = self.columns(features[0].shape[1], part)
+            yield lambda name, part=part: name if part == "all" else f"{name} ({part})", features[0][:, columns], features[1][:, columns]
+
+    def linear(self, name, x, labels, x_test, classes=None):
+        """Test scores of a linear probe, and the learning rate it took."""
+        return linear_probe(x, labels.to(self.device), x_test, classes or len(self.train.classes), self.args.linear_lrs, self.args.linear_epochs, common.rng(self.args.seed, name))
+
+
+def knn(case):
+    results = {}
+    for named, y, y_test in case.parts(case.y):
+        scores = common.knn(y, case.train.labels, y_test, case.args.knn_k, classes=len(case.train.classes))
+        results |= accuracies(named("knn"), scores, case.test.labels)
+    return results, dict(k=case.args.knn_k, temperature=0.07)
+
+
+def linear(case):
+    results, chosen = {}, {}
+    for named, x, x_test in case.parts(case.x):
+        scores, chosen[named("linear")] = case.linear("linear", x, case.train.labels, x_test)
+        results |= accuracies(named("linear"), scores, case.test.labels)
+    return results, dict(epochs=case.args.linear_epochs, batch_size=256, lrs=case.args.linear_lrs, chosen=chosen, held_out=0.1, feature=case.feature)
+
+
+def mlp(case):
+    results, labels = {}, case.train.labels.to(case.device)
+    for named, x, x_test in case.parts(case.x):
+        scores = mlp_probe(lambda _, x=x: (x, labels), x_test, len(case.train.classes), case.args.mlp_epochs, common.rng(case.args.seed, "mlp"))
+        results |= accuracies(named("mlp"), scores, case.test.labels)
+    return results, dict(epochs=case.args.mlp_epochs, batch_size=256, lr=1e-3, hidden=1024, feature=case.feature)
+
+
+def fewshot(case):
+    results, images = {}, {}
+    for share in (0.01, 0.1):
+        rows = stratified(case.train.labels, share, common.rng(case.args.seed, "fewshot", share))
+        images[f"{share:.0%}"] = len(rows)
+        for named, x, x_test in case.parts(case.x):
+            scores, _ = case.linear("fewshot", x[rows.to(x.device)], case.train.labels[rows], x_test)
+            results |= accuracies(named(f"fewshot {share:.0%}"), scores, case.test.labels)
+    return results, dict(images=images, epochs=case.args.linear_epochs, batch_size=256, lrs=case.args.linear_lrs, held_out=0.1, feature=case.feature)
+
+
+def r2(case):
+    sides, scores, args = ((case.train, case.y[0]), (case.test, case.y[1])), {}, case.args
+    for target in args.r2_targets or (POSES if "rotation" in case.train.factors else FAMILIES):
+        sample, test_pairs, test_targets = (pairs_of_poses if target in POSES else pairs_of_images)(target, case.backbone, sides, args, case.how)
+        for part in args.part:
+            predicted = regress(sample, test_pairs, case.columns(case.backbone.dim, part), args.r2_epochs, common.rng(args.seed, "r2", target))
+            scores[target if part == "all" else f"{target} ({part})"] = r2_scores(test_targets, predicted)
+    return {f"r2 {k}": v["flat"] for k, v in scores.items()}, dict(epochs=args.r2_epochs, batch_size=256, lr=1e-3, images=args.r2_images, both=scores)
+
+
+TASKS = dict(knn=knn, linear=linear, mlp=mlp, fewshot=fewshot, r2=r2, latents=lambda case: latents(case.train, case.test, *case.y, case.args))
+
+
 def probe(path, args, device):
     """All tasks on one checkpoint -> (results, protocol, checkpoint)."""
     backbone, state = common.load_backbone(path)
-    backbone = backbone.to(device)
     name, root = args.data or state["args"]["data"], args.data_dir or state["args"]["data_dir"]
-    sessions = state["args"].get("sessions", (1, 2))
+    sessions, labelled = state["args"].get("sessions", (1, 2)), set(args.tasks) - {"r2"}
     train, test = (common.load_data(name, root, split, backbone.img_size, args.skip_corrupt, args.workers, sessions) for split in ("train", "test"))
     if test is None:
         common.die(f"--data-dir {root}: has no test split; probes need train/ and val/ or test/")
-    if set(args.tasks) - {"r2"} and (train.labels is None or test.labels is None):
+    if labelled and (train.labels is None or test.labels is None):
         common.die(f"--tasks {' '.join(args.tasks)}: {root} has no classes (one folder per class); only r2 can do without")
-    elif set(args.tasks) - {"r2"} and train.classes != test.classes:
+    elif labelled and train.classes != test.classes:
         common.die(f"--data-dir {root}: its train and test folders have different classes ({len(train.classes)} and {len(test.classes)})")
     if args.known_fraction < 1:
         if train.labels is None:
             common.die(f"--known-fraction {args.known_fraction}: a share of every class, but {root} has no classes")
         train = common.known_part(train, args.known_fraction, state["args"]["seed"])
-    posed = "rotation" in train.factors
-    targets = args.r2_targets or (POSES if posed else FAMILIES)
-    if not posed and set(targets) & set(POSES):
-        common.die(f"--r2-targets {' '.join(targets)}: {name} has no poses; choose among {', '.join(FAMILIES)}")
-
-    train, test = train.to(device), test.to(device)
-    how = dict(device=device, amp=args.amp, workers=args.workers)
-    x, x_test = (common.features(backbone, d, encode=backbone.last_blocks, **how).to(device) for d in (train, test))  # (N, 4 D), (M, 4 D)
-    y, y_test = x[:, -backbone.dim :], x_test[:, -backbone.dim :]  # the final [CLS], or the mean of the tokens
-    final = {common.NeckViT: "mean of the tokens", common.ResNet: "mean of the last map", common.VMamba: "mean of the last map"}.get(type(backbone), "final [CLS]")
-    known = dict(sessions=sessions) if name == "core50" else {}
-    known |= dict(known_fraction=args.known_fraction, known_seed=state["args"]["seed"]) if args.known_fraction < 1 else {}
-    rest = backbone.dim - (backbone.inv or 0)  # width of the equivariant part: the last dimensions, of the last block alone
-    columns = lambda width, part: dict(all=slice(None), inv=slice(width - rest), equi=slice(width - rest, None))[part]
-    look = lambda f, part: f[:, columns(f.shape[1], part)]  # (N, d)
-    named = lambda name, part: name if part == "all" else f"{name} ({part})"
-    results, protocol = {}, dict(known, dim=backbone.dim, inv=backbone.inv, data=name, data_dir=root, amp=args.amp, device=device.type, train_images=len(train), test_images=len(test), view=f"centre crop {backbone.img_size} px")
-    if "knn" in args.tasks:
-        for part in args.part:
-            scores = common.knn(look(y, part), train.labels, look(y_test, part), args.knn_k, classes=len(train.classes))
-            results |= accuracies(named("knn", part), scores, test.labels)
-        protocol["knn"] = dict(k=args.knn_k, temperature=0.07, feature=final)
-    if "linear" in args.tasks:
-        chosen = {}
-        for part in args.part:
-            scores, chosen[part] = linear_probe(look(x, part), train.labels.to(device), look(x_test, part), len(train.classes), args.linear_lrs, args.linear_epochs, common.rng(args.seed, "linear"))
-            results |= accuracies(named("linear", part), scores, test.labels)
-        protocol["linear"] = dict(epochs=args.linear_epochs, batch_size=256, lrs=args.linear_lrs, chosen=chosen, held_out=0.1,
-                                  feature=final if x.shape[1] == backbone.dim else f"[CLS] of the last {x.shape[1] // backbone.dim} blocks")
-    if "r2" in args.tasks:
-        sides, r2 = ((train, y), (test, y_test)), {}
-        for target in targets:
-            sample, test_pairs, test_targets = (pairs_of_poses if target in POSES else pairs_of_images)(target, backbone, sides, args, how)
-            for part in args.part:
-                predicted = regress(sample, test_pairs, columns(backbone.dim, part), args.r2_epochs, common.rng(args.seed, "r2", target))
-                r2[named(target, part)] = r2_scores(test_targets, predicted)
-        results |= {f"r2 {k}": v["flat"] for k, v in r2.items()}
-        protocol["r2"] = dict(epochs=args.r2_epochs, batch_size=256, lr=1e-3, images=args.r2_images, both=r2)
-    if "latents" in args.tasks:
-        values, protocol["latents"] = latents(train, test, y, y_test, args)
+    if "rotation" not in train.factors and set(args.r2_targets or ()) & set(POSES):
+        common.die(f"--r2-targets {' '.join(args.r2_targets)}: {name} has no poses; choose among {', '.join(FAMILIES)}")
+    case = Case(backbone.to(device), state, train.to(device), test.to(device), args, device)
+    results, protocol = {}, dict(data=name, data_dir=root, amp=args.amp, device=device.type, train_images=len(train), test_images=len(test), view=f"centre crop {backbone.img_size} px",
+                                 dim=backbone.dim, inv=backbone.inv)
+    protocol |= dict(sessions=sessions) if name == "core50" else {}
+    protocol |= dict(known_fraction=args.known_fraction, known_seed=state["args"]["seed"]) if args.known_fraction < 1 else {}
+    for task in args.tasks:
+        values, protocol[task] = TASKS[task](case)
         results |= values
     return results, protocol, state
 

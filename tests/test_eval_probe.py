@@ -100,6 +100,20 @@ def test_linear_probe_of_several_rates_is_torch_s_sgd_at_the_chosen_one():
     assert torch.allclose(model(x), scores, atol=1e-4)
 
 
+def test_the_mlp_separates_what_no_line_can_and_is_at_chance_on_noise():
+    x = torch.randn(800, 2, generator=g)
+    labels = (x[:, 0] * x[:, 1] > 0).long()  # quadrants
+    right = lambda x: (eval_probe.mlp_probe(lambda _: (x[:600], labels[:600]), x[600:], 2, 20, common.rng(0)).argmax(1) == labels[600:]).float().mean()
+    assert right(x) > 0.95 and abs(right(torch.randn(800, 2, generator=g)) - 0.5) < 0.12
+
+
+def test_few_images_are_a_share_of_each_class_and_at_least_one():
+    labels = torch.tensor([0] * 300 + [1] * 40 + [2] * 3)[torch.randperm(343, generator=g)]
+    rows = eval_probe.stratified(labels, 0.1, common.rng(0))
+    assert torch.bincount(labels[rows]).tolist() == [30, 4, 1] and len(rows.unique()) == 35
+    assert torch.equal(rows, eval_probe.stratified(labels, 0.1, common.rng(0))) and not torch.equal(rows, eval_probe.stratified(labels, 0.1, common.rng(1)))
+
+
 def test_the_rate_is_chosen_on_the_held_out_part():
     """A rate that learns nothing is not chosen, wherever it stands."""
     x, y = clusters(200, noise=0.5)
@@ -257,10 +271,10 @@ def test_parts_are_slices_of_the_last_block(folder, tmp_path, capsys, monkeypatc
     monkeypatch.setattr(eval_probe, "linear_probe", lambda x, *a: (seen.append(x.shape[1]), linear(x, *a))[1])
     monkeypatch.setattr(eval_probe, "regress", lambda s, pairs, columns, *a: (seen.append(len(range(pairs.shape[2])[columns])), regress(s, pairs, columns, *a))[1])
     paths = [str(tmp_path / name / "checkpoint.pt") for name in ("clever", "recon")]
-    run = [*paths, "--tasks", "knn", "linear", "r2", "--part", "all", "inv", "equi", "--known-fraction", "0.5", "--linear-epochs", "1", "--r2-epochs", "1", "--r2-targets", "flip", "--device", "cpu"]
+    run = [*paths, "--tasks", "knn", "linear", "mlp", "fewshot", "r2", "--mlp-epochs", "1", "--part", "all", "inv", "equi", "--known-fraction", "0.5", "--linear-epochs", "1", "--r2-epochs", "1", "--r2-targets", "flip", "--device", "cpu"]
     results = dict(eval_probe.main(run))
-    assert seen == [512, 512 - 26, 26, 128, 102, 26, 16, 8, 8, 16, 8, 8]  # 128 dimensions: 102 + 26
-    assert {f"{k}{p}" for k in ("knn", "linear", "r2 flip") for p in ("", " (inv)", " (equi)")} <= set(results["clever"]) == set(results["recon"])
+    assert seen == [*[512, 512 - 26, 26] * 3, 128, 102, 26, *[16, 8, 8] * 4]  # linear and twice fewshot, r2; 128 dimensions: 102 + 26
+    assert {f"{k}{p}" for k in ("knn", "linear", "mlp", "fewshot 1%", "fewshot 10%", "r2 flip") for p in ("", " (inv)", " (equi)")} <= set(results["clever"]) == set(results["recon"])
     record = json.loads((tmp_path / "clever" / "eval.jsonl").read_text())
     assert record["protocol"]["train_images"] == 12 and record["protocol"]["known_fraction"] == 0.5
     ser.main([*shared, "--equi", "none", "--out", str(tmp_path / "ser")])
