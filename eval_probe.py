@@ -15,6 +15,7 @@ Tasks
           momentum 0.9, no weight decay, cosine to 0; ten learning rates trained together, the one that is best on a held-out
           tenth of the training images is read on the test images, once, after the last epoch. Centre crops, no augmentation:
           the features are extracted a single time.
+  finetune  the encoder trained on with a linear layer, SGD, random crops and flips               [CLeVER, Song et al. 2024]
   mlp     the same with a 3-layer MLP (D-1024-1024-C, Adam)
   fewshot the linear probe, trained on 1 % and on 10 % of each class
   r2      how well the features of two views tell what happened between them: a 3-layer MLP on their concatenation, MSE,
@@ -22,6 +23,9 @@ Tasks
           (rotation, color, blur, translation, crop, flip), a probe each, targets standardised. SIE draws anew each epoch, for 300 epochs;
           here one draw per image is encoded once, for 50. Posed objects (blocks): two views
           of one object; targets are the quaternion of q1^-1 q2 (pose) and the differences of the hues (hues), raw.
+  layers  how well the mean tokens of two views, after several blocks, tell which quarter turn and whether a flip lies between them [SER]
+  equivariance  cosine of the turned or mirrored token map of an image and the map of the turned or mirrored image [SER]
+  rotation  the linear probe on turned test images; a linear probe that tells quarter turns       [CLeVER]
   latents what a linear readout of one image tells: `object`, its class, learnt on train, read on test images, and `instance`
           (core50), which of the 50 objects; `session` (core50, blocks-views), which of the sessions that never trained, learnt
           and read within those (every fifth image is read); `view err` (tdw, blocks-views), 100 x the squared error of azimuth, elevation and distance, each in units of
@@ -32,13 +36,18 @@ Tasks
           "lstsq": the same read out by least squares.
 """
 
+import argparse
+import copy
+import csv
 import dataclasses
 import functools
 import hashlib
+import io
 import json
 import re
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -46,9 +55,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
+from timm.layers import DropPath
 
 import common
-from common import FAMILIES, CenterCrop
+from common import FAMILIES, Affine, CenterCrop, Compose, HorizontalFlip, Normalize, RandomResizedCrop, Rot90
 
 POSES = ("pose", "hues")
 
@@ -58,8 +68,8 @@ class Args:
     """Which checkpoints, which probes, on which data."""
 
     checkpoints: tyro.conf.Positional[tuple[str, ...]] = ()
-    """checkpoint.pt files written by the method scripts"""
-    tasks: tuple[Literal["knn", "linear", "mlp", "fewshot", "r2", "latents"], ...] = ("knn", "linear")
+    """checkpoint.pt files written by the method scripts; timm:NAME takes a model of timm with its weights, timm:NAME@FILE with yours"""
+    tasks: tuple[Literal["knn", "linear", "mlp", "finetune", "fewshot", "r2", "layers", "equivariance", "rotation", "latents"], ...] = ("knn", "linear")
     """probes to run"""
     data: str | None = None
     """data set to probe on; default: the one the checkpoint was trained on"""
@@ -73,10 +83,16 @@ class Args:
     """learning rates of the linear probe, per 256 images"""
     mlp_epochs: int = 50
     """epochs of the MLP"""
+    finetune_epochs: int = 20
+    """epochs of fine-tuning"""
+    finetune_lr: float = 0.001
+    """its learning rate, of encoder and head, per 256 images"""
+    layers: tuple[int, ...] | None = None
+    """blocks (of ResNets and VMamba: stages) after which `layers` looks; default: 1, 3, 6, 9, 12, as far as there are"""
     r2_targets: tuple[Literal["rotation", "color", "blur", "translation", "crop", "flip", "pose", "hues"], ...] | None = None
     """what to regress; default: pose and hues on posed objects, the six families of transformations on other images"""
     part: tuple[Literal["all", "inv", "equi"], ...] = ("all",)
-    """what all but latents look at: the representation, and of the encoders of recon_xattn.py and clever.py its invariant (first) and
+    """what knn, linear, mlp, fewshot, r2 and rotation look at: the representation, and of the encoders of recon_xattn.py and clever.py its invariant (first) and
     its equivariant (last) part"""
     known_fraction: float = 1.0
     """train the probes on this share of every class, the one that recon_xattn.py --known-fraction knew"""
@@ -84,6 +100,8 @@ class Args:
     """epochs of the regression"""
     r2_images: int = 10_000
     """training images of the regression, evenly spaced (test images: half as many); a forward pass each per target"""
+    format: Literal["table", "markdown", "csv", "json"] = "table"
+    """how the table is printed; csv and json hold all digits"""
     seed: int = 0
     """seed of the probes' weights, of their batches and of the transformations"""
     skip_corrupt: bool = False
@@ -96,7 +114,7 @@ class Args:
     """auto is bfloat16 autocast on CUDA and float32 elsewhere"""
 
 
-RANGES = dict(known_fraction="(0, 1]", knn_k="[1, inf)", linear_epochs="[1, inf)", linear_lrs="(0, inf)", mlp_epochs="[1, inf)", r2_epochs="[1, inf)", r2_images="[2, inf)",
+RANGES = dict(known_fraction="(0, 1]", knn_k="[1, inf)", linear_epochs="[1, inf)", linear_lrs="(0, inf)", mlp_epochs="[1, inf)", finetune_epochs="[1, inf)", finetune_lr="(0, inf)", layers="[1, inf)", r2_epochs="[1, inf)", r2_images="[2, inf)",
               seed="[0, 4294967296)", workers="[0, inf)")
 
 
@@ -218,19 +236,30 @@ def stratified(labels, share, generator):
 
 
 class SecondView:
-    """The second views of a set: `view(images, rows)` centre-crops uint8 images and applies a family to them, each with
-    parameters of its own, drawn from the seed; `view.target` (N, K) is what was done. A class, so that workers can have it."""
+    """The second views of a set: `view(images, rows)` centre-crops uint8 images and transforms each with parameters of its own,
+    drawn from the seed and kept in `view.params`, or given. A class, so that workers can have it."""
 
-    def __init__(self, name, size, n, seed):
-        self.name, self.centre, self.op = name, CenterCrop(size, interpolation="bicubic"), common.family(name, size)
-        self.params = self.op.sample(n, common.rng(seed, "r2", name), torch.full((n, 2), size))
-        self.target = common.family_target(name, self.params, size)  # (N, K)
+    def __init__(self, name, size, n, seed, **params):
+        self.name, self.size, self.centre = name, size, CenterCrop(size, interpolation="bicubic")
+        turns = dict(quarters=Rot90, mirror=HorizontalFlip, turn90=partial(Affine, 90, interpolation="nearest"), turn180=partial(Affine, 180, interpolation="nearest"))
+        self.op = turns[name]() if name in turns else common.family(name, size)
+        self.params = self.op.sample(n, common.rng(seed, "r2", name), torch.full((n, 2), size)) | params
+
+    @property
+    def target(self):
+        """What was done, as numbers (N, K)."""
+        return common.family_target(self.name, self.params, self.size)
 
     def __call__(self, images, rows):
         x, params = self.centre(images), {key: value[rows] for key, value in self.params.items()}  # uint8 (n, 3, S, S)
         if self.name == "crop":
             return self.op(x, params)
         return (self.op(x.float() / 255, params) * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def evenly(n, most):
+    """At most `most` of n rows, evenly spaced."""
+    return torch.arange(min(most, n)) * n // min(most, n)
 
 
 def partners(groups, generator):
@@ -268,12 +297,16 @@ class Case:
 
     def __post_init__(self):
         self.how = dict(device=self.device, amp=self.args.amp, workers=self.args.workers)
+        self.seconds = {}  # what took how long
         self.rest = self.backbone.dim - (self.backbone.inv or 0)  # width of the equivariant part: the last dimensions, of the last block alone
 
     @functools.cached_property
     def x(self):
         """What linear probes look at, of train and test images: (N, W), (M, W)."""
-        return tuple(common.features(self.backbone, d, encode=self.backbone.last_blocks, **self.how).to(self.device) for d in (self.train, self.test))
+        begin = time.monotonic()
+        x = tuple(common.features(self.backbone, d, encode=self.backbone.last_blocks, **self.how).to(self.device) for d in (self.train, self.test))
+        self.seconds["features"] = time.monotonic() - begin
+        return x
 
     @property
     def y(self):
@@ -283,8 +316,18 @@ class Case:
     @property
     def feature(self):
         """What x is, for the protocol."""
-        name = {common.NeckViT: "mean of the tokens", common.ResNet: "mean of the last map", common.VMamba: "mean of the last map"}.get(type(self.backbone), "final [CLS]")
+        name = {common.NeckViT: "mean of the tokens", common.ViT: "final [CLS]", Timm: "final representation"}.get(type(self.backbone), "mean of the last map")
         return name if self.x[0].shape[1] == self.backbone.dim else f"[CLS] of the last {self.x[0].shape[1] // self.backbone.dim} blocks"
+
+    @functools.cached_property
+    def tuned(self):
+        """The fine-tuned encoder: x -> class scores."""
+        return fine_tune(self)
+
+    @property
+    def tuning(self):
+        args = self.args
+        return dict(epochs=args.finetune_epochs, batch_size=256, lr=args.finetune_lr, weight_decay=1e-4, crop_scale=(0.08, 1.0), feature=self.feature)
 
     def columns(self, width, part):
         return dict(all=slice(None), inv=slice(width - self.rest), equi=slice(width - self.rest, None))[part]
@@ -345,19 +388,191 @@ def r2(case):
     return {f"r2 {k}": v["flat"] for k, v in scores.items()}, dict(epochs=args.r2_epochs, batch_size=256, lr=1e-3, images=args.r2_images, both=scores)
 
 
-TASKS = dict(knn=knn, linear=linear, mlp=mlp, fewshot=fewshot, r2=r2, latents=lambda case: latents(case.train, case.test, *case.y, case.args))
+def layers(case):
+    """SER's Table 5: which quarter turn, and whether a flip, lies between two views, by an MLP on the pair of their mean tokens after
+    a block, each token normalised. One draw for each image."""
+    args, backbone, results = case.args, case.backbone, {}
+    chosen = args.layers or tuple(k for k in (1, 3, 6, 9, 12) if k <= backbone.depth)
+    if max(chosen) > backbone.depth:
+        common.die(f"--layers {' '.join(map(str, chosen))}: the encoder has {backbone.depth} blocks")
+    mean_tokens = lambda z: F.layer_norm(z.float(), z.shape[-1:]).mean((1, 2))  # (n, h, w, D) -> (n, D)
+    encode = lambda x: torch.cat([mean_tokens(z) for z in backbone.tokens(x, chosen)], 1)
+    with torch.no_grad():
+        widths = [z.shape[-1] for z in backbone.tokens(torch.zeros(1, 3, backbone.img_size, backbone.img_size, device=case.device), chosen)]
+    for name, kind, key, classes in (("rotation", "quarters", "rot90", 4), ("flip", "mirror", "flip", 2)):
+        sides = []
+        for data, most, seed in ((case.train, args.r2_images, args.seed), (case.test, max(2, args.r2_images // 2), args.seed + 1)):
+            rows, view = evenly(len(data), most), SecondView(kind, backbone.img_size, len(data), seed)
+            views = [common.features(backbone, data, encode=encode, transform=t, rows=rows, name=f"{name} by layer", **case.how).to(case.device) for t in (None, view)]
+            sides.append((torch.stack(views, 1), view.params[key][rows].long().to(case.device)))  # (n, 2, sum of D), (n,)
+        for k, (pairs, answers), (test_pairs, test_answers) in zip(chosen, *([(z, t) for z in pairs.split(widths, 2)] for pairs, t in sides)):
+            scores = mlp_probe(lambda _, pairs=pairs, answers=answers: (pairs.flatten(1), answers), test_pairs.flatten(1), classes, args.r2_epochs, common.rng(args.seed, name, k))
+            results[f"{name} @{k}"] = 100 * (scores.argmax(1) == test_answers).float().mean().item()
+    return results, dict(layers=chosen, epochs=args.r2_epochs, batch_size=256, lr=1e-3, images=args.r2_images)
+
+
+def equivariance(case):
+    """SER's score: the cosine of rho_g f(x) and f(g x), tokens after the last block, mean over tokens, images and g other than the
+    identity. Beside it, with f of another image, and with the mean token taken off both sides: a map that is the same
+    everywhere scores 1, and these tell."""
+    args, backbone, results = case.args, case.backbone, {}
+    rows, n, layer = evenly(len(case.test), 1000), len(case.test), backbone.depth
+    generator = common.rng(args.seed, "equivariance")
+
+    def maps(transform=None):
+        flat = common.features(backbone, case.test, encode=lambda x: backbone.tokens(x, layer).flatten(1), transform=transform, rows=rows, name="equivariance", **case.how)
+        return flat.view(len(rows), *shape)  # (n, h, w, D)
+
+    with torch.no_grad():
+        shape = backbone.tokens(torch.zeros(1, 3, backbone.img_size, backbone.img_size, device=case.device), layer).shape[1:]
+    quarters = 1 + torch.randint(3, (n,), generator=generator)
+    turn = lambda z: torch.stack([m.rot90(int(k), (0, 1)) for m, k in zip(z, quarters[rows])])
+    groups = dict(rotation=(SecondView("quarters", backbone.img_size, n, 0, rot90=quarters), turn),
+                  flip=(SecondView("mirror", backbone.img_size, n, 0, flip=torch.ones(n, dtype=torch.bool)), lambda z: z.flip(2)))
+    z = maps()
+    for name, (view, act) in groups.items():
+        there, moved = maps(view), act(z)
+        cosine = lambda a, b: F.cosine_similarity(a, b, dim=3).mean().item()
+        results |= {f"equi {name}": cosine(moved, there), f"equi {name} shuffled": cosine(act(z.roll(1, 0)), there),
+                    f"equi {name} centred": cosine(moved - moved.mean((0, 1, 2)), there - there.mean((0, 1, 2)))}
+    return results, dict(images=len(rows), layer=layer)
+
+
+def fine_tune(case, quarters=False):
+    """The encoder trained on with a linear layer on what linear probes look at, for the classes of the data or to tell quarter turns:
+    SGD with momentum 0.9, weight decay 1e-4, cosine to 0, one rate for both, random crops and flips [CLeVER] -> x -> scores."""
+    args, device = case.args, case.device
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(common.rng(args.seed, "finetune").initial_seed())
+        model = copy.deepcopy(case.backbone).requires_grad_(True).train()
+        head = nn.Linear(case.x[0].shape[1], 4 if quarters else len(case.train.classes))
+        nn.init.normal_(head.weight, std=0.01)
+        nn.init.zeros_(head.bias)
+    model, head = common.batchnorm_over_ranks(model, device), head.to(device)
+    for module in model.modules():
+        if isinstance(module, DropPath):
+            module.drop_prob = 0.0
+    batch = min(256, len(case.train)) // common.world_size() * common.world_size()
+    view = Compose([RandomResizedCrop(model.img_size), HorizontalFlip(), *[Rot90()] * quarters, Normalize(model.mean, model.std)])
+    run = argparse.Namespace(seed=args.seed, batch_size=batch, workers=args.workers, epochs=args.finetune_epochs)
+    loader = common.Loader(case.train, {"1": view}, lambda g: {"1": (torch.arange(batch), view.draw(batch, g))}, run, device)
+    parameters = [p for p in (*model.parameters(), *head.parameters()) if p.is_floating_point()]
+    optimizer = torch.optim.SGD(parameters, lr=0.0, momentum=0.9, weight_decay=1e-4)
+    for step, drawn in enumerate(common.progress(loader.batches(range(loader.total_steps)), total=loader.total_steps, desc="fine-tuning", unit="step")):
+        optimizer.param_groups[0]["lr"] = common.cosine(step / loader.total_steps, args.finetune_lr * batch / 256, 0.0)
+        views, params = loader.finish(drawn)
+        with common.autocast(device, args.amp):
+            scores = head(model.last_blocks(views["1"]))
+        labels = params["1"]["rot90"] if quarters else case.train.labels[drawn["rows"]["1"]]
+        loss = F.cross_entropy(scores.float(), labels.to(device))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        common.average_gradients(parameters)
+        optimizer.step()
+    model.eval()
+    return lambda x: head(model.last_blocks(x))
+
+
+def finetune(case):
+    scores = common.features(case.backbone, case.test, encode=case.tuned, name="fine-tuned", **case.how)
+    return accuracies("finetune", scores, case.test.labels), case.tuning
+
+
+def rotation(case):
+    """CLeVER's Tables 6 and 7: accuracy of the linear probe on test images turned by up to 90 and 180 degrees (mean of three draws),
+    and of one that tells the quarter turn of an image (`4-fold`: trained on one of each image, read on all four). Beside
+    `finetune` also of encoders fine-tuned for either."""
+    args, size, results, n, m = case.args, case.backbone.img_size, {}, len(case.train), len(case.test)
+    see = lambda data, view, encode: common.features(case.backbone, data, encode=encode, transform=view, name=view.name, **case.how).to(case.device)
+    draws = [SecondView(kind, size, m, seed) for kind in ("turn90", "turn180") for seed in range(args.seed, args.seed + 3)]
+    fourfold = [SecondView("quarters", size, m, 0, rot90=torch.full((m,), k)) for k in range(4)]
+    seen = lambda data, views, encode=case.backbone.last_blocks: torch.cat([see(data, view, encode) for view in views])  # (views n, D)
+
+    def note(name, named, scores):
+        right = (scores.argmax(1).cpu().view(6, m) == case.test.labels).float().mean(1)  # of each draw
+        results[named(f"{name} ±90°")], results[named(f"{name} ±180°")] = 100 * right[:3].mean().item(), 100 * right[3:].mean().item()
+
+    share = lambda scores: 100 * (scores.argmax(1).cpu() == torch.arange(4).repeat_interleave(m)).float().mean().item()
+    turned = SecondView("quarters", size, n, args.seed)
+    for named, x, x_test in case.parts((case.x[0], seen(case.test, draws))):
+        note("linear", named, case.linear("linear", x, case.train.labels, x_test)[0])
+    for named, x, x_test in case.parts((seen(case.train, [turned]), seen(case.test, fourfold))):
+        results[named("4-fold")] = share(case.linear("4-fold", x, turned.params["rot90"], x_test, classes=4)[0])
+    if "finetune" in args.tasks:
+        note("finetune", str, seen(case.test, draws, case.tuned))
+        results["4-fold finetune"] = share(seen(case.test, fourfold, fine_tune(case, quarters=True)))
+    return results, dict(draws=3, epochs=args.linear_epochs, lrs=args.linear_lrs, feature=case.feature)
+
+
+TASKS = dict(knn=knn, linear=linear, mlp=mlp, finetune=finetune, fewshot=fewshot, r2=r2, layers=layers, equivariance=equivariance, rotation=rotation,
+             latents=lambda case: latents(case.train, case.test, *case.y, case.args))
+
+
+class Timm(nn.Module):
+    """A timm model in the shape of our encoders."""
+
+    def __init__(self, model):
+        super().__init__()
+        config = model.pretrained_cfg
+        self.model, self.dim, self.inv, self.mean, self.std = model, model.num_features, None, tuple(config["mean"]), tuple(config["std"])
+        self.img_size, self.depth = config["input_size"][-1], len(model.feature_info)
+
+    def forward(self, x):
+        return self.model(x)
+
+    def last_blocks(self, x):
+        """The [CLS] of the last four blocks of a ViT, as of ours; of other models the representation."""
+        if not hasattr(self.model, "get_intermediate_layers"):
+            return self.model(x)
+        return torch.cat([prefix[:, 0] for _, prefix in self.model.get_intermediate_layers(x, n=4, return_prefix_tokens=True, norm=True)], 1)
+
+    def tokens(self, x, after):
+        """As of our encoders: maps (B, h, w, C) after blocks or stages, counted from 1."""
+        layers = after if isinstance(after, tuple) else (after,)
+        maps = self.model.forward_intermediates(x, indices=[k - 1 for k in layers], intermediates_only=True, output_fmt="NCHW", norm=False)
+        maps = [z.permute(0, 2, 3, 1) for z in maps]
+        return maps if isinstance(after, tuple) else maps[0]
+
+
+def load(path):
+    """A checkpoint, or timm:NAME with timm's weights, or timm:NAME@FILE with those of a file, without classifier -> (encoder, state)."""
+    if not path.startswith("timm:"):
+        return common.load_backbone(path)
+    import timm
+    from safetensors import safe_open
+
+    name, _, file = path.removeprefix("timm:").partition("@")
+    if not timm.is_model(name):
+        common.die(f"{path}: timm has no model {name}; timm.list_models('*{name[:6]}*') lists those that are called alike")
+    if file and not Path(file).is_file():
+        common.die(f"{path}: no such file {file}")
+    try:
+        notes = {}  # what our own backbone.safetensors says of itself
+        if file.endswith(".safetensors"):
+            with safe_open(file, "pt") as f:
+                notes = {k: json.loads(v) for k, v in (f.metadata() or {}).items() if k in ("timm", "mean", "std")}
+        arguments = {k: v for k, v in notes.pop("timm", {}).items() if k not in ("model_name", "num_classes")}
+        model = timm.create_model(name, pretrained=not file, num_classes=0, **arguments)
+        model.pretrained_cfg |= notes | (dict(input_size=(3, arguments["img_size"], arguments["img_size"])) if "img_size" in arguments else {})
+        if file:
+            weights = timm.models.load_state_dict(file, weights_only=True)
+            classifier = tuple(f"{c}." for c in (model.pretrained_cfg["classifier"], "head") if isinstance(c, str))
+            model.load_state_dict({k: v for k, v in weights.items() if not k.startswith(classifier) or k in model.state_dict()})
+    except Exception as e:  # no network, no such weights, no such file, or weights that do not fit: timm, safetensors and torch differ
+        common.die(f"{path}: {' '.join(str(e).split())[:300] or type(e).__name__}")
+    return Timm(model).eval().requires_grad_(False), dict(method="timm", step=0, args=dict(data=None, data_dir=None, seed=0, arch=path), backbone=dict(arch=name, inv=None))
 
 
 def probe(path, args, device):
     """All tasks on one checkpoint -> (results, protocol, checkpoint)."""
-    backbone, state = common.load_backbone(path)
+    backbone, state = load(path)
     name, root = args.data or state["args"]["data"], args.data_dir or state["args"]["data_dir"]
-    sessions, labelled = state["args"].get("sessions", (1, 2)), set(args.tasks) - {"r2"}
+    sessions, labelled = state["args"].get("sessions", (1, 2)), set(args.tasks) - {"r2", "layers", "equivariance"}
     train, test = (common.load_data(name, root, split, backbone.img_size, args.skip_corrupt, args.workers, sessions) for split in ("train", "test"))
     if test is None:
         common.die(f"--data-dir {root}: has no test split; probes need train/ and val/ or test/")
     if labelled and (train.labels is None or test.labels is None):
-        common.die(f"--tasks {' '.join(args.tasks)}: {root} has no classes (one folder per class); only r2 can do without")
+        common.die(f"--tasks {' '.join(args.tasks)}: {root} has no classes (one folder per class); only r2, layers and equivariance can do without")
     elif labelled and train.classes != test.classes:
         common.die(f"--data-dir {root}: its train and test folders have different classes ({len(train.classes)} and {len(test.classes)})")
     if args.known_fraction < 1:
@@ -371,10 +586,13 @@ def probe(path, args, device):
                                  dim=backbone.dim, inv=backbone.inv)
     protocol |= dict(sessions=sessions) if name == "core50" else {}
     protocol |= dict(known_fraction=args.known_fraction, known_seed=state["args"]["seed"]) if args.known_fraction < 1 else {}
+    seconds = case.seconds
     for task in args.tasks:
+        begin, before = time.monotonic(), seconds.get("features", 0.0)
         values, protocol[task] = TASKS[task](case)
         results |= values
-    return results, protocol, state
+        seconds[task] = time.monotonic() - begin - (seconds.get("features", 0.0) - before)
+    return results, protocol | dict(seconds=seconds), state
 
 
 def every_second_object(data):
@@ -438,7 +656,7 @@ def pairs_of_images(target, backbone, sides, args, how):
     and deviation of the training draws. Takes and returns what `pairs_of_poses` does."""
     pairs, targets = [], []
     for (data, y), most, seed in zip(sides, (args.r2_images, max(2, args.r2_images // 2)), (args.seed, args.seed + 1)):
-        rows = torch.arange(min(most, len(data))) * len(data) // min(most, len(data))  # (n,)
+        rows = evenly(len(data), most)  # (n,)
         view = SecondView(target, backbone.img_size, len(data), seed)
         y2 = common.features(backbone, data, transform=view, rows=rows, name=target, **how)  # (n, D)
         pairs.append(torch.stack([y[rows], y2.to(y.device)], 1))  # (n, 2, D)
@@ -453,19 +671,41 @@ def pairs_of_images(target, backbone, sides, args, how):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def table(results):
-    """[(row name, {metric: value})] -> aligned text; rows of one name fold into mean +- sample standard deviation."""
-    rows = {}
+def fold(results):
+    """[(row name, {metric: value})] -> {row name: (n, {metric: (mean, sample standard deviation or None)})}, and all metrics."""
+    rows, metrics = {}, list(dict.fromkeys(metric for _, values in results for metric in values))
     for name, values in results:
         rows.setdefault(name, []).append(values)
-    columns = list(dict.fromkeys(c for _, values in results for c in values))
-    lines = [["", "n", *columns]]
+    folded = {}
     for name, group in rows.items():
-        line = [name, str(len(group))]
-        for c in columns:  # data sets differ in what can be asked of them
-            v, digits = torch.tensor([g[c] for g in group if c in g], dtype=torch.float64), 3 if c.startswith("r2") else 2
-            line.append((f"{v.mean():.{digits}f}" if len(v) else "-") + (f" ± {v.std():.{digits}f}" if len(v) > 1 else ""))
+        values = {c: torch.tensor([g[c] for g in group if c in g], dtype=torch.float64) for c in metrics}  # data sets differ in what can be asked of them
+        folded[name] = len(group), {c: (v.mean().item(), v.std().item() if len(v) > 1 else None) for c, v in values.items() if len(v)}
+    return folded, metrics
+
+
+def table(results, form="table"):
+    """[(row name, {metric: value})] -> text: a row per name, mean +- sample standard deviation; "table" aligned, or "markdown", "csv",
+    "json" (the last two with all digits)."""
+    rows, metrics = fold(results)
+    if form == "json":
+        return json.dumps({name: dict(n=n, **{c: dict(mean=m, std=s) for c, (m, s) in values.items()}) for name, (n, values) in rows.items()}, indent=1)
+    if form == "csv":
+        out = io.StringIO()
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerow(["", "n", *(f"{c}{suffix}" for c in metrics for suffix in ("", " std"))])
+        writer.writerows([name, n, *("" if v is None else v for c in metrics for v in values.get(c, (None, None)))] for name, (n, values) in rows.items())
+        return out.getvalue().strip()
+    lines = [["", "n", *metrics]]
+    for name, (n, values) in rows.items():
+        line = [name, str(n)]
+        for c in metrics:
+            mean, std = values.get(c, (None, None))
+            digits = 3 if c.startswith(("r2", "equi ")) else 2
+            line.append("-" if mean is None else f"{mean:.{digits}f}" + ("" if std is None else f" ± {std:.{digits}f}"))
         lines.append(line)
+    if form == "markdown":
+        lines.insert(1, ["---"] * len(lines[0]))
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths))) for line in lines)
 
@@ -475,7 +715,7 @@ def row_names(paths, states):
     directory without its seed. Different runs of the same name are numbered."""
     free = (common.Run.FREE | {"seed"}) - {"data_dir"}
     keys = [json.dumps([s["method"], s["step"], {k: v for k, v in s["args"].items() if k not in free}], sort_keys=True) for s in states]
-    names = [re.sub(r"-s\d+$", "", Path(p).resolve().parent.name) for p in paths]
+    names = [p.partition("@")[0] if p.startswith("timm:") else re.sub(r"-s\d+$", "", Path(p).resolve().parent.name) for p in paths]
     out, owner = [], {}
     for key, name in zip(keys, names):
         if key not in owner:
@@ -493,25 +733,29 @@ def main(argv=None):
     common.check_ranges(args, RANGES)
     if len(set(args.checkpoints)) < len(args.checkpoints):
         common.die("a checkpoint is given twice; name each once")
-    states = [{k: s[k] for k in ("method", "step", "args", "backbone")} for s in map(common.load_checkpoint, args.checkpoints)]  # all, before the first is probed
+    read = lambda path: load(path)[1] if path.startswith("timm:") else common.load_checkpoint(path)
+    states = [{k: s[k] for k in ("method", "step", "args", "backbone")} for s in map(read, args.checkpoints)]  # all, before the first is probed
+    foreign = [path for path, state in zip(args.checkpoints, states) if state["args"]["data"] is None]
+    if foreign and args.data is None:
+        common.die(f"--data: {foreign[0]} does not say what to probe it on; name a data set")
     whole = [path for path, state in zip(args.checkpoints, states) if "neck" not in state["backbone"] and state["backbone"].get("inv") is None]
     if set(args.part) - {"all"} and whole:
         common.die(f"--part {' '.join(args.part)}: {whole[0]} does not split its representation; only encoders of recon_xattn.py and clever.py do")
     device, results = common.start(args.device), []
     for path, name in zip(args.checkpoints, row_names(args.checkpoints, states)):
-        begin = time.monotonic()
         values, protocol, state = probe(path, args, device)
         results.append((name, values))
         if common.rank() == 0:
             where = " ".join(v for v in (protocol["data"], protocol["data_dir"]) if v)
-            print(f"{path}: {where}, {time.monotonic() - begin:.0f} s", file=sys.stderr)
-            record = dict(time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), checkpoint=Path(path).name, step=state["step"],
-                          sha256=hashlib.sha256(Path(path).read_bytes()).hexdigest(), torch=str(torch.__version__), results=values, protocol=protocol,
+            print(f"{path}: {where}; {', '.join(f'{k} {v:.1f} s' for k, v in protocol['seconds'].items())}", file=sys.stderr)
+            file = Path(path.partition("@")[2] if path.startswith("timm:") else path)  # timm:NAME alone has none
+            record = dict(time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), checkpoint=file.name or path, step=state["step"],
+                          sha256=hashlib.sha256(file.read_bytes()).hexdigest() if file.name else None, torch=str(torch.__version__), results=values, protocol=protocol,
                           seed=args.seed)
-            with open(Path(path).parent / "eval.jsonl", "a", encoding="utf-8") as f:
+            with open(file.parent / "eval.jsonl", "a", encoding="utf-8") as f:
                 f.write(json.dumps(record) + "\n")
     if common.rank() == 0:
-        print(table(results))
+        print(table(results, args.format))
     return results
 
 

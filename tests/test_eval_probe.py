@@ -23,6 +23,88 @@ def clusters(n, classes=4, d=8, noise=0.1):
     return centres[labels] + noise * torch.randn(n, d, generator=g), labels
 
 
+# ---- what is done to images --------------------------------------------------------------------
+
+
+class Maps(torch.nn.Module):
+    """An encoder without weights: `see(x)` (n, h, w, C) is its only map, the mean colours of 8 x 8 cells its representation."""
+
+    def __init__(self, see):
+        super().__init__()
+        self.see, self.img_size, self.mean, self.std, self.dim, self.inv, self.depth = see, 16, (0.5,) * 3, (0.5,) * 3, 192, None, 1
+
+    def forward(self, x):
+        return F.adaptive_avg_pool2d(x, 8).flatten(1)
+
+    last_blocks = forward
+
+    def tokens(self, x, after):
+        return [self.see(x)] * len(after) if isinstance(after, tuple) else self.see(x)
+
+
+def case_of(encoder, n=400, **changes):
+    """Images that are bright at the top left, with classes by chance."""
+    light = torch.linspace(255, 0, 16)[:, None] * torch.linspace(1, 0.3, 16) * torch.rand(n + n // 2, 3, 1, 1, generator=g)
+    images = (light + 40 * torch.rand(len(light), 3, 16, 16, generator=g)).clamp(0, 255).to(torch.uint8)
+    sets = [common.ImageSet(images=v, labels=torch.arange(len(v)) % 2, classes=("a", "b")) for v in images.split([n, n // 2])]
+    return eval_probe.Case(encoder, {}, *sets, eval_probe.Args(workers=0, r2_epochs=25, linear_epochs=10, **changes), torch.device("cpu"))
+
+
+def cells(x):
+    return F.adaptive_avg_pool2d(x, 4).permute(0, 2, 3, 1)
+
+
+def moments(x):
+    """Tokens whose mean, although normalised, tells on which side the light is."""
+    side = torch.linspace(-1, 1, 16)
+    light = x.mean(1)
+    return torch.stack([light * side, light * side[:, None], torch.ones_like(light), -torch.ones_like(light)], 3)
+
+
+def test_layers_tell_what_their_tokens_hold():
+    values, protocol = eval_probe.layers(case_of(Maps(moments), layers=(1,)))
+    assert values["rotation @1"] > 90 and values["flip @1"] > 90 and protocol["layers"] == (1,)
+    noise, _ = eval_probe.layers(case_of(Maps(lambda x: torch.randn(len(x), 2, 2, 8, generator=g)), n=200))
+    assert abs(noise["rotation @1"] - 25) < 15 and abs(noise["flip @1"] - 50) < 18
+
+
+def test_equivariance_of_maps_that_turn_with_the_image():
+    values, _ = eval_probe.equivariance(case_of(Maps(cells)))
+    assert values["equi rotation"] > 0.999 and values["equi flip"] > 0.999 and values["equi rotation centred"] > 0.99
+    assert values["equi rotation shuffled"] < 0.999
+    constant, _ = eval_probe.equivariance(case_of(Maps(lambda x: torch.ones(len(x), 4, 4, 8))))
+    assert constant["equi rotation"] == constant["equi rotation shuffled"] == pytest.approx(1) and constant["equi rotation centred"] == 0  # what the control is for
+    noise, _ = eval_probe.equivariance(case_of(Maps(lambda x: torch.randn(len(x), 4, 4, 64, generator=g))))
+    assert abs(noise["equi rotation"]) < 0.02 and abs(noise["equi flip centred"]) < 0.02
+    fixed = torch.randn(4, 4, 64, generator=g)
+    still, _ = eval_probe.equivariance(case_of(Maps(lambda x: fixed.expand(len(x), -1, -1, -1))))
+    assert abs(still["equi rotation"]) < 0.15  # a map that does not move with the image
+
+
+def test_quarter_turns_are_seen_and_not_in_noise():
+    values, _ = eval_probe.rotation(case_of(Maps(cells)))
+    assert values["4-fold"] > 95 and {"linear ±90°", "linear ±180°"} <= set(values)
+    noise = Maps(cells)
+    noise.last_blocks = lambda x: torch.randn(len(x), 8, generator=g)
+    assert abs(eval_probe.rotation(case_of(noise))[0]["4-fold"] - 25) < 8
+
+
+def test_fine_tuning_learns_and_leaves_the_encoder_alone():
+    labels = torch.arange(60) % 2  # dark and bright images
+    images = (torch.rand(60, 3, 16, 16, generator=g) * 120 + 120 * labels[:, None, None, None]).to(torch.uint8)
+    train, test = (common.ImageSet(images=images[rows], labels=labels[rows], classes=("dark", "bright")) for rows in (slice(40), slice(40, 60)))
+    for arch, kwargs in (("vit_pico", dict(patch_size=4, cls_layer=0)), ("resnet_pico", dict(stem="cifar"))):
+        torch.manual_seed(0)
+        encoder = common.make_backbone(arch, *common.CIFAR10, 16, **kwargs).eval()
+        before = {k: v.clone() for k, v in encoder.state_dict().items()}
+        args = eval_probe.Args(workers=0, finetune_epochs=20, finetune_lr=1.0, linear_epochs=2, tasks=("finetune", "rotation"))
+        case = eval_probe.Case(encoder, {}, train, test, args, torch.device("cpu"))
+        values = eval_probe.finetune(case)[0] | eval_probe.rotation(case)[0] | eval_probe.linear(case)[0]
+        assert {"finetune", "finetune ±90°", "4-fold finetune", "4-fold", "linear"} <= set(values)
+        assert all(torch.equal(v, before[k]) for k, v in encoder.state_dict().items()) and not encoder.training
+        assert values["finetune"] > 90
+
+
 # ---- latents ----------------------------------------------------------------------------------
 
 
