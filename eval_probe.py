@@ -43,6 +43,7 @@ import dataclasses
 import functools
 import hashlib
 import io
+import itertools
 import json
 import re
 import sys
@@ -61,6 +62,14 @@ import common
 from common import FAMILIES, Affine, CenterCrop, Compose, HorizontalFlip, Normalize, RandomResizedCrop, Rot90
 
 POSES = ("pose", "hues")
+SHARES = (0.01, 0.1)  # of the labels, for fewshot
+PROTOCOLS = dict(  # what the papers say, or their public code does, where it differs from the defaults
+    default=dict(),
+    ser=dict(augment=True, linear_epochs=50),  # rates are swept: neither says which
+    clever=dict(augment=True, linear_epochs=100, linear_lrs=(0.001,), fewshot="finetune", finetune_epochs=200, finetune_lr=0.001),
+    ciper=dict(linear="steps"),
+    recon=dict(linear="lbfgs", r2_epochs=300),
+)
 
 
 @dataclasses.dataclass
@@ -77,10 +86,20 @@ class Args:
     """where it lies; default: where it lay then"""
     knn_k: int = 20
     """neighbours that vote"""
+    protocol: Literal["default", "ser", "clever", "ciper", "recon"] = "default"
+    """a paper's own way to probe: it sets the flags below, as --help then shows"""
+    cache_dir: str | None = None
+    """keep the features of train and test images here, and use those that are there"""
+    linear: Literal["sgd", "lbfgs", "steps"] = "sgd"
+    """how linear probes learn: SGD with several rates side by side; L-BFGS with the best of 45 ridge weights (transfer); CIPER's steps"""
+    augment: bool = False
+    """train them (sgd) on random crops and flips, encoded anew each epoch"""
+    fewshot: Literal["linear", "finetune"] = "linear"
+    """what learns from few labels: a linear probe, or the whole encoder"""
     linear_epochs: int = 50
-    """epochs of the linear probe"""
+    """epochs of the linear probe (sgd)"""
     linear_lrs: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
-    """learning rates of the linear probe, per 256 images"""
+    """learning rates of the linear probe (sgd), per 256 images"""
     mlp_epochs: int = 50
     """epochs of the MLP"""
     finetune_epochs: int = 20
@@ -123,41 +142,101 @@ RANGES = dict(known_fraction="(0, 1]", knn_k="[1, inf)", linear_epochs="[1, inf)
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def linear_probe(train, train_labels, test, classes, lrs, epochs, generator, batch_size=256, held_out=0.1):
-    """One softmax regression per learning rate, all trained at once: W (D, L C) makes the logits of L probes in one matmul,
-    and the learning rate is a vector. Features (N, D), (M, D), labels (N,) -> (test scores (M, C) of the probe that was best
-    on the held-out share of train, its learning rate). Weights start as N(0, 0.01), biases 0; the gradient of the mean
-    cross-entropy over a batch is (softmax - onehot) / batch.
-    """
-    N, L, device = len(train), len(lrs), train.device
-    order = torch.randperm(N, generator=generator)
-    held, rows = order[: max(1, int(N * held_out))], order[max(1, int(N * held_out)) :]
-    W = torch.randn(train.shape[1], classes, generator=generator).mul_(0.01).to(device).repeat(1, L)  # (D, L C)
-    b = torch.zeros(L * classes, device=device)
-    mW, mb = torch.zeros_like(W), torch.zeros_like(b)
-    rate = torch.tensor(lrs, device=device).repeat_interleave(classes) * batch_size / 256  # (L C,)
-    steps, step = epochs * -(-len(rows) // batch_size), 0
+class LinearProbe:
+    """One softmax regression per learning rate, all trained at once: W (D, L C) makes the logits of L probes in one matmul, and the
+    learning rate is a vector. SGD with momentum 0.9, no weight decay, half a cosine to 0; weights start as N(0, 0.01), biases 0; the
+    gradient of the mean cross-entropy over a batch is (softmax - onehot) / batch. A tenth of `rows` is held out, on which `choose`
+    finds the best rate."""
+
+    def __init__(self, dim, classes, rows, lrs, epochs, generator, device, batch_size=256, held_out=0.1):
+        order = rows[torch.randperm(len(rows), generator=generator)]
+        cut = max(1, int(len(rows) * held_out))
+        self.held, self.rows, self.classes, self.lrs, self.generator, self.batch_size, self.device = order[:cut], order[cut:], classes, lrs, generator, batch_size, device
+        self.W = torch.randn(dim, classes, generator=generator).mul_(0.01).to(device).repeat(1, len(lrs))  # (D, L C)
+        self.b = torch.zeros(len(lrs) * classes, device=device)
+        self.mW, self.mb = torch.zeros_like(self.W), torch.zeros_like(self.b)
+        self.rate = torch.tensor(lrs, device=device).repeat_interleave(classes) * batch_size / 256  # (L C,)
+        self.steps, self.step, self.best = epochs * -(-len(self.rows) // batch_size), 0, 0
+
+    def epoch(self, x, labels):
+        """One pass over its rows of x (N, D), labels (N,)."""
+        for batch in self.rows[torch.randperm(len(self.rows), generator=self.generator)].split(self.batch_size):
+            batch = batch.to(self.device)
+            f = x[batch]  # (n, D)
+            g = self.logits(f).softmax(2)  # (n, L, C)
+            g[torch.arange(len(f), device=self.device), :, labels[batch]] -= 1
+            g = g.flatten(1) / len(f)  # (n, L C)
+            self.mW.mul_(0.9).addmm_(f.T, g)
+            self.mb.mul_(0.9).add_(g.sum(0))
+            lr = self.rate * common.cosine(self.step / self.steps, 1.0, 0.0)
+            self.W -= lr * self.mW
+            self.b -= lr * self.mb
+            self.step += 1
+
+    def logits(self, x):  # (n, D) -> (n, L, C)
+        return torch.addmm(self.b, x, self.W).view(len(x), len(self.lrs), self.classes)
+
+    def choose(self, x, labels):
+        """The rate that is best on the held-out rows of x (N, D), labels (N,); of equal ones the lowest."""
+        held = self.held.to(self.device)
+        self.best = int((self.logits(x[held]).argmax(2) == labels[held][:, None]).float().mean(0).argmax())
+        self.chosen = self.lrs[self.best]
+        return self.chosen
+
+    def scores(self, x):  # (M, D) -> (M, C)
+        return self.logits(x)[:, self.best]
+
+
+def linear_probe(train, labels, test, classes, lrs, epochs, generator, batch_size=256):
+    """A LinearProbe from first to last on fixed features (N, D), labels (N,) -> (test scores (M, C), its learning rate)."""
+    probe = LinearProbe(train.shape[1], classes, torch.arange(len(train)), lrs, epochs, generator, train.device, batch_size)
     for _ in common.progress(range(epochs), desc="linear probe", unit="epoch"):
-        for batch in rows[torch.randperm(len(rows), generator=generator)].split(batch_size):
-            x, y = train[batch], train_labels[batch]  # (n, D), (n,)
-            g = torch.addmm(b, x, W).view(len(x), L, classes).softmax(2)  # (n, L, C)
-            g[torch.arange(len(x), device=device), :, y] -= 1
-            g = g.flatten(1) / len(x)  # (n, L C)
-            mW.mul_(0.9).addmm_(x.T, g)
-            mb.mul_(0.9).add_(g.sum(0))
-            lr = rate * common.cosine(step / steps, 1.0, 0.0)
-            W -= lr * mW
-            b -= lr * mb
-            step += 1
-    score = lambda x: torch.addmm(b, x, W).view(len(x), L, classes)  # (n, L, C)
-    correct = (score(train[held]).argmax(2) == train_labels[held][:, None]).float().mean(0)  # (L,)
-    best = int(correct.argmax())
-    return score(test)[:, best], lrs[best]
+        probe.epoch(train, labels)
+    rate = probe.choose(train, labels)
+    return probe.scores(test), rate
 
 
-def linear_schedule(train, target, test, generator, epochs=100, batch_size=256):
-    """CIPER's linear readout. Features (N, D), (M, D); target (N,) int64 classes, cross-entropy, or (N, K) numbers, squared
-    error -> scores or predictions (M, K)."""
+class RidgeProbe:
+    """Softmax regression by L-BFGS on fixed features: sum of cross-entropies + w |(W, b)|^2, in float64. The weight w of 45 between
+    1e-6 and 1e5 is chosen on a tenth of `rows`, from the strongest down, each started where the last ended; then all rows train."""
+
+    def __init__(self, dim, classes, rows, generator, device, iterations=100):
+        order = rows[torch.randperm(len(rows), generator=generator)]
+        cut = max(1, len(rows) // 10)
+        self.held, self.rows, self.iterations = order[:cut].to(device), order[cut:].to(device), iterations
+        self.weights = torch.zeros(dim + 1, classes, dtype=torch.float64, device=device)  # the last row is the bias
+
+    def fit(self, x, labels, rows, ridge):
+        f, y, W = F.pad(x[rows].double(), (0, 1), value=1.0), labels[rows], self.weights.requires_grad_()
+        optimizer = torch.optim.LBFGS([W], max_iter=self.iterations, line_search_fn="strong_wolfe")
+
+        def loss():
+            optimizer.zero_grad()
+            value = F.cross_entropy(f @ W, y, reduction="sum") + ridge * W.square().sum()
+            value.backward()
+            return value
+
+        optimizer.step(loss)
+        self.weights = W.detach()
+
+    def train(self, x, labels):
+        """x (N, D), labels (N,) -> the chosen w."""
+        best, found, ridges = -1.0, None, torch.logspace(5, -6, 45).tolist()
+        for ridge in common.progress(ridges, desc="L-BFGS", unit="fit"):
+            self.fit(x, labels, self.rows, ridge)
+            right = (self.scores(x[self.held]).argmax(1) == labels[self.held]).double().mean().item()
+            if right > best:
+                best, found = right, ridge
+        self.fit(x, labels, torch.cat([self.rows, self.held]), found)
+        return found
+
+    def scores(self, x):  # (M, D) -> (M, C)
+        return F.pad(x.double(), (0, 1), value=1.0) @ self.weights
+
+
+def linear_schedule(train, target, generator, epochs=100, batch_size=256):
+    """CIPER's linear readout. Features (N, D); target (N,) int64 classes, cross-entropy, or (N, K) numbers, squared
+    error -> a layer: (M, D) -> scores or predictions (M, K)."""
     classes = target.dtype == torch.int64
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator.initial_seed())
@@ -172,8 +251,7 @@ def linear_schedule(train, target, test, generator, epochs=100, batch_size=256):
             loss.backward()
             optimizer.step()
         scheduler.step()
-    with torch.no_grad():
-        return readout(test)
+    return readout.requires_grad_(False)
 
 
 def least_squares(train, target, test):
@@ -257,6 +335,19 @@ class SecondView:
         return (self.op(x.float() / 255, params) * 255).round().clamp(0, 255).to(torch.uint8)
 
 
+class RandomView:
+    """A random crop and flip of each image of a set, drawn from the generator: the usual augmentation of linear probes."""
+
+    def __init__(self, size, n, generator):
+        self.view = Compose([RandomResizedCrop(size), HorizontalFlip()])
+        self.draws = self.view.draw(n, generator)
+
+    def __call__(self, images, rows):
+        sizes = torch.tensor([image.shape[1:] for image in images])
+        params = self.view.resolve({key: value[rows] for key, value in self.draws.items()}, sizes)
+        return (self.view(images, params) * 255).round().clamp(0, 255).to(torch.uint8)
+
+
 def evenly(n, most):
     """At most `most` of n rows, evenly spaced."""
     return torch.arange(min(most, n)) * n // min(most, n)
@@ -302,11 +393,59 @@ class Case:
 
     @functools.cached_property
     def x(self):
-        """What linear probes look at, of train and test images: (N, W), (M, W)."""
-        begin = time.monotonic()
-        x = tuple(common.features(self.backbone, d, encode=self.backbone.last_blocks, **self.how).to(self.device) for d in (self.train, self.test))
+        """What linear probes look at, of train and test images: (N, W), (M, W). Kept in --cache-dir, where there is one."""
+        begin, out = time.monotonic(), []
+        for data in (self.train, self.test):
+            content = data.images.sum().item() if data.paths is None else data.paths
+            key = repr((self.state.get("sha256"), len(data), content, self.backbone.img_size, self.args.amp, self.device.type))
+            path = Path(self.args.cache_dir or ".") / f"features-{hashlib.blake2b(key.encode(), digest_size=12).hexdigest()}.pt"
+            if self.args.cache_dir and path.is_file():
+                x = common.read_tensors(path)["x"]
+            else:
+                x = common.features(self.backbone, data, encode=self.backbone.last_blocks, **self.how)
+                if self.args.cache_dir and common.rank() == 0:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    common.save_checkpoint(path, dict(x=x))
+            out.append(x.to(self.device))
         self.seconds["features"] = time.monotonic() - begin
-        return x
+        return tuple(out)
+
+    @functools.cached_property
+    def heads(self):
+        """All linear probes that the tasks ask for, {(name, part): probe}, trained side by side on one pass over the features an epoch."""
+        args, labels, width, heads = self.args, self.train.labels.to(self.device), self.x[0].shape[1], {}
+        wanted = {"linear": torch.arange(len(self.train))} if {"linear", "rotation"} & set(args.tasks) else {}
+        if "fewshot" in args.tasks and args.fewshot == "linear":
+            wanted |= {f"fewshot {share:.0%}": stratified(self.train.labels, share, common.rng(args.seed, "fewshot", share)) for share in SHARES}
+        for (name, rows), part in itertools.product(wanted.items(), args.part):
+            dim, generator = len(range(width)[self.columns(width, part)]), common.rng(args.seed, name)
+            if args.linear == "sgd":
+                heads[name, part] = LinearProbe(dim, len(self.train.classes), rows, args.linear_lrs, args.linear_epochs, generator, self.device)
+            elif args.linear == "lbfgs":
+                heads[name, part] = RidgeProbe(dim, len(self.train.classes), rows, generator, self.device)
+                heads[name, part].chosen = heads[name, part].train(self.look(self.x[0], part), labels)
+            else:
+                chosen = rows.to(self.device)
+                heads[name, part] = argparse.Namespace(scores=linear_schedule(self.look(self.x[0], part)[chosen], labels[chosen], generator), chosen=1.0)
+        if args.linear != "sgd":
+            return heads
+        if args.augment and common.rank() == 0:
+            print(f"  {args.linear_epochs} epochs of augmented views: {args.linear_epochs * len(self.train):,} images to encode", file=sys.stderr)
+        for epoch in common.progress(range(args.linear_epochs), desc="linear probes", unit="epoch"):
+            x = self.augmented(epoch) if args.augment else self.x[0]
+            for (_, part), head in heads.items():
+                head.epoch(self.look(x, part), labels)
+        for (_, part), head in heads.items():
+            head.choose(self.look(self.x[0], part), labels)
+        return heads
+
+    def augmented(self, epoch):
+        """Features of random crops and flips of the train images (N, W), others each epoch."""
+        view = RandomView(self.backbone.img_size, len(self.train), common.rng(self.args.seed, "augmented", epoch))
+        return common.features(self.backbone, self.train, encode=self.backbone.last_blocks, transform=view, name="augmented", **self.how).to(self.device)
+
+    def look(self, x, part):
+        return x[:, self.columns(x.shape[1], part)]
 
     @property
     def y(self):
@@ -332,15 +471,18 @@ class Case:
     def columns(self, width, part):
         return dict(all=slice(None), inv=slice(width - self.rest), equi=slice(width - self.rest, None))[part]
 
+    @property
+    def fitting(self):
+        """How linear probes are trained, for the protocol."""
+        how = dict(sgd=dict(epochs=self.args.linear_epochs, lrs=self.args.linear_lrs, augment=self.args.augment, held_out=0.1), lbfgs=dict(ridges="45 from 1e-6 to 1e5", held_out=0.1),
+                   steps=dict(epochs=100, lr="1, times 0.3 every 10 epochs"))[self.args.linear]
+        return dict(how, optimizer=self.args.linear, batch_size=256, feature=self.feature, chosen={" ".join(key): head.chosen for key, head in self.heads.items()})
+
     def parts(self, features):
         """Features of train and test images -> for each --part: how to name its results, and its columns of both."""
         for part in self.args.part:
             columns = self.columns(features[0].shape[1], part)
             yield lambda name, part=part: name if part == "all" else f"{name} ({part})", features[0][:, columns], features[1][:, columns]
-
-    def linear(self, name, x, labels, x_test, classes=None):
-        """Test scores of a linear probe, and the learning rate it took."""
-        return linear_probe(x, labels.to(self.device), x_test, classes or len(self.train.classes), self.args.linear_lrs, self.args.linear_epochs, common.rng(self.args.seed, name))
 
 
 def knn(case):
@@ -352,11 +494,11 @@ def knn(case):
 
 
 def linear(case):
-    results, chosen = {}, {}
-    for named, x, x_test in case.parts(case.x):
-        scores, chosen[named("linear")] = case.linear("linear", x, case.train.labels, x_test)
-        results |= accuracies(named("linear"), scores, case.test.labels)
-    return results, dict(epochs=case.args.linear_epochs, batch_size=256, lrs=case.args.linear_lrs, chosen=chosen, held_out=0.1, feature=case.feature)
+    results = {}
+    for part in case.args.part:
+        scores = case.heads["linear", part].scores(case.look(case.x[1], part))
+        results |= accuracies("linear" if part == "all" else f"linear ({part})", scores, case.test.labels)
+    return results, case.fitting
 
 
 def mlp(case):
@@ -369,13 +511,17 @@ def mlp(case):
 
 def fewshot(case):
     results, images = {}, {}
-    for share in (0.01, 0.1):
-        rows = stratified(case.train.labels, share, common.rng(case.args.seed, "fewshot", share))
-        images[f"{share:.0%}"] = len(rows)
-        for named, x, x_test in case.parts(case.x):
-            scores, _ = case.linear("fewshot", x[rows.to(x.device)], case.train.labels[rows], x_test)
-            results |= accuracies(named(f"fewshot {share:.0%}"), scores, case.test.labels)
-    return results, dict(images=images, epochs=case.args.linear_epochs, batch_size=256, lrs=case.args.linear_lrs, held_out=0.1, feature=case.feature)
+    for share in SHARES:
+        name, rows = f"fewshot {share:.0%}", stratified(case.train.labels, share, common.rng(case.args.seed, "fewshot", share))
+        images[name] = len(rows)
+        if case.args.fewshot == "finetune":
+            scores = common.features(case.backbone, case.test, encode=fine_tune(case, rows=rows), name=name, **case.how)
+            results |= accuracies(name, scores, case.test.labels)
+            continue
+        for part in case.args.part:
+            scores = case.heads[name, part].scores(case.look(case.x[1], part))
+            results |= accuracies(name if part == "all" else f"{name} ({part})", scores, case.test.labels)
+    return results, dict(case.tuning if case.args.fewshot == "finetune" else case.fitting, images=images)
 
 
 def r2(case):
@@ -438,10 +584,10 @@ def equivariance(case):
     return results, dict(images=len(rows), layer=layer)
 
 
-def fine_tune(case, quarters=False):
-    """The encoder trained on with a linear layer on what linear probes look at, for the classes of the data or to tell quarter turns:
-    SGD with momentum 0.9, weight decay 1e-4, cosine to 0, one rate for both, random crops and flips [CLeVER] -> x -> scores."""
-    args, device = case.args, case.device
+def fine_tune(case, quarters=False, rows=None):
+    """The encoder trained on with a linear layer on what linear probes look at, for the classes of the data, of all images or of some
+    `rows`, or to tell quarter turns: SGD with momentum 0.9, weight decay 1e-4, cosine to 0, one rate for both, random crops and flips [CLeVER] -> x -> scores."""
+    args, device, train = case.args, case.device, case.train if rows is None else case.train.subset(rows)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(common.rng(args.seed, "finetune").initial_seed())
         model = copy.deepcopy(case.backbone).requires_grad_(True).train()
@@ -452,10 +598,10 @@ def fine_tune(case, quarters=False):
     for module in model.modules():
         if isinstance(module, DropPath):
             module.drop_prob = 0.0
-    batch = min(256, len(case.train)) // common.world_size() * common.world_size()
+    batch = min(256, len(train)) // common.world_size() * common.world_size()
     view = Compose([RandomResizedCrop(model.img_size), HorizontalFlip(), *[Rot90()] * quarters, Normalize(model.mean, model.std)])
     run = argparse.Namespace(seed=args.seed, batch_size=batch, workers=args.workers, epochs=args.finetune_epochs)
-    loader = common.Loader(case.train, {"1": view}, lambda g: {"1": (torch.arange(batch), view.draw(batch, g))}, run, device)
+    loader = common.Loader(train, {"1": view}, lambda g: {"1": (torch.arange(batch), view.draw(batch, g))}, run, device)
     parameters = [p for p in (*model.parameters(), *head.parameters()) if p.is_floating_point()]
     optimizer = torch.optim.SGD(parameters, lr=0.0, momentum=0.9, weight_decay=1e-4)
     for step, drawn in enumerate(common.progress(loader.batches(range(loader.total_steps)), total=loader.total_steps, desc="fine-tuning", unit="step")):
@@ -463,7 +609,7 @@ def fine_tune(case, quarters=False):
         views, params = loader.finish(drawn)
         with common.autocast(device, args.amp):
             scores = head(model.last_blocks(views["1"]))
-        labels = params["1"]["rot90"] if quarters else case.train.labels[drawn["rows"]["1"]]
+        labels = params["1"]["rot90"] if quarters else train.labels[drawn["rows"]["1"]]
         loss = F.cross_entropy(scores.float(), labels.to(device))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -494,14 +640,16 @@ def rotation(case):
 
     share = lambda scores: 100 * (scores.argmax(1).cpu() == torch.arange(4).repeat_interleave(m)).float().mean().item()
     turned = SecondView("quarters", size, n, args.seed)
-    for named, x, x_test in case.parts((case.x[0], seen(case.test, draws))):
-        note("linear", named, case.linear("linear", x, case.train.labels, x_test)[0])
+    x = seen(case.test, draws)
+    for part in args.part:
+        note("linear", lambda name, part=part: name if part == "all" else f"{name} ({part})", case.heads["linear", part].scores(case.look(x, part)))
     for named, x, x_test in case.parts((seen(case.train, [turned]), seen(case.test, fourfold))):
-        results[named("4-fold")] = share(case.linear("4-fold", x, turned.params["rot90"], x_test, classes=4)[0])
+        scores, _ = linear_probe(x, turned.params["rot90"].to(case.device), x_test, 4, args.linear_lrs, args.linear_epochs, common.rng(args.seed, "4-fold"))
+        results[named("4-fold")] = share(scores)
     if "finetune" in args.tasks:
         note("finetune", str, seen(case.test, draws, case.tuned))
         results["4-fold finetune"] = share(seen(case.test, fourfold, fine_tune(case, quarters=True)))
-    return results, dict(draws=3, epochs=args.linear_epochs, lrs=args.linear_lrs, feature=case.feature)
+    return results, dict(case.fitting, draws=3)
 
 
 TASKS = dict(knn=knn, linear=linear, mlp=mlp, finetune=finetune, fewshot=fewshot, r2=r2, layers=layers, equivariance=equivariance, rotation=rotation,
@@ -566,6 +714,8 @@ def load(path):
 def probe(path, args, device):
     """All tasks on one checkpoint -> (results, protocol, checkpoint)."""
     backbone, state = load(path)
+    file = Path(path.partition("@")[2] if path.startswith("timm:") else path)  # timm:NAME alone has none
+    state["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest() if file.name else path
     name, root = args.data or state["args"]["data"], args.data_dir or state["args"]["data_dir"]
     sessions, labelled = state["args"].get("sessions", (1, 2)), set(args.tasks) - {"r2", "layers", "equivariance"}
     train, test = (common.load_data(name, root, split, backbone.img_size, args.skip_corrupt, args.workers, sessions) for split in ("train", "test"))
@@ -582,7 +732,7 @@ def probe(path, args, device):
     if "rotation" not in train.factors and set(args.r2_targets or ()) & set(POSES):
         common.die(f"--r2-targets {' '.join(args.r2_targets)}: {name} has no poses; choose among {', '.join(FAMILIES)}")
     case = Case(backbone.to(device), state, train.to(device), test.to(device), args, device)
-    results, protocol = {}, dict(data=name, data_dir=root, amp=args.amp, device=device.type, train_images=len(train), test_images=len(test), view=f"centre crop {backbone.img_size} px",
+    results, protocol = {}, dict(protocol=args.protocol, data=name, data_dir=root, amp=args.amp, device=device.type, train_images=len(train), test_images=len(test), view=f"centre crop {backbone.img_size} px",
                                  dim=backbone.dim, inv=backbone.inv)
     protocol |= dict(sessions=sessions) if name == "core50" else {}
     protocol |= dict(known_fraction=args.known_fraction, known_seed=state["args"]["seed"]) if args.known_fraction < 1 else {}
@@ -608,7 +758,7 @@ def latents(train, test, x, x_test, args):
     results, details = {}, {}
 
     def accuracy(name, x, y, x_test, y_test):
-        for suffix, scores in (("", linear_schedule(x, y.to(x.device), x_test, common.rng(args.seed, name))), (" lstsq", least_squares(x, y, x_test))):
+        for suffix, scores in (("", linear_schedule(x, y.to(x.device), common.rng(args.seed, name))(x_test)), (" lstsq", least_squares(x, y, x_test))):
             results[name + suffix] = 100 * (scores.argmax(1).cpu() == y_test).float().mean().item()
 
     accuracy("object", x, train.labels, x_test, test.labels)
@@ -627,7 +777,7 @@ def latents(train, test, x, x_test, args):
         target, centre = ((view - mean) / std).to(f.device), f.mean(0)
         scale = (f - centre).square().sum(1).mean().sqrt()  # one number keeps what is linear in the features
         a, b = (f - centre) / scale, (f_test - centre) / scale
-        for suffix, predicted in (("", linear_schedule(a, target, b, common.rng(args.seed, "view"))), (" lstsq", least_squares(a, target, b))):
+        for suffix, predicted in (("", linear_schedule(a, target, common.rng(args.seed, "view"))(b)), (" lstsq", least_squares(a, target, b))):
             error = predicted.cpu() * std + mean - read.factors["view"]  # (m, 3)
             results["view err" + suffix] = 100 * (error / std).square().mean().item()
             turned = (error[:, 0] + 180) % 360 - 180
@@ -727,7 +877,7 @@ def row_names(paths, states):
 
 def main(argv=None):
     """Probe every checkpoint, append its results to the eval.jsonl beside it, print one table; returns its rows."""
-    args = common.parse(Args, lambda first: {}, argv, description=__doc__)
+    args = common.parse(Args, lambda first: dict(protocol=first.protocol) | PROTOCOLS[first.protocol], argv, description=__doc__)
     if not args.checkpoints:
         common.die("no checkpoint given; name at least one, such as runs/ser-mocov3-ser-blocks-s0/checkpoint.pt")
     common.check_ranges(args, RANGES)
@@ -748,9 +898,9 @@ def main(argv=None):
         if common.rank() == 0:
             where = " ".join(v for v in (protocol["data"], protocol["data_dir"]) if v)
             print(f"{path}: {where}; {', '.join(f'{k} {v:.1f} s' for k, v in protocol['seconds'].items())}", file=sys.stderr)
-            file = Path(path.partition("@")[2] if path.startswith("timm:") else path)  # timm:NAME alone has none
+            file = Path(path.partition("@")[2] if path.startswith("timm:") else path)
             record = dict(time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), checkpoint=file.name or path, step=state["step"],
-                          sha256=hashlib.sha256(file.read_bytes()).hexdigest() if file.name else None, torch=str(torch.__version__), results=values, protocol=protocol,
+                          sha256=state["sha256"], torch=str(torch.__version__), results=values, protocol=protocol,
                           seed=args.seed)
             with open(file.parent / "eval.jsonl", "a", encoding="utf-8") as f:
                 f.write(json.dumps(record) + "\n")

@@ -142,7 +142,7 @@ def test_the_linear_schedule_is_the_paper_s(monkeypatch):
     monkeypatch.setattr(torch.optim.SGD, "step", lambda self, *a: (rates.append(self.param_groups[0]["lr"]), step(self, *a))[1])
     x = torch.randn(1024, 3, generator=g) / 3**0.5
     W = torch.randn(3, 3, generator=g)
-    out = eval_probe.linear_schedule(x, x @ W + 4, x, common.rng(0))
+    out = eval_probe.linear_schedule(x, x @ W + 4, common.rng(0))(x)
     assert rates[:40] == [1] * 40 and rates[79] == pytest.approx(0.3) and rates[-1] == pytest.approx(1.968e-5, rel=1e-3) and len(rates) == 400
     assert torch.allclose(out, x @ W + 4, atol=1e-2)
 
@@ -349,8 +349,8 @@ def test_parts_are_slices_of_the_last_block(folder, tmp_path, capsys, monkeypatc
               "--batch-size", "12", "--workers", "0", "--device", "cpu"]
     clever.main([*shared, "--local-size", "8", "--head-dim", "8", "--head-dim-equi", "8", "--out", str(tmp_path / "clever")])
     recon_xattn.main([*shared, "--neck", "16", "--embed-dim", "8", "--out", str(tmp_path / "recon")])
-    seen, linear, regress = [], eval_probe.linear_probe, eval_probe.regress
-    monkeypatch.setattr(eval_probe, "linear_probe", lambda x, *a: (seen.append(x.shape[1]), linear(x, *a))[1])
+    seen, linear, regress = [], eval_probe.LinearProbe.__init__, eval_probe.regress
+    monkeypatch.setattr(eval_probe.LinearProbe, "__init__", lambda self, dim, *a: (seen.append(dim), linear(self, dim, *a))[1])
     monkeypatch.setattr(eval_probe, "regress", lambda s, pairs, columns, *a: (seen.append(len(range(pairs.shape[2])[columns])), regress(s, pairs, columns, *a))[1])
     paths = [str(tmp_path / name / "checkpoint.pt") for name in ("clever", "recon")]
     run = [*paths, "--tasks", "knn", "linear", "mlp", "fewshot", "r2", "--mlp-epochs", "1", "--part", "all", "inv", "equi", "--known-fraction", "0.5", "--linear-epochs", "1", "--r2-epochs", "1", "--r2-targets", "flip", "--device", "cpu"]
