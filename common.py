@@ -29,6 +29,7 @@ import time
 import weakref
 import zipfile
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -662,7 +663,7 @@ CORE50 = ((0.6000, 0.5681, 0.5411), (0.1817, 0.1944, 0.2039))
 TDW = ((0.7709, 0.7642, 0.7470), (0.0835, 0.0842, 0.0840))
 BENCH3DIE = ((0.5016, 0.5037, 0.5060), (0.1030, 0.0999, 0.0969))
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
-DATA_SETS = ("blocks", "blocks-views", "cifar10", "cifar100", "imagenet", "imagenet100", "3diebench", "core50", "tdw", "imagefolder")
+DATA_SETS = ("blocks", "blocks-views", "cifar10", "cifar100", "imagenet", "imagenet100", "3diebench", "core50", "tdw", "imagefolder", "food101", "sun397", "dtd", "pets", "aircraft", "flowers102", "cub200")
 IMAGENET100 = """01558993 01692333 01729322 01735189 01749939 01773797 01820546 01855672 01978455 01980166 01983481 02009229 02018207
     02085620 02086240 02086910 02087046 02089867 02089973 02090622 02091831 02093428 02099849 02100583 02104029 02105505 02106550 02107142
     02108089 02109047 02113799 02113978 02114855 02116738 02119022 02123045 02138441 02172182 02231487 02259212 02326432 02396427 02483362
@@ -831,6 +832,54 @@ class _Latents(torch.utils.data.Dataset):
         return out
 
 
+TRANSFER = dict(  # torchvision's class; its train and test splits
+    food101=("Food101", ("train",), ("test",)), dtd=("DTD", ("train", "val"), ("test",)), pets=("OxfordIIITPet", ("trainval",), ("test",)),
+    aircraft=("FGVCAircraft", ("trainval",), ("test",)), flowers102=("Flowers102", ("train",), ("test",)), sun397=("SUN397", (), ()))
+
+
+def transfer_set(name, root, split):
+    """A data set of TRANSFER as torchvision keeps it, or prepared as an image folder with train/ and val/ or test/. sun397 needs the
+    authors' Training_01.txt and Testing_01.txt (19,850 images each) beside its folder or in it."""
+    if (Path(root) / "train").is_dir():
+        return imagefolder(root, split)
+    kind, *splits = TRANSFER[name]
+    build = getattr(torchvision.datasets, kind)
+    try:
+        parts = [build(root)] if name == "sun397" else [build(root, split=s) for s in splits[split == "test"]]
+    except ModuleNotFoundError as e:
+        die(f"--data {name}: torchvision reads its lists with {e.name}; pip install {e.name}, or prepare train/<class>/ and test/<class>/")
+    except (RuntimeError, FileNotFoundError):
+        die(f"--data-dir {root}: holds no {name}; torchvision.datasets.{kind}({str(root)!r}, download=True) would fetch it")
+    paths, labels = [str(p) for d in parts for p in (d._images if name == "pets" else d._image_files)], [y for d in parts for y in d._labels]
+    if name == "sun397":
+        folder, listing = Path(root) / "SUN397", f"{dict(train='Training', test='Testing')[split]}_01.txt"
+        found = next((p for p in (Path(root) / listing, folder / listing) if p.is_file()), None)
+        if found is None:
+            die(f"--data-dir {root}: sun397 needs {listing}, from the authors' Partitions.zip")
+        of = dict(zip(paths, labels))
+        paths = [str(folder / line.strip().lstrip("/")) for line in found.read_text().splitlines() if line.strip()]
+        if set(paths) - set(of):
+            die(f"{found}: lists {sorted(set(paths) - set(of))[0]}, which is not there")
+        labels = [of[p] for p in paths]
+    return ImageSet(paths=paths, labels=torch.tensor(labels), classes=tuple(parts[0].classes))
+
+
+def cub200(root, split):
+    """CUB-200-2011 as published: [CUB_200_2011/]images.txt, image_class_labels.txt, train_test_split.txt, classes.txt, images/; or
+    prepared as an image folder."""
+    if (Path(root) / "train").is_dir():
+        return imagefolder(root, split)
+    root = Path(root) / "CUB_200_2011" if (Path(root) / "CUB_200_2011").is_dir() else Path(root)
+    try:
+        images, labels, train, classes = (
+            [line.split() for line in (root / f"{name}.txt").read_text().splitlines()] for name in ("images", "image_class_labels", "train_test_split", "classes"))
+    except FileNotFoundError as e:
+        die(f"--data-dir {root}: cub200 needs {Path(e.filename).name} there")
+    label, part = dict(labels), dict(train)
+    chosen = [(path, int(label[i]) - 1) for i, path in images if (part[i] == "1") == (split == "train")]
+    return ImageSet(paths=[str(root / "images" / path) for path, _ in chosen], labels=torch.tensor([y for _, y in chosen]), classes=tuple(c for _, c in classes))
+
+
 CORE50_CLASSES = ("plug adapter", "mobile phone", "scissors", "light bulb", "can", "glasses", "ball", "marker", "cup", "remote control")
 
 
@@ -912,9 +961,10 @@ def load_data(name, root, split, size, skip_corrupt=False, workers=None, session
         if skip_corrupt:
             die("--skip-corrupt: tdw tells its images by their number, so none can be left out; leave the flag out")
         return tdw(root, split)
-    if name in ("3diebench", "core50"):
-        data = threediebench(root, split, workers) if name == "3diebench" else core50(root, split, sessions)
-        return without_unreadable(data, workers) if skip_corrupt else data
+    if name in ("3diebench", "core50", "cub200", *TRANSFER):
+        read = {"3diebench": partial(threediebench, workers=workers), "core50": partial(core50, sessions=sessions), "cub200": cub200}
+        data = read.get(name, partial(transfer_set, name))(root, split)
+        return without_unreadable(data, workers) if skip_corrupt and data is not None else data
     data = imagefolder(root, split, {f"n{wnid}" for wnid in IMAGENET100.split()} if name == "imagenet100" else None)
     expected = dict(imagenet=1000, imagenet100=100).get(name)
     if expected and (data is None or len(data.classes) != expected):

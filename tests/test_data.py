@@ -109,3 +109,49 @@ def test_imagenet100_is_cut_out_of_imagenet(tmp_path, capsys):
     with pytest.raises(SystemExit):
         common.load_data("imagenet", str(tmp_path), "train", 224)
     assert "1000 classes, found 102" in capsys.readouterr().err
+
+
+def test_cub200_as_published(tmp_path, capsys):
+    root = tmp_path / "CUB_200_2011"
+    names = ["001.Black/a.png", "001.Black/b.png", "002.Laysan/c.png", "002.Laysan/d.png"]
+    for name in names:
+        touch(root / "images" / name)
+    for file, lines in dict(images=names, image_class_labels="1122", train_test_split="1010").items():
+        (root / f"{file}.txt").write_text("".join(f"{i} {line}\n" for i, line in enumerate(lines, 1)))
+    (root / "classes.txt").write_text("1 001.Black\n2 002.Laysan\n")
+    train, test = (common.load_data("cub200", tmp_path, split, 16) for split in ("train", "test"))
+    assert [p[-5:] for p in train.paths] == ["a.png", "c.png"] and [p[-5:] for p in test.paths] == ["b.png", "d.png"]
+    assert train.labels.tolist() == test.labels.tolist() == [0, 1] and train.classes == ("001.Black", "002.Laysan")
+    (root / "classes.txt").unlink()
+    with pytest.raises(SystemExit) as end:
+        common.load_data("cub200", tmp_path, "train", 16)
+    assert end.value.code == 2 and "classes.txt" in capsys.readouterr().err
+
+
+def test_textures_as_torchvision_keeps_them(tmp_path, capsys):
+    for c in ("banded", "dotted"):
+        for i in range(3):
+            touch(tmp_path / "dtd" / "dtd" / "images" / c / f"{c}_{i}.jpg")
+    (tmp_path / "dtd" / "dtd" / "labels").mkdir()
+    for i, split in enumerate(("train", "val", "test")):
+        (tmp_path / "dtd" / "dtd" / "labels" / f"{split}1.txt").write_text(f"banded/banded_{i}.jpg\ndotted/dotted_{i}.jpg\n")
+    train, test = (common.load_data("dtd", tmp_path, split, 16) for split in ("train", "test"))
+    assert len(train) == 4 and len(test) == 2 and train.labels.tolist() == [0, 1, 0, 1] and train.classes == test.classes == ("banded", "dotted")
+    assert train[torch.tensor([3])][0].shape[0] == 3
+    with pytest.raises(SystemExit) as end:
+        common.load_data("food101", tmp_path, "train", 16)
+    assert end.value.code == 2 and "holds no food101" in capsys.readouterr().err
+
+
+def test_scenes_need_the_authors_partition(tmp_path, capsys):
+    root = tmp_path / "SUN397"
+    for c in ("abbey", "zoo"):
+        for k in "ab":
+            touch(root / c[0] / c / f"sun_{k}.jpg")
+    (root / "ClassName.txt").write_text("/a/abbey\n/z/zoo\n")
+    with pytest.raises(SystemExit) as end:
+        common.load_data("sun397", tmp_path, "train", 16)
+    assert end.value.code == 2 and "Training_01.txt" in capsys.readouterr().err
+    (tmp_path / "Training_01.txt").write_text("/z/zoo/sun_b.jpg\n/a/abbey/sun_a.jpg\n")
+    data = common.load_data("sun397", tmp_path, "train", 16)
+    assert data.labels.tolist() == [1, 0] and data.paths[0].endswith("zoo/sun_b.jpg")

@@ -1,11 +1,14 @@
 """Probes: closed forms, planted signals, chance for noise, the table, and that evaluation touches nothing."""
 
+import csv
 import json
 import math
+import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
+from test_distributed import on_ranks
 
 import clever
 import common
@@ -180,6 +183,108 @@ def test_linear_probe_of_several_rates_is_torch_s_sgd_at_the_chosen_one():
             optimizer.step()
             schedule.step()
     assert torch.allclose(model(x), scores, atol=1e-4)
+
+
+def test_ridge_probe_ends_where_its_gradient_is_0():
+    """d/dW of sum CE + w |W|^2, in a loop over images; separable clusters are told apart, noise is not."""
+    x, labels = clusters(120, noise=0.5)
+    probe = eval_probe.RidgeProbe(8, 4, torch.arange(120), common.rng(0), torch.device("cpu"), iterations=500)
+    ridge = probe.train(x, labels)
+    assert 1e-6 < ridge < 1e5 and (probe.scores(x).argmax(1) == labels).double().mean() > 0.9
+    gradient = 2 * ridge * probe.weights
+    for f, y in zip(F.pad(x.double(), (0, 1), value=1.0), labels):
+        p = (f @ probe.weights).exp()
+        p = p / p.sum()
+        p[y] -= 1
+        gradient = gradient + f[:, None] * p
+    assert gradient.abs().max() < 1e-3 * max(1.0, probe.weights.abs().max().item())
+    noise = torch.randn(300, 8, generator=g)
+    probe = eval_probe.RidgeProbe(8, 4, torch.arange(200), common.rng(0), torch.device("cpu"))
+    probe.train(noise[:200], torch.arange(200) % 4)
+    assert abs((probe.scores(noise[200:]).argmax(1) == torch.arange(100) % 4).double().mean() - 0.25) < 0.15
+
+
+def test_augmented_probes_see_other_views_each_epoch_and_all_learn_from_one_pass(monkeypatch):
+    case = case_of(Maps(cells), n=40, augment=True, tasks=("linear", "fewshot"), part=("all",))
+    passes, features = [], common.features
+    monkeypatch.setattr(common, "features", lambda *a, **k: (passes.append(k.get("name")), features(*a, **k))[1])
+    values = eval_probe.linear(case)[0] | eval_probe.fewshot(case)[0]
+    assert {"linear", "fewshot 1%", "fewshot 10%"} == set(values)
+    assert passes.count("augmented") == 10 and len(passes) == 12  # 10 epochs for all three probes; train and test images once
+    a, b = case.augmented(0), case.augmented(1)
+    assert torch.equal(a, case.augmented(0)) and not torch.equal(a, b)
+
+
+@pytest.mark.parametrize("protocol, expected", [
+    ("ser", dict(augment=True, linear_epochs=50, linear="sgd", fewshot="linear")), ("ciper", dict(linear="steps", augment=False)), ("recon", dict(linear="lbfgs", r2_epochs=300)),
+    ("clever", dict(augment=True, linear_epochs=100, linear_lrs=(0.001,), fewshot="finetune", finetune_epochs=200, finetune_lr=0.001)),
+])
+def test_protocols_set_flags_that_help_shows(protocol, expected, capsys):
+    with pytest.raises(SystemExit):
+        eval_probe.main(["--protocol", protocol, "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    values = vars(eval_probe.Args(**eval_probe.PROTOCOLS[protocol]))
+    assert {k: values[k] for k in expected} == expected and f"(default: {protocol})" in text
+
+
+def test_cached_features_are_used_and_belong_to_their_checkpoint_and_data(tiny, folder, tmp_path, monkeypatch):
+    for seed in "01":
+        ser.main([*tiny, "--epochs", "0", "--seed", seed, "--out", str(tmp_path / f"run-s{seed}")])
+    paths, encoded, features = [str(tmp_path / f"run-s{s}" / "checkpoint.pt") for s in "01"], [], common.features
+    monkeypatch.setattr(common, "features", lambda *a, **k: (encoded.append(1), features(*a, **k))[1])
+    run = lambda *argv: eval_probe.main([*argv, "--cache-dir", str(tmp_path / "cache"), "--tasks", "knn", "--device", "cpu"])
+    first = run(*paths)
+    assert len(encoded) == 4 and len(list((tmp_path / "cache").iterdir())) == 4
+    assert run(*paths) == first and len(encoded) == 4
+    shutil.copytree(folder, tmp_path / "other")
+    run(paths[0], "--data-dir", str(tmp_path / "other"))
+    assert len(encoded) == 6
+
+
+def test_formats_of_the_table():
+    results = [("a", {"knn": 50.0, "r2 flip": 0.5}), ("a", {"knn": 52.0, "r2 flip": 0.7}), ("b|", {"knn": 10.0})]
+    assert eval_probe.table(results, "markdown").splitlines() == ["|  | n | knn | r2 flip |", "| --- | --- | --- | --- |", "| a | 2 | 51.00 ± 1.41 | 0.600 ± 0.141 |", "| b| | 1 | 10.00 | - |"]
+    rows = list(csv.reader(eval_probe.table(results, "csv").splitlines()))
+    assert rows[0] == ["", "n", "knn", "knn std", "r2 flip", "r2 flip std"] and rows[2] == ["b|", "1", "10.0", "", "", ""] and float(rows[1][3]) == pytest.approx(2**0.5)
+    assert json.loads(eval_probe.table(results, "json"))["a"]["r2 flip"]["mean"] == pytest.approx(0.6)
+
+
+def test_a_model_of_timm_in_the_same_table(tiny, folder, tmp_path, capsys):
+    """Our export read by timm gives the numbers of the checkpoint it came from; what does not fit is one line."""
+    import timm
+
+    ser.main([*tiny, "--equi", "none", "--epochs", "0", "--out", str(tmp_path / "run")])
+    baseline = f"timm:vit_small_patch16_224@{tmp_path / 'run' / 'backbone.safetensors'}"
+    run = [str(tmp_path / "run" / "checkpoint.pt"), baseline, "--data", "imagefolder", "--data-dir", str(folder), "--tasks", "knn", "linear", "equivariance", "--linear-epochs", "2", "--device", "cpu"]
+    ours, theirs = eval_probe.main(run)
+    assert theirs[0] == "timm:vit_small_patch16_224" and theirs[1] == pytest.approx(ours[1], abs=1e-3)
+    assert (tmp_path / "run" / "eval.jsonl").read_text().count("vit_small_patch16_224") == 0 and len((tmp_path / "run" / "eval.jsonl").read_text().splitlines()) == 2
+    whole = timm.create_model("resnet18", num_classes=5)
+    torch.save(whole.state_dict(), tmp_path / "resnet.pt")  # its classifier is left aside
+    encoder, _ = eval_probe.load(f"timm:resnet18@{tmp_path / 'resnet.pt'}")
+    x = torch.randn(1, 3, 64, 64)
+    assert torch.allclose(encoder(x), whole.eval().forward_head(whole.forward_features(x), pre_logits=True), atol=1e-6)
+    for path, word in ((f"timm:vit_tiny_patch16_224@{tmp_path / 'resnet.pt'}", "Missing key"), ("timm:resnt18", "no model"), (f"timm:resnet18@{tmp_path}/none.pt", "no such file")):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            eval_probe.main([path, "--data", "imagefolder", "--data-dir", str(folder)])
+        err = capsys.readouterr().err.strip()
+        assert end.value.code == 2 and word in err and len(err.splitlines()) == 1
+    with pytest.raises(SystemExit) as end:
+        eval_probe.main([f"timm:resnet18@{tmp_path / 'resnet.pt'}"])
+    assert end.value.code == 2 and "--data" in capsys.readouterr().err
+
+
+def probed(checkpoint):
+    return eval_probe.main([checkpoint, "--tasks", "knn", "linear", "fewshot", "r2", "layers", "equivariance", "--r2-targets", "flip", "--r2-epochs", "1", "--linear-epochs", "2", "--device", "cpu", "--workers", "0"])
+
+
+def test_2_processes_print_what_one_prints(tiny, tmp_path):
+    ser.main([*tiny, "--epochs", "0", "--out", str(tmp_path / "run")])
+    (alone,), *_ = on_ranks(1, tmp_path, probed, str(tmp_path / "run" / "checkpoint.pt"))
+    for (other,) in on_ranks(2, tmp_path, probed, str(tmp_path / "run" / "checkpoint.pt")):
+        assert other[1] == pytest.approx(alone[1], abs=1e-4)
+    assert len((tmp_path / "run" / "eval.jsonl").read_text().splitlines()) == 2  # one of each run
 
 
 def test_the_mlp_separates_what_no_line_can_and_is_at_chance_on_noise():
