@@ -1,39 +1,45 @@
 """Probe saved encoders: what do their frozen features know?
 
-    python eval_probe.py runs/*/checkpoint.pt                                # k-NN and linear accuracy, one table
-    python eval_probe.py A/checkpoint.pt B/checkpoint.pt --tasks knn linear r2
-    torchrun --nproc_per_node=8 eval_probe.py A/checkpoint.pt --data imagefolder --data-dir IMAGENET
+    python eval_probe.py runs/*/checkpoint.pt                                             # k-NN and linear accuracy, one table
+    python eval_probe.py A/checkpoint.pt B/checkpoint.pt --tasks knn linear mlp r2 layers
+    python eval_probe.py A/checkpoint.pt --data pets --data-dir PETS --tasks linear finetune --linear lbfgs     # transfer
+    python eval_probe.py A/checkpoint.pt timm:vit_small_patch16_224@mine.pt --data cifar10 --data-dir CIFAR --format markdown
+    torchrun --nproc_per_node=8 eval_probe.py A/checkpoint.pt --data imagenet --data-dir IMAGENET --protocol ser
 
 Flow: checkpoint -> encoder -> features of the train and test images, once -> every probe on those features -> a table.
 Checkpoints that differ only in their seed share a row, mean +- sample standard deviation. Each checkpoint's results are
 appended to eval.jsonl beside it, with the protocol that gave them.
 
+Features are the final [CLS]; of recon_xattn.py's encoders the mean of the tokens, of ResNets and VMamba that of the last map.
+Linear probes of ViTs see the [CLS] of the last four blocks, each through the final norm [DINO]. --part takes them apart.
+
 Tasks
-  (the final [CLS]; of recon_xattn.py's encoders the mean of the tokens, of ResNets and VMamba that of the last map)
-  knn     20 nearest neighbours by cosine on the final [CLS], weights exp(cos / 0.07)            [DINO, Caron et al. 2021]
-  linear  softmax regression on the [CLS] of the last four blocks, each through the final norm    [SER; DINO]; SGD with
-          momentum 0.9, no weight decay, cosine to 0; ten learning rates trained together, the one that is best on a held-out
-          tenth of the training images is read on the test images, once, after the last epoch. Centre crops, no augmentation:
-          the features are extracted a single time.
-  finetune  the encoder trained on with a linear layer, SGD, random crops and flips               [CLeVER, Song et al. 2024]
-  mlp     the same with a 3-layer MLP (D-1024-1024-C, Adam)
-  fewshot the linear probe, trained on 1 % and on 10 % of each class
-  r2      how well the features of two views tell what happened between them: a 3-layer MLP on their concatenation, MSE,
-          Adam [SIE, Garrido et al. 2023]. Images: the second view is the first under one family of transformations
-          (rotation, color, blur, translation, crop, flip), a probe each, targets standardised. SIE draws anew each epoch, for 300 epochs;
-          here one draw per image is encoded once, for 50. Posed objects (blocks): two views
-          of one object; targets are the quaternion of q1^-1 q2 (pose) and the differences of the hues (hues), raw.
-  layers  how well the mean tokens of two views, after several blocks, tell which quarter turn and whether a flip lies between them [SER]
-  equivariance  cosine of the turned or mirrored token map of an image and the map of the turned or mirrored image [SER]
-  rotation  the linear probe on turned test images; a linear probe that tells quarter turns       [CLeVER]
-  latents what a linear readout of one image tells: `object`, its class, learnt on train, read on test images, and `instance`
-          (core50), which of the 50 objects; `session` (core50, blocks-views), which of the sessions that never trained, learnt
-          and read within those (every fifth image is read); `view err` (tdw, blocks-views), 100 x the squared error of azimuth, elevation and distance, each in units of
-          its deviation over the images it was learnt on: 100 is what a constant scores. Learnt on train, read on test images
-          (tdw), or, where these also differ in their sessions, learnt on half of the test objects and read on the others
-          [CIPER, Xu and Triesch 2023, which leaves "View Err." undefined]. SGD, Nesterov 0.9, weight decay 1e-6, 100 epochs, rate 1,
-          times 0.3 every 10 epochs, batches of 256; for views features are centred and divided by one number.
-          "lstsq": the same read out by least squares.
+  knn          20 nearest neighbours by cosine, weights exp(cos / 0.07) [DINO, Caron et al. 2021].
+  linear       Softmax regression. --linear sgd: momentum 0.9, no weight decay, cosine to 0, ten rates trained together, of which the
+               best on a held-out tenth of the training images is read on the test images, once, after the last epoch; centre crops,
+               or with --augment random ones, encoded anew each epoch. lbfgs: to the minimum, with the best of 45 ridge
+               weights [AugSelf, Lee et al. 2021, and RECON]. steps: CIPER's schedule, see latents.
+  mlp          The same with a 3-layer MLP (D-1024-1024-C, Adam).
+  fewshot      Linear on 1 % and 10 % of each class, or (--fewshot finetune) the encoder with it [CLeVER].
+  finetune     The encoder trained on with a linear layer, SGD, random crops and flips [CLeVER, Song et al. 2024].
+  r2           How well the features of two views tell what happened between them: a 3-layer MLP on both, squared error, Adam [SIE,
+               Garrido et al. 2023]. Images: the second view is the first under one family of transformations, a probe each,
+               targets standardised; SIE draws anew each epoch, for 300, here one draw per image is encoded once, for 50. Posed
+               objects: two views of one; targets are the quaternion of q1^-1 q2 (pose), the differences of the hues (hues).
+  layers       Which quarter turn, and whether a flip, lies between two views, after several blocks [SER, Table 5].
+  equivariance Cosine of the turned, mirrored or rescaled token map of an image and the map of the turned, ... image [SER].
+  rotation     The linear probe on turned test images; and one that tells quarter turns [CLeVER, Tables 6 and 7].
+  latents      What a linear readout of one image tells [CIPER, Xu and Triesch 2023]: `object`, its class, learnt on train, read on
+               test images, and `instance` (core50), which of the 50 objects; `session` (core50, blocks-views), which of the
+               sessions that never trained, learnt and read within those (every fifth image is read); `view err` (tdw,
+               blocks-views), which the paper leaves undefined: 100 x the squared error of azimuth, elevation and distance, in units of
+               their deviations, so that a constant scores 100; learnt on train, read on test images, or, where these also
+               differ in their sessions, learnt on half of the test objects and read on the others. SGD, Nesterov 0.9, weight
+               decay 1e-6, 100 epochs of batches of 256, rate 1, times 0.3 every 10; for views features are centred and divided by
+               one number. "lstsq": the same by least squares.
+
+--protocol takes a paper's own settings, as far as it or its code states them. Left out: RECON's and SIE's classification by Adam on
+3DIEBench, CLeVER's best epoch (the last one counts here), new draws for every epoch of r2.
 """
 
 import argparse
@@ -59,7 +65,7 @@ import tyro
 from timm.layers import DropPath
 
 import common
-from common import FAMILIES, Affine, CenterCrop, Compose, HorizontalFlip, Normalize, RandomResizedCrop, Rot90
+from common import FAMILIES, Affine, CenterCrop, Compose, GridResize, HorizontalFlip, Normalize, RandomResizedCrop, Rot90
 
 POSES = ("pose", "hues")
 SHARES = (0.01, 0.1)  # of the labels, for fewshot
@@ -558,8 +564,8 @@ def layers(case):
 
 
 def equivariance(case):
-    """SER's score: the cosine of rho_g f(x) and f(g x), tokens after the last block, mean over tokens, images and g other than the
-    identity. Beside it, with f of another image, and with the mean token taken off both sides: a map that is the same
+    """SER's score: the cosine of rho_g f(x) and f(g x), tokens after the last block, mean over tokens, images and g: quarter turns and
+    flips other than the identity, and for ViTs other grids, to which rho_g resamples the map. Beside it, with f of another image, and with the mean token taken off both sides: a map that is the same
     everywhere scores 1, and these tell."""
     args, backbone, results = case.args, case.backbone, {}
     rows, n, layer = evenly(len(case.test), 1000), len(case.test), backbone.depth
@@ -575,12 +581,25 @@ def equivariance(case):
     turn = lambda z: torch.stack([m.rot90(int(k), (0, 1)) for m, k in zip(z, quarters[rows])])
     groups = dict(rotation=(SecondView("quarters", backbone.img_size, n, 0, rot90=quarters), turn),
                   flip=(SecondView("mirror", backbone.img_size, n, 0, flip=torch.ones(n, dtype=torch.bool)), lambda z: z.flip(2)))
-    z = maps()
+    z, cosine = maps(), lambda a, b: F.cosine_similarity(a, b, dim=3).mean().item()
+
+    def note(name, pairs):  # [(rho_g f(x), rho_g f(other image), f(g x))] in chunks of one grid each
+        share = lambda score: sum(score(*maps) * len(maps[0]) for maps in pairs) / len(rows)
+        results.update({f"equi {name}": share(lambda moved, other, there: cosine(moved, there)), f"equi {name} shuffled": share(lambda moved, other, there: cosine(other, there)),
+                        f"equi {name} centred": share(lambda moved, other, there: cosine(moved - moved.mean((0, 1, 2)), there - there.mean((0, 1, 2))))})
+
     for name, (view, act) in groups.items():
-        there, moved = maps(view), act(z)
-        cosine = lambda a, b: F.cosine_similarity(a, b, dim=3).mean().item()
-        results |= {f"equi {name}": cosine(moved, there), f"equi {name} shuffled": cosine(act(z.roll(1, 0)), there),
-                    f"equi {name} centred": cosine(moved - moved.mean((0, 1, 2)), there - there.mean((0, 1, 2)))}
+        note(name, [(act(z), act(z.roll(1, 0)), maps(view))])
+    if hasattr(backbone, "patch_size"):  # any grid of patches: the area 0.7 to 1.3 times that of training, one for 100 images
+        pairs = []
+        for chunk in torch.arange(len(rows)).split(100):
+            grid = GridResize(backbone.patch_size, backbone.grid)
+            params = grid.sample(1, generator)
+            size = tuple(int(params[name][0]) for name in ("grid_h", "grid_w"))
+            scaled = lambda m, size=size: F.interpolate(m.permute(0, 3, 1, 2), size, mode="bicubic").permute(0, 2, 3, 1)
+            there = common.features(backbone, case.test, encode=lambda x, grid=grid, params=params: backbone.tokens(grid(x, params), layer).flatten(1), rows=rows[chunk], name="scale", **case.how)
+            pairs.append((scaled(z[chunk]), scaled(z.roll(1, 0)[chunk]), there.view(len(chunk), *size, shape[-1])))
+        note("scale", pairs)
     return results, dict(images=len(rows), layer=layer)
 
 

@@ -75,6 +75,12 @@ def test_equivariance_of_maps_that_turn_with_the_image():
     values, _ = eval_probe.equivariance(case_of(Maps(cells)))
     assert values["equi rotation"] > 0.999 and values["equi flip"] > 0.999 and values["equi rotation centred"] > 0.99
     assert values["equi rotation shuffled"] < 0.999
+    whole = Maps(lambda x: F.avg_pool2d(x, 4).permute(0, 2, 3, 1))
+    whole.patch_size, whole.grid = 4, 4
+    smooth = case_of(whole)
+    smooth.test.images[:] = F.interpolate(torch.rand(len(smooth.test), 3, 2, 2, generator=g) * 255, (16, 16), mode="bilinear").to(torch.uint8)
+    values, _ = eval_probe.equivariance(smooth)
+    assert values["equi scale centred"] > 0.95 > values["equi scale shuffled"] + 0.1
     constant, _ = eval_probe.equivariance(case_of(Maps(lambda x: torch.ones(len(x), 4, 4, 8))))
     assert constant["equi rotation"] == constant["equi rotation shuffled"] == pytest.approx(1) and constant["equi rotation centred"] == 0  # what the control is for
     noise, _ = eval_probe.equivariance(case_of(Maps(lambda x: torch.randn(len(x), 4, 4, 64, generator=g))))
