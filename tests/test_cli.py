@@ -197,6 +197,7 @@ def test_the_commands_of_the_readme_run(tiny, folder, core50, tmp_path, monkeypa
             main([*argv, *ours, *(["--epochs", "0"] if "0" in argv else []), "--max-steps", "1", "--no-compile", "--out", f"run-{trained}-s0"])
         else:
             flags = argv[next((i for i, w in enumerate(argv) if w.startswith("--")), len(argv)) :]
-            flags = flags[: flags.index("--data")] if "--data" in flags else flags
-            eval_probe.main(["run-1-s0/checkpoint.pt", *flags, "--linear-epochs", "1", "--r2-epochs", "1", "--r2-images", "12", "--device", "cpu"])
+            for flag in ("--data", "--data-dir"):
+                flags = flags[: flags.index(flag)] + flags[flags.index(flag) + 2 :] if flag in flags else flags
+            eval_probe.main(["run-1-s0/checkpoint.pt", *flags, "--linear-epochs", "1", "--finetune-epochs", "1", "--r2-epochs", "1", "--r2-images", "12", "--device", "cpu"])
     assert trained >= 15
