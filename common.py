@@ -2174,7 +2174,7 @@ def export_backbone(path, backbone):
         difference = (twin(x) - backbone(x)).abs().max().item()
     if not difference <= 1e-5:
         return f"{path.name}: not written, timm's features differ by {difference:.1e}"
-    save_file({k: v.contiguous() for k, v in backbone.state_dict().items()}, path, metadata=dict(timm=json.dumps(arguments), mean=json.dumps(d["mean"]), std=json.dumps(d["std"])))
+    save_file({k: v.contiguous() for k, v in backbone.state_dict().items()}, path, metadata=dict(timm=json.dumps(arguments), img_size=json.dumps(d["img_size"]), mean=json.dumps(d["mean"]), std=json.dumps(d["std"])))
     return f"{path}: the encoder for timm.create_model, whose arguments stand in its metadata"
 
 
@@ -2206,7 +2206,8 @@ def features(backbone, data, device, transform=None, encode=None, rows=None, amp
     centre, normalise = CenterCrop(backbone.img_size, interpolation="bicubic"), Normalize(backbone.mean, backbone.std)
     transform, encode = transform or centre, encode or backbone
     rows = torch.arange(len(data)) if rows is None else rows
-    mine = rows[rank() :: world_size()]
+    share = math.ceil(len(rows) / world_size())  # every rank encodes as many; what is too much is cut off again
+    mine = rows[torch.arange(share * world_size()) % len(rows)][rank() :: world_size()]
     workers = default_workers(workers) if data.images is None else 0
     loader = torch.utils.data.DataLoader(_Chunks(data, mine.split(batch_size), transform), batch_size=None,
                                          num_workers=workers, worker_init_fn=detach_worker)
@@ -2218,8 +2219,7 @@ def features(backbone, data, device, transform=None, encode=None, rows=None, amp
             out.append(encode(x).float().cpu())
     backbone.train(training)
     out = torch.cat(out)  # (N / W, D)
-    if world_size() > 1:  # ranks may hold one row more or less: pad, gather, interleave, cut
-        out = F.pad(out, (0, 0, 0, math.ceil(len(rows) / world_size()) - len(out)))
+    if world_size() > 1:  # gather, interleave, cut
         out = gather(out).unflatten(0, (world_size(), -1)).transpose(0, 1).flatten(0, 1)[: len(rows)]
     return out
 

@@ -16,11 +16,11 @@ Linear probes of ViTs see the [CLS] of the last four blocks, each through the fi
 Tasks
   knn          20 nearest neighbours by cosine, weights exp(cos / 0.07) [DINO, Caron et al. 2021].
   linear       Softmax regression. --linear sgd: momentum 0.9, no weight decay, cosine to 0, ten rates trained together, of which the
-               best on a held-out tenth of the training images is read on the test images, once, after the last epoch; centre crops,
-               or with --augment random ones, encoded anew each epoch. lbfgs: to the minimum, with the best of 45 ridge
+               best on a held-out tenth of the training images (or objects) is read on the test images, once, after the last epoch; centre
+               crops, or with --augment random ones, encoded anew each epoch. lbfgs: to the minimum, with the best of 45 ridge
                weights [AugSelf, Lee et al. 2021, and RECON]. steps: CIPER's schedule, see latents.
-  mlp          The same with a 3-layer MLP (D-1024-1024-C, Adam).
-  fewshot      Linear on 1 % and 10 % of each class, or (--fewshot finetune) the encoder with it [CLeVER].
+  mlp          The same with a 3-layer MLP (D-1024-1024-C, Adam), on centre crops.
+  fewshot      Linear on 1 % and 10 % of each class, the rate chosen on the tenth above; or (--fewshot finetune) the encoder with it [CLeVER].
   finetune     The encoder trained on with a linear layer, SGD, random crops and flips [CLeVER, Song et al. 2024].
   r2           How well the features of two views tell what happened between them: a 3-layer MLP on both, squared error, Adam [SIE,
                Garrido et al. 2023]. Images: the second view is the first under one family of transformations, a probe each,
@@ -38,11 +38,12 @@ Tasks
                decay 1e-6, 100 epochs of batches of 256, rate 1, times 0.3 every 10; for views features are centred and divided by
                one number. "lstsq": the same by least squares.
 
---protocol takes a paper's own settings, as far as it or its code states them. Left out: RECON's and SIE's classification by Adam on
-3DIEBench, CLeVER's best epoch (the last one counts here), new draws for every epoch of r2.
+--protocol takes a paper's own settings, as far as it or its code states them. Otherwise here: no classification by Adam on 3DIEBench [SIE];
+the last epoch and not the best, a cosine that falls step by step, 100 epochs of linear transfer where it has 200, no stochastic depth [CLeVER];
+fine-tuning by SGD, not AdamW [SER]; one draw, not one an epoch, for r2 on images and for quarter turns.
 """
 
-import argparse
+import contextlib
 import copy
 import csv
 import dataclasses
@@ -51,16 +52,19 @@ import hashlib
 import io
 import itertools
 import json
+import os
 import re
 import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import torchvision
 import tyro
 from timm.layers import DropPath
 
@@ -74,7 +78,7 @@ PROTOCOLS = dict(  # what the papers say, or their public code does, where it di
     ser=dict(augment=True, linear_epochs=50),  # rates are swept: neither says which
     clever=dict(augment=True, linear_epochs=100, linear_lrs=(0.001,), fewshot="finetune", finetune_epochs=200, finetune_lr=0.001),
     ciper=dict(linear="steps"),
-    recon=dict(linear="lbfgs", r2_epochs=300),
+    recon=dict(linear="lbfgs", r2_epochs=300, r2_images=50_000),
 )
 
 
@@ -113,7 +117,7 @@ class Args:
     finetune_lr: float = 0.001
     """its learning rate, of encoder and head, per 256 images"""
     layers: tuple[int, ...] | None = None
-    """blocks (of ResNets and VMamba: stages) after which `layers` looks; default: 1, 3, 6, 9, 12, as far as there are"""
+    """blocks (of ResNets and VMamba: stages) after which `layers` looks; default: 1, 3, 6, 9, 12, or all stages"""
     r2_targets: tuple[Literal["rotation", "color", "blur", "translation", "crop", "flip", "pose", "hues"], ...] | None = None
     """what to regress; default: pose and hues on posed objects, the six families of transformations on other images"""
     part: tuple[Literal["all", "inv", "equi"], ...] = ("all",)
@@ -151,13 +155,11 @@ RANGES = dict(known_fraction="(0, 1]", knn_k="[1, inf)", linear_epochs="[1, inf)
 class LinearProbe:
     """One softmax regression per learning rate, all trained at once: W (D, L C) makes the logits of L probes in one matmul, and the
     learning rate is a vector. SGD with momentum 0.9, no weight decay, half a cosine to 0; weights start as N(0, 0.01), biases 0; the
-    gradient of the mean cross-entropy over a batch is (softmax - onehot) / batch. A tenth of `rows` is held out, on which `choose`
-    finds the best rate."""
+    gradient of the mean cross-entropy over a batch is (softmax - onehot) / batch. It learns from `rows`, and `choose` finds the rate
+    that is best on the rows `held`."""
 
-    def __init__(self, dim, classes, rows, lrs, epochs, generator, device, batch_size=256, held_out=0.1):
-        order = rows[torch.randperm(len(rows), generator=generator)]
-        cut = max(1, int(len(rows) * held_out))
-        self.held, self.rows, self.classes, self.lrs, self.generator, self.batch_size, self.device = order[:cut], order[cut:], classes, lrs, generator, batch_size, device
+    def __init__(self, dim, classes, rows, held, lrs, epochs, generator, device, batch_size=256):
+        self.held, self.rows, self.classes, self.lrs, self.generator, self.batch_size, self.device = held, rows, classes, lrs, generator, batch_size, device
         self.W = torch.randn(dim, classes, generator=generator).mul_(0.01).to(device).repeat(1, len(lrs))  # (D, L C)
         self.b = torch.zeros(len(lrs) * classes, device=device)
         self.mW, self.mb = torch.zeros_like(self.W), torch.zeros_like(self.b)
@@ -183,9 +185,10 @@ class LinearProbe:
         return torch.addmm(self.b, x, self.W).view(len(x), len(self.lrs), self.classes)
 
     def choose(self, x, labels):
-        """The rate that is best on the held-out rows of x (N, D), labels (N,); of equal ones the lowest."""
+        """The rate that is best on the held-out rows of x (N, D), labels (N,); of equal ones the lowest. A single one is taken."""
         held = self.held.to(self.device)
-        self.best = int((self.logits(x[held]).argmax(2) == labels[held][:, None]).float().mean(0).argmax())
+        if len(self.lrs) > 1:
+            self.best = int((self.logits(x[held]).argmax(2) == labels[held][:, None]).float().mean(0).argmax())
         self.chosen = self.lrs[self.best]
         return self.chosen
 
@@ -194,8 +197,10 @@ class LinearProbe:
 
 
 def linear_probe(train, labels, test, classes, lrs, epochs, generator, batch_size=256):
-    """A LinearProbe from first to last on fixed features (N, D), labels (N,) -> (test scores (M, C), its learning rate)."""
-    probe = LinearProbe(train.shape[1], classes, torch.arange(len(train)), lrs, epochs, generator, train.device, batch_size)
+    """A LinearProbe from first to last on fixed features (N, D), labels (N,), a tenth of which chooses the rate -> (test scores
+    (M, C), its learning rate)."""
+    held, rows = torch.randperm(len(train), generator=generator).split([max(1, len(train) // 10), len(train) - max(1, len(train) // 10)])
+    probe = LinearProbe(train.shape[1], classes, rows, held, lrs, epochs, generator, train.device, batch_size)
     for _ in common.progress(range(epochs), desc="linear probe", unit="epoch"):
         probe.epoch(train, labels)
     rate = probe.choose(train, labels)
@@ -203,18 +208,18 @@ def linear_probe(train, labels, test, classes, lrs, epochs, generator, batch_siz
 
 
 class RidgeProbe:
-    """Softmax regression by L-BFGS on fixed features: sum of cross-entropies + w |(W, b)|^2, in float64. The weight w of 45 between
-    1e-6 and 1e5 is chosen on a tenth of `rows`, from the strongest down, each started where the last ended; then all rows train."""
+    """Softmax regression by L-BFGS on fixed features: sum of cross-entropies + w |(W, b)|^2, in float64 (on the CPU where the device has
+    none). Of 45 weights w between 1e-6 and 1e5, from the strongest down and each started where the last ended, the one that is
+    best on the rows `held` is taken; then these train too."""
 
-    def __init__(self, dim, classes, rows, generator, device, iterations=100):
-        order = rows[torch.randperm(len(rows), generator=generator)]
-        cut = max(1, len(rows) // 10)
-        self.held, self.rows, self.iterations = order[:cut].to(device), order[cut:].to(device), iterations
-        self.weights = torch.zeros(dim + 1, classes, dtype=torch.float64, device=device)  # the last row is the bias
+    def __init__(self, dim, classes, rows, held, device, iterations=1000):
+        self.device = torch.device("cpu") if device.type == "mps" else device
+        self.held, self.rows, self.iterations = held.to(self.device), rows.to(self.device), iterations
+        self.weights = torch.zeros(dim + 1, classes, dtype=torch.float64, device=self.device)  # the last row is the bias
 
     def fit(self, x, labels, rows, ridge):
-        f, y, W = F.pad(x[rows].double(), (0, 1), value=1.0), labels[rows], self.weights.requires_grad_()
-        optimizer = torch.optim.LBFGS([W], max_iter=self.iterations, line_search_fn="strong_wolfe")
+        f, y, W = F.pad(x[rows], (0, 1), value=1.0), labels[rows], self.weights.clone().requires_grad_()
+        optimizer = torch.optim.LBFGS([W], max_iter=self.iterations, max_eval=2 * self.iterations, tolerance_change=1e-10, line_search_fn="strong_wolfe")
 
         def loss():
             optimizer.zero_grad()
@@ -227,17 +232,18 @@ class RidgeProbe:
 
     def train(self, x, labels):
         """x (N, D), labels (N,) -> the chosen w."""
-        best, found, ridges = -1.0, None, torch.logspace(5, -6, 45).tolist()
-        for ridge in common.progress(ridges, desc="L-BFGS", unit="fit"):
+        x, labels, best, kept = x.to(self.device, torch.float64), labels.to(self.device), -1.0, None
+        for ridge in common.progress(torch.logspace(5, -6, 45).tolist(), desc="L-BFGS", unit="fit"):
             self.fit(x, labels, self.rows, ridge)
             right = (self.scores(x[self.held]).argmax(1) == labels[self.held]).double().mean().item()
             if right > best:
-                best, found = right, ridge
-        self.fit(x, labels, torch.cat([self.rows, self.held]), found)
-        return found
+                best, kept = right, (ridge, self.weights)
+        ridge, self.weights = kept
+        self.fit(x, labels, torch.cat([self.rows, self.held]), ridge)
+        return ridge
 
     def scores(self, x):  # (M, D) -> (M, C)
-        return F.pad(x.double(), (0, 1), value=1.0) @ self.weights
+        return F.pad(x.to(self.device, torch.float64), (0, 1), value=1.0) @ self.weights
 
 
 def linear_schedule(train, target, generator, epochs=100, batch_size=256):
@@ -272,8 +278,8 @@ def r2_scores(target, predicted):
     dimensions of each one's own R^2. A constant can score above 0 in the first (0.229 on the quaternions of 3DIEBench)."""
     target, predicted = target.cpu().double(), predicted.cpu().double()
     error = (target - predicted).square()
-    flat = 1 - error.sum() / (target - target.mean()).square().sum()
-    uniform = (1 - error.sum(0) / (target - target.mean(0)).square().sum(0)).mean()
+    flat = 1 - error.sum() / (target - target.mean()).square().sum().clamp(min=1e-12)
+    uniform = (1 - error.sum(0) / (target - target.mean(0)).square().sum(0).clamp(min=1e-12)).mean()
     return dict(flat=flat.item(), uniform=uniform.item())
 
 
@@ -308,10 +314,20 @@ def regress(sample, test_pairs, columns, epochs, generator):
     return mlp_probe(shown, part(test_pairs), sample(0)[1].shape[1], epochs, generator)
 
 
-def stratified(labels, share, generator):
-    """Rows of a share of every class, one at least, at random: (n,)."""
-    rows = [torch.nonzero(labels == c)[:, 0] for c in labels.unique()]
-    return torch.cat([r[torch.randperm(len(r), generator=generator)[: max(1, round(share * len(r)))]] for r in rows])
+def stratified(labels, share, generator, allowed=None):
+    """Rows of a share of every class, one at least, at random among those `allowed` (N,), or all: (n,)."""
+    rows = []
+    for c in labels.unique():
+        there = torch.nonzero((labels == c) & (True if allowed is None else allowed))[:, 0]
+        rows.append(there[torch.randperm(len(there), generator=generator)[: max(1, round(share * int((labels == c).sum())))]])
+    return torch.cat(rows)
+
+
+def hold_out(data, generator, share=0.1):
+    """(N,) bool: a share of the images, or of the objects where there are several images of one, on which settings are chosen."""
+    groups = torch.arange(len(data)) if data.groups is None else data.groups
+    objects = groups.unique()
+    return torch.isin(groups, objects[torch.randperm(len(objects), generator=generator)[: max(1, int(share * len(objects)))]])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -402,37 +418,44 @@ class Case:
         """What linear probes look at, of train and test images: (N, W), (M, W). Kept in --cache-dir, where there is one."""
         begin, out = time.monotonic(), []
         for data in (self.train, self.test):
-            content = data.images.sum().item() if data.paths is None else data.paths
-            key = repr((self.state.get("sha256"), len(data), content, self.backbone.img_size, self.args.amp, self.device.type))
-            path = Path(self.args.cache_dir or ".") / f"features-{hashlib.blake2b(key.encode(), digest_size=12).hexdigest()}.pt"
-            if self.args.cache_dir and path.is_file():
-                x = common.read_tensors(path)["x"]
-            else:
+            path = self.args.cache_dir and Path(self.args.cache_dir) / f"features-{self.fingerprint(data)}.pt"
+            x = None
+            with contextlib.suppress(Exception):  # not there, or damaged: extracted anew
+                x = common.read_tensors(path)["x"] if path else None
+            if common.Run._agree(None, int(x is None)):  # on all ranks if on one
                 x = common.features(self.backbone, data, encode=self.backbone.last_blocks, **self.how)
-                if self.args.cache_dir and common.rank() == 0:
-                    path.parent.mkdir(parents=True, exist_ok=True)
+                if path and common.rank() == 0:
                     common.save_checkpoint(path, dict(x=x))
             out.append(x.to(self.device))
         self.seconds["features"] = time.monotonic() - begin
         return tuple(out)
 
+    def fingerprint(self, data):
+        """Of all that features depend on: weights, architecture, images, arithmetic."""
+        pixels = [(str(Path(p).resolve()), os.stat(p).st_size, os.stat(p).st_mtime_ns) for p in data.paths] if data.images is None else hashlib.blake2b(data.images.cpu().numpy().tobytes()).hexdigest()
+        key = repr((1, self.state.get("sha256"), self.state.get("backbone"), self.backbone.mean, self.backbone.std, self.backbone.img_size, pixels, self.args.amp, self.device.type))
+        return hashlib.blake2b(key.encode(), digest_size=12).hexdigest()
+
     @functools.cached_property
     def heads(self):
         """All linear probes that the tasks ask for, {(name, part): probe}, trained side by side on one pass over the features an epoch."""
-        args, labels, width, heads = self.args, self.train.labels.to(self.device), self.x[0].shape[1], {}
-        wanted = {"linear": torch.arange(len(self.train))} if {"linear", "rotation"} & set(args.tasks) else {}
+        args, labels, width, heads, wanted = self.args, self.train.labels.to(self.device), self.x[0].shape[1], {}, {}
+        choosing = args.linear == "lbfgs" or args.linear == "sgd" and len(args.linear_lrs) > 1
+        held = hold_out(self.train, common.rng(args.seed, "held out")) if choosing else torch.zeros(len(self.train), dtype=torch.bool)
+        if {"linear", "rotation"} & set(args.tasks):
+            wanted["linear"] = (~held).nonzero()[:, 0]
         if "fewshot" in args.tasks and args.fewshot == "linear":
-            wanted |= {f"fewshot {share:.0%}": stratified(self.train.labels, share, common.rng(args.seed, "fewshot", share)) for share in SHARES}
+            wanted |= {f"fewshot {share:.0%}": self.few(share, ~held) for share in SHARES}
         for (name, rows), part in itertools.product(wanted.items(), args.part):
             dim, generator = len(range(width)[self.columns(width, part)]), common.rng(args.seed, name)
             if args.linear == "sgd":
-                heads[name, part] = LinearProbe(dim, len(self.train.classes), rows, args.linear_lrs, args.linear_epochs, generator, self.device)
+                heads[name, part] = LinearProbe(dim, len(self.train.classes), rows, held.nonzero()[:, 0], args.linear_lrs, args.linear_epochs, generator, self.device)
             elif args.linear == "lbfgs":
-                heads[name, part] = RidgeProbe(dim, len(self.train.classes), rows, generator, self.device)
+                heads[name, part] = RidgeProbe(dim, len(self.train.classes), rows, held.nonzero()[:, 0], self.device)
                 heads[name, part].chosen = heads[name, part].train(self.look(self.x[0], part), labels)
             else:
                 chosen = rows.to(self.device)
-                heads[name, part] = argparse.Namespace(scores=linear_schedule(self.look(self.x[0], part)[chosen], labels[chosen], generator), chosen=1.0)
+                heads[name, part] = SimpleNamespace(scores=linear_schedule(self.look(self.x[0], part)[chosen], labels[chosen], generator), chosen=1.0)
         if args.linear != "sgd":
             return heads
         if args.augment and common.rank() == 0:
@@ -449,6 +472,10 @@ class Case:
         """Features of random crops and flips of the train images (N, W), others each epoch."""
         view = RandomView(self.backbone.img_size, len(self.train), common.rng(self.args.seed, "augmented", epoch))
         return common.features(self.backbone, self.train, encode=self.backbone.last_blocks, transform=view, name="augmented", **self.how).to(self.device)
+
+    def few(self, share, allowed=None):
+        """The rows of a share of each class: (n,)."""
+        return stratified(self.train.labels, share, common.rng(self.args.seed, "fewshot", share), allowed)
 
     def look(self, x, part):
         return x[:, self.columns(x.shape[1], part)]
@@ -479,10 +506,8 @@ class Case:
 
     @property
     def fitting(self):
-        """How linear probes are trained, for the protocol."""
-        how = dict(sgd=dict(epochs=self.args.linear_epochs, lrs=self.args.linear_lrs, augment=self.args.augment, held_out=0.1), lbfgs=dict(ridges="45 from 1e-6 to 1e5", held_out=0.1),
-                   steps=dict(epochs=100, lr="1, times 0.3 every 10 epochs"))[self.args.linear]
-        return dict(how, optimizer=self.args.linear, batch_size=256, feature=self.feature, chosen={" ".join(key): head.chosen for key, head in self.heads.items()})
+        """How linear probes were trained, for the protocol; the flags are recorded as well."""
+        return dict(optimizer=self.args.linear, batch_size=256, feature=self.feature, held_out=0.1, chosen={" ".join(key): head.chosen for key, head in self.heads.items()})
 
     def parts(self, features):
         """Features of train and test images -> for each --part: how to name its results, and its columns of both."""
@@ -518,7 +543,7 @@ def mlp(case):
 def fewshot(case):
     results, images = {}, {}
     for share in SHARES:
-        name, rows = f"fewshot {share:.0%}", stratified(case.train.labels, share, common.rng(case.args.seed, "fewshot", share))
+        name, rows = f"fewshot {share:.0%}", case.few(share)
         images[name] = len(rows)
         if case.args.fewshot == "finetune":
             scores = common.features(case.backbone, case.test, encode=fine_tune(case, rows=rows), name=name, **case.how)
@@ -544,9 +569,7 @@ def layers(case):
     """SER's Table 5: which quarter turn, and whether a flip, lies between two views, by an MLP on the pair of their mean tokens after
     a block, each token normalised. One draw for each image."""
     args, backbone, results = case.args, case.backbone, {}
-    chosen = args.layers or tuple(k for k in (1, 3, 6, 9, 12) if k <= backbone.depth)
-    if max(chosen) > backbone.depth:
-        common.die(f"--layers {' '.join(map(str, chosen))}: the encoder has {backbone.depth} blocks")
+    chosen = args.layers or tuple(k for k in range(1, backbone.depth + 1) if backbone.depth <= 5 or k == 1 or k % 3 == 0)
     mean_tokens = lambda z: F.layer_norm(z.float(), z.shape[-1:]).mean((1, 2))  # (n, h, w, D) -> (n, D)
     encode = lambda x: torch.cat([mean_tokens(z) for z in backbone.tokens(x, chosen)], 1)
     with torch.no_grad():
@@ -564,15 +587,16 @@ def layers(case):
 
 
 def equivariance(case):
-    """SER's score: the cosine of rho_g f(x) and f(g x), tokens after the last block, mean over tokens, images and g: quarter turns and
+    """SER's score: the cosine of rho_g f(x) and f(g x), tokens after the last block and the final norm, mean over tokens, images and g: quarter turns and
     flips other than the identity, and for ViTs other grids, to which rho_g resamples the map. Beside it, with f of another image, and with the mean token taken off both sides: a map that is the same
     everywhere scores 1, and these tell."""
     args, backbone, results = case.args, case.backbone, {}
     rows, n, layer = evenly(len(case.test), 1000), len(case.test), backbone.depth
-    generator = common.rng(args.seed, "equivariance")
+    generator, norm = common.rng(args.seed, "equivariance"), getattr(backbone, "norm", nn.Identity())
+    tokens = lambda x: norm(backbone.tokens(x, layer))
 
     def maps(transform=None):
-        flat = common.features(backbone, case.test, encode=lambda x: backbone.tokens(x, layer).flatten(1), transform=transform, rows=rows, name="equivariance", **case.how)
+        flat = common.features(backbone, case.test, encode=lambda x: tokens(x).flatten(1), transform=transform, rows=rows, name="equivariance", **case.how)
         return flat.view(len(rows), *shape)  # (n, h, w, D)
 
     with torch.no_grad():
@@ -582,6 +606,7 @@ def equivariance(case):
     groups = dict(rotation=(SecondView("quarters", backbone.img_size, n, 0, rot90=quarters), turn),
                   flip=(SecondView("mirror", backbone.img_size, n, 0, flip=torch.ones(n, dtype=torch.bool)), lambda z: z.flip(2)))
     z, cosine = maps(), lambda a, b: F.cosine_similarity(a, b, dim=3).mean().item()
+    others = z.roll(len(z) // 2, 0)  # far away in a sorted set: another object, mostly another class
 
     def note(name, pairs):  # [(rho_g f(x), rho_g f(other image), f(g x))] in chunks of one grid each
         share = lambda score: sum(score(*maps) * len(maps[0]) for maps in pairs) / len(rows)
@@ -589,7 +614,7 @@ def equivariance(case):
                         f"equi {name} centred": share(lambda moved, other, there: cosine(moved - moved.mean((0, 1, 2)), there - there.mean((0, 1, 2))))})
 
     for name, (view, act) in groups.items():
-        note(name, [(act(z), act(z.roll(1, 0)), maps(view))])
+        note(name, [(act(z), act(others), maps(view))])
     if hasattr(backbone, "patch_size"):  # any grid of patches: the area 0.7 to 1.3 times that of training, one for 100 images
         pairs = []
         for chunk in torch.arange(len(rows)).split(100):
@@ -597,10 +622,10 @@ def equivariance(case):
             params = grid.sample(1, generator)
             size = tuple(int(params[name][0]) for name in ("grid_h", "grid_w"))
             scaled = lambda m, size=size: F.interpolate(m.permute(0, 3, 1, 2), size, mode="bicubic").permute(0, 2, 3, 1)
-            there = common.features(backbone, case.test, encode=lambda x, grid=grid, params=params: backbone.tokens(grid(x, params), layer).flatten(1), rows=rows[chunk], name="scale", **case.how)
-            pairs.append((scaled(z[chunk]), scaled(z.roll(1, 0)[chunk]), there.view(len(chunk), *size, shape[-1])))
+            there = common.features(backbone, case.test, encode=lambda x, grid=grid, params=params: tokens(grid(x, params)).flatten(1), rows=rows[chunk], name="scale", **case.how)
+            pairs.append((scaled(z[chunk]), scaled(others[chunk]), there.view(len(chunk), *size, shape[-1])))
         note("scale", pairs)
-    return results, dict(images=len(rows), layer=layer)
+    return results, dict(images=len(rows), layer=layer, tokens="after the final norm")
 
 
 def fine_tune(case, quarters=False, rows=None):
@@ -618,10 +643,12 @@ def fine_tune(case, quarters=False, rows=None):
         if isinstance(module, DropPath):
             module.drop_prob = 0.0
     batch = min(256, len(train)) // common.world_size() * common.world_size()
+    if batch < 2:
+        common.die(f"--tasks finetune: {len(train)} images are too few for {common.world_size()} processes")
     view = Compose([RandomResizedCrop(model.img_size), HorizontalFlip(), *[Rot90()] * quarters, Normalize(model.mean, model.std)])
-    run = argparse.Namespace(seed=args.seed, batch_size=batch, workers=args.workers, epochs=args.finetune_epochs)
+    run = SimpleNamespace(seed=args.seed, batch_size=batch, workers=args.workers, epochs=args.finetune_epochs)
     loader = common.Loader(train, {"1": view}, lambda g: {"1": (torch.arange(batch), view.draw(batch, g))}, run, device)
-    parameters = [p for p in (*model.parameters(), *head.parameters()) if p.is_floating_point()]
+    parameters = [*model.parameters(), *head.parameters()]
     optimizer = torch.optim.SGD(parameters, lr=0.0, momentum=0.9, weight_decay=1e-4)
     for step, drawn in enumerate(common.progress(loader.batches(range(loader.total_steps)), total=loader.total_steps, desc="fine-tuning", unit="step")):
         optimizer.param_groups[0]["lr"] = common.cosine(step / loader.total_steps, args.finetune_lr * batch / 256, 0.0)
@@ -658,17 +685,17 @@ def rotation(case):
         results[named(f"{name} ±90°")], results[named(f"{name} ±180°")] = 100 * right[:3].mean().item(), 100 * right[3:].mean().item()
 
     share = lambda scores: 100 * (scores.argmax(1).cpu() == torch.arange(4).repeat_interleave(m)).float().mean().item()
-    turned = SecondView("quarters", size, n, args.seed)
+    turned, rates = SecondView("quarters", size, n, args.seed), {}
     x = seen(case.test, draws)
     for part in args.part:
         note("linear", lambda name, part=part: name if part == "all" else f"{name} ({part})", case.heads["linear", part].scores(case.look(x, part)))
     for named, x, x_test in case.parts((seen(case.train, [turned]), seen(case.test, fourfold))):
-        scores, _ = linear_probe(x, turned.params["rot90"].to(case.device), x_test, 4, args.linear_lrs, args.linear_epochs, common.rng(args.seed, "4-fold"))
-        results[named("4-fold")] = share(scores)
+        scores, chosen = linear_probe(x, turned.params["rot90"].to(case.device), x_test, 4, args.linear_lrs, args.linear_epochs, common.rng(args.seed, "4-fold"))
+        results[named("4-fold")], rates[named("4-fold")] = share(scores), chosen
     if "finetune" in args.tasks:
         note("finetune", str, seen(case.test, draws, case.tuned))
         results["4-fold finetune"] = share(seen(case.test, fourfold, fine_tune(case, quarters=True)))
-    return results, dict(case.fitting, draws=3)
+    return results, dict(case.fitting, draws=3, fourfold=dict(optimizer="sgd", augment=False, chosen=rates))
 
 
 TASKS = dict(knn=knn, linear=linear, mlp=mlp, finetune=finetune, fewshot=fewshot, r2=r2, layers=layers, equivariance=equivariance, rotation=rotation,
@@ -682,14 +709,14 @@ class Timm(nn.Module):
         super().__init__()
         config = model.pretrained_cfg
         self.model, self.dim, self.inv, self.mean, self.std = model, model.num_features, None, tuple(config["mean"]), tuple(config["std"])
-        self.img_size, self.depth = config["input_size"][-1], len(model.feature_info)
+        self.img_size, self.depth, self.norm = config["input_size"][-1], len(model.feature_info), getattr(model, "norm", nn.Identity())
 
     def forward(self, x):
         return self.model(x)
 
     def last_blocks(self, x):
         """The [CLS] of the last four blocks of a ViT, as of ours; of other models the representation."""
-        if not hasattr(self.model, "get_intermediate_layers"):
+        if getattr(self.model, "cls_token", None) is None or getattr(self.model, "global_pool", "") != "token":
             return self.model(x)
         return torch.cat([prefix[:, 0] for _, prefix in self.model.get_intermediate_layers(x, n=4, return_prefix_tokens=True, norm=True)], 1)
 
@@ -717,17 +744,19 @@ def load(path):
         notes = {}  # what our own backbone.safetensors says of itself
         if file.endswith(".safetensors"):
             with safe_open(file, "pt") as f:
-                notes = {k: json.loads(v) for k, v in (f.metadata() or {}).items() if k in ("timm", "mean", "std")}
+                notes = {k: json.loads(v) for k, v in (f.metadata() or {}).items() if k in ("timm", "mean", "std", "img_size")}
         arguments = {k: v for k, v in notes.pop("timm", {}).items() if k not in ("model_name", "num_classes")}
         model = timm.create_model(name, pretrained=not file, num_classes=0, **arguments)
-        model.pretrained_cfg |= notes | (dict(input_size=(3, arguments["img_size"], arguments["img_size"])) if "img_size" in arguments else {})
+        side = notes.pop("img_size", None)
+        model.pretrained_cfg |= notes | (dict(input_size=(3, side, side)) if side else {})
         if file:
             weights = timm.models.load_state_dict(file, weights_only=True)
             classifier = tuple(f"{c}." for c in (model.pretrained_cfg["classifier"], "head") if isinstance(c, str))
             model.load_state_dict({k: v for k, v in weights.items() if not k.startswith(classifier) or k in model.state_dict()})
+        encoder = Timm(model).eval().requires_grad_(False)
     except Exception as e:  # no network, no such weights, no such file, or weights that do not fit: timm, safetensors and torch differ
         common.die(f"{path}: {' '.join(str(e).split())[:300] or type(e).__name__}")
-    return Timm(model).eval().requires_grad_(False), dict(method="timm", step=0, args=dict(data=None, data_dir=None, seed=0, arch=path), backbone=dict(arch=name, inv=None))
+    return encoder, dict(method="timm", step=0, args=dict(data=None, data_dir=None, seed=0, arch=path), backbone=dict(arch=name, inv=None))
 
 
 def probe(path, args, device):
@@ -743,13 +772,18 @@ def probe(path, args, device):
     if labelled and (train.labels is None or test.labels is None):
         common.die(f"--tasks {' '.join(args.tasks)}: {root} has no classes (one folder per class); only r2, layers and equivariance can do without")
     elif labelled and train.classes != test.classes:
-        common.die(f"--data-dir {root}: its train and test folders have different classes ({len(train.classes)} and {len(test.classes)})")
+        odd = sorted(set(train.classes) ^ set(test.classes))[0]
+        common.die(f"--data-dir {root}: its train and test folders have different classes ({len(train.classes)} and {len(test.classes)}; {odd} is in one of them only)")
     if args.known_fraction < 1:
         if train.labels is None:
             common.die(f"--known-fraction {args.known_fraction}: a share of every class, but {root} has no classes")
         train = common.known_part(train, args.known_fraction, state["args"]["seed"])
     if "rotation" not in train.factors and set(args.r2_targets or ()) & set(POSES):
         common.die(f"--r2-targets {' '.join(args.r2_targets)}: {name} has no poses; choose among {', '.join(FAMILIES)}")
+    if args.layers and max(args.layers) > backbone.depth:
+        common.die(f"--layers {' '.join(map(str, args.layers))}: {path} has {backbone.depth}")
+    if "finetune" in (*args.tasks, args.fewshot) and common.world_size() > 1 and isinstance(backbone, Timm):
+        common.die(f"{path}: models of timm are fine-tuned on one process only; leave torchrun out")
     case = Case(backbone.to(device), state, train.to(device), test.to(device), args, device)
     results, protocol = {}, dict(protocol=args.protocol, data=name, data_dir=root, amp=args.amp, device=device.type, train_images=len(train), test_images=len(test), view=f"centre crop {backbone.img_size} px",
                                  dim=backbone.dim, inv=backbone.inv)
@@ -884,7 +918,7 @@ def row_names(paths, states):
     directory without its seed. Different runs of the same name are numbered."""
     free = (common.Run.FREE | {"seed"}) - {"data_dir"}
     keys = [json.dumps([s["method"], s["step"], {k: v for k, v in s["args"].items() if k not in free}], sort_keys=True) for s in states]
-    names = [p.partition("@")[0] if p.startswith("timm:") else re.sub(r"-s\d+$", "", Path(p).resolve().parent.name) for p in paths]
+    names = [p.partition("@")[0] + (f"@{Path(p.partition('@')[2]).name}" if "@" in p else "") if p.startswith("timm:") else re.sub(r"-s\d+$", "", Path(p).resolve().parent.name) for p in paths]
     out, owner = [], {}
     for key, name in zip(keys, names):
         if key not in owner:
@@ -900,7 +934,19 @@ def main(argv=None):
     if not args.checkpoints:
         common.die("no checkpoint given; name at least one, such as runs/ser-mocov3-ser-blocks-s0/checkpoint.pt")
     common.check_ranges(args, RANGES)
-    if len(set(args.checkpoints)) < len(args.checkpoints):
+    for name in ("tasks", "part", "linear_lrs"):
+        if not getattr(args, name):
+            common.die(f"--{name.replace('_', '-')}: is empty; name at least one, or leave the flag out")
+    if args.augment and args.linear != "sgd":
+        common.die(f"--augment: goes with --linear sgd; {args.linear} learns from fixed features")
+    if args.cache_dir:
+        try:
+            Path(args.cache_dir).mkdir(parents=True, exist_ok=True)
+            (Path(args.cache_dir) / f".writable-{common.rank()}").touch()
+            (Path(args.cache_dir) / f".writable-{common.rank()}").unlink()
+        except OSError as e:
+            common.die(f"--cache-dir {args.cache_dir}: cannot be written ({e.strerror}); choose another directory")
+    if len({p if p.startswith("timm:") else Path(p).resolve() for p in args.checkpoints}) < len(args.checkpoints):
         common.die("a checkpoint is given twice; name each once")
     read = lambda path: load(path)[1] if path.startswith("timm:") else common.load_checkpoint(path)
     states = [{k: s[k] for k in ("method", "step", "args", "backbone")} for s in map(read, args.checkpoints)]  # all, before the first is probed
@@ -918,11 +964,14 @@ def main(argv=None):
             where = " ".join(v for v in (protocol["data"], protocol["data_dir"]) if v)
             print(f"{path}: {where}; {', '.join(f'{k} {v:.1f} s' for k, v in protocol['seconds'].items())}", file=sys.stderr)
             file = Path(path.partition("@")[2] if path.startswith("timm:") else path)
-            record = dict(time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), checkpoint=file.name or path, step=state["step"],
-                          sha256=state["sha256"], torch=str(torch.__version__), results=values, protocol=protocol,
-                          seed=args.seed)
-            with open(file.parent / "eval.jsonl", "a", encoding="utf-8") as f:
-                f.write(json.dumps(record) + "\n")
+            record = dict(time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), checkpoint=path if path.startswith("timm:") else file.name, step=state["step"], sha256=state["sha256"],
+                          backbone=state["backbone"], torch=str(torch.__version__), torchvision=str(torchvision.__version__), processes=common.world_size(),
+                          args=dataclasses.asdict(args), results=values, protocol=protocol, seed=args.seed)
+            try:
+                with open(file.parent / "eval.jsonl", "a", encoding="utf-8") as f:
+                    f.write(json.dumps(record) + "\n")
+            except OSError as e:
+                print(f"{file.parent / 'eval.jsonl'}: could not be written ({e.strerror}); the table is all there is", file=sys.stderr)
     if common.rank() == 0:
         print(table(results, args.format))
     return results

@@ -171,7 +171,7 @@ def test_linear_probe_separates_clusters_and_is_at_chance_on_noise():
 
 
 def test_linear_probe_of_several_rates_is_torch_s_sgd_at_the_chosen_one():
-    x, y = clusters(120, noise=2.0)
+    x, y = clusters(120, noise=0.7)
     scores, lr = eval_probe.linear_probe(x, y, x, 4, (1e-9, 0.5), 3, common.rng(5), batch_size=32)
     assert lr == 0.5
     r = common.rng(5)
@@ -194,7 +194,7 @@ def test_linear_probe_of_several_rates_is_torch_s_sgd_at_the_chosen_one():
 def test_ridge_probe_ends_where_its_gradient_is_0():
     """d/dW of sum CE + w |W|^2, in a loop over images; separable clusters are told apart, noise is not."""
     x, labels = clusters(120, noise=0.5)
-    probe = eval_probe.RidgeProbe(8, 4, torch.arange(120), common.rng(0), torch.device("cpu"), iterations=500)
+    probe = eval_probe.RidgeProbe(8, 4, torch.arange(100), torch.arange(100, 120), torch.device("cpu"))
     ridge = probe.train(x, labels)
     assert 1e-6 < ridge < 1e5 and (probe.scores(x).argmax(1) == labels).double().mean() > 0.9
     gradient = 2 * ridge * probe.weights
@@ -205,7 +205,7 @@ def test_ridge_probe_ends_where_its_gradient_is_0():
         gradient = gradient + f[:, None] * p
     assert gradient.abs().max() < 1e-3 * max(1.0, probe.weights.abs().max().item())
     noise = torch.randn(300, 8, generator=g)
-    probe = eval_probe.RidgeProbe(8, 4, torch.arange(200), common.rng(0), torch.device("cpu"))
+    probe = eval_probe.RidgeProbe(8, 4, torch.arange(180), torch.arange(180, 200), torch.device("cpu"))
     probe.train(noise[:200], torch.arange(200) % 4)
     assert abs((probe.scores(noise[200:]).argmax(1) == torch.arange(100) % 4).double().mean() - 0.25) < 0.15
 
@@ -245,6 +245,9 @@ def test_cached_features_are_used_and_belong_to_their_checkpoint_and_data(tiny, 
     shutil.copytree(folder, tmp_path / "other")
     run(paths[0], "--data-dir", str(tmp_path / "other"))
     assert len(encoded) == 6
+    damaged = next((tmp_path / "cache").iterdir())
+    damaged.write_bytes(damaged.read_bytes()[:50])
+    assert run(*paths) == first and len(encoded) <= 7  # extracted anew
 
 
 def test_formats_of_the_table():
@@ -263,8 +266,9 @@ def test_a_model_of_timm_in_the_same_table(tiny, folder, tmp_path, capsys):
     baseline = f"timm:vit_small_patch16_224@{tmp_path / 'run' / 'backbone.safetensors'}"
     run = [str(tmp_path / "run" / "checkpoint.pt"), baseline, "--data", "imagefolder", "--data-dir", str(folder), "--tasks", "knn", "linear", "equivariance", "--linear-epochs", "2", "--device", "cpu"]
     ours, theirs = eval_probe.main(run)
-    assert theirs[0] == "timm:vit_small_patch16_224" and theirs[1] == pytest.approx(ours[1], abs=1e-3)
-    assert (tmp_path / "run" / "eval.jsonl").read_text().count("vit_small_patch16_224") == 0 and len((tmp_path / "run" / "eval.jsonl").read_text().splitlines()) == 2
+    assert theirs[0] == "timm:vit_small_patch16_224@backbone.safetensors" and theirs[1] == pytest.approx({k: v for k, v in ours[1].items() if "scale" not in k}, abs=1e-3)
+    records = [json.loads(line) for line in (tmp_path / "run" / "eval.jsonl").read_text().splitlines()]
+    assert [r["checkpoint"] for r in records] == ["checkpoint.pt", baseline] and records[0]["args"]["linear_epochs"] == 2
     whole = timm.create_model("resnet18", num_classes=5)
     torch.save(whole.state_dict(), tmp_path / "resnet.pt")  # its classifier is left aside
     encoder, _ = eval_probe.load(f"timm:resnet18@{tmp_path / 'resnet.pt'}")
@@ -282,7 +286,7 @@ def test_a_model_of_timm_in_the_same_table(tiny, folder, tmp_path, capsys):
 
 
 def probed(checkpoint):
-    return eval_probe.main([checkpoint, "--tasks", "knn", "linear", "fewshot", "r2", "layers", "equivariance", "--r2-targets", "flip", "--r2-epochs", "1", "--linear-epochs", "2", "--device", "cpu", "--workers", "0"])
+    return eval_probe.main([checkpoint, "--tasks", "knn", "linear", "fewshot", "r2", "layers", "equivariance", "rotation", "--r2-targets", "flip", "--r2-epochs", "1", "--linear-epochs", "2", "--device", "cpu", "--workers", "0"])
 
 
 def test_2_processes_print_what_one_prints(tiny, tmp_path):
@@ -298,6 +302,13 @@ def test_the_mlp_separates_what_no_line_can_and_is_at_chance_on_noise():
     labels = (x[:, 0] * x[:, 1] > 0).long()  # quadrants
     right = lambda x: (eval_probe.mlp_probe(lambda _: (x[:600], labels[:600]), x[600:], 2, 20, common.rng(0)).argmax(1) == labels[600:]).float().mean()
     assert right(x) > 0.95 and abs(right(torch.randn(800, 2, generator=g)) - 0.5) < 0.12
+
+
+def test_settings_are_chosen_on_whole_objects():
+    data = common.ImageSet(paths=[""] * 80, groups=torch.arange(80) // 8)
+    held = eval_probe.hold_out(data, common.rng(0), 0.2)
+    assert held.sum() == 16 and len(data.groups[held].unique()) == 2
+    assert eval_probe.hold_out(common.ImageSet(paths=[""] * 80), common.rng(0)).sum() == 8
 
 
 def test_few_images_are_a_share_of_each_class_and_at_least_one():
