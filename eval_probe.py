@@ -411,7 +411,6 @@ class Case:
     def __post_init__(self):
         self.how = dict(device=self.device, amp=self.args.amp, workers=self.args.workers)
         self.seconds = {}  # what took how long
-        self.rest = self.backbone.dim - (self.backbone.inv or 0)  # width of the equivariant part: the last dimensions, of the last block alone
 
     @functools.cached_property
     def x(self):
@@ -438,7 +437,7 @@ class Case:
 
     @functools.cached_property
     def heads(self):
-        """All linear probes that the tasks ask for, {(name, part): probe}, trained side by side on one pass over the features an epoch."""
+        """All linear probes that the tasks ask for, {name: probe}, trained side by side on one pass over the features an epoch."""
         args, labels, width, heads, wanted = self.args, self.train.labels.to(self.device), self.x[0].shape[1], {}, {}
         choosing = args.linear == "lbfgs" or args.linear == "sgd" and len(args.linear_lrs) > 1
         held = hold_out(self.train, common.rng(args.seed, "held out")) if choosing else torch.zeros(len(self.train), dtype=torch.bool)
@@ -446,26 +445,26 @@ class Case:
             wanted["linear"] = (~held).nonzero()[:, 0]
         if "fewshot" in args.tasks and args.fewshot == "linear":
             wanted |= {f"fewshot {share:.0%}": self.few(share, ~held) for share in SHARES}
-        for (name, rows), part in itertools.product(wanted.items(), args.part):
-            dim, generator = len(range(width)[self.columns(width, part)]), common.rng(args.seed, name)
+        for (name, rows), (suffix, columns) in itertools.product(wanted.items(), self.parts(width)):
+            x, generator, chooses = self.x[0][:, columns], common.rng(args.seed, name), held.nonzero()[:, 0]
             if args.linear == "sgd":
-                heads[name, part] = LinearProbe(dim, len(self.train.classes), rows, held.nonzero()[:, 0], args.linear_lrs, args.linear_epochs, generator, self.device)
+                head = LinearProbe(x.shape[1], len(self.train.classes), rows, chooses, args.linear_lrs, args.linear_epochs, generator, self.device)
             elif args.linear == "lbfgs":
-                heads[name, part] = RidgeProbe(dim, len(self.train.classes), rows, held.nonzero()[:, 0], self.device)
-                heads[name, part].chosen = heads[name, part].train(self.look(self.x[0], part), labels)
+                head = RidgeProbe(x.shape[1], len(self.train.classes), rows, chooses, self.device)
+                head.chosen = head.train(x, labels)
             else:
-                chosen = rows.to(self.device)
-                heads[name, part] = SimpleNamespace(scores=linear_schedule(self.look(self.x[0], part)[chosen], labels[chosen], generator), chosen=1.0)
+                head = SimpleNamespace(scores=linear_schedule(x[rows.to(self.device)], labels[rows.to(self.device)], generator), chosen=1.0)
+            heads[name + suffix], head.columns = head, columns
         if args.linear != "sgd":
             return heads
         if args.augment and common.rank() == 0:
             print(f"  {args.linear_epochs} epochs of augmented views: {args.linear_epochs * len(self.train):,} images to encode", file=sys.stderr)
         for epoch in common.progress(range(args.linear_epochs), desc="linear probes", unit="epoch"):
             x = self.augmented(epoch) if args.augment else self.x[0]
-            for (_, part), head in heads.items():
-                head.epoch(self.look(x, part), labels)
-        for (_, part), head in heads.items():
-            head.choose(self.look(self.x[0], part), labels)
+            for head in heads.values():
+                head.epoch(x[:, head.columns], labels)
+        for head in heads.values():
+            head.choose(self.x[0][:, head.columns], labels)
         return heads
 
     def augmented(self, epoch):
@@ -476,9 +475,6 @@ class Case:
     def few(self, share, allowed=None):
         """The rows of a share of each class: (n,)."""
         return stratified(self.train.labels, share, common.rng(self.args.seed, "fewshot", share), allowed)
-
-    def look(self, x, part):
-        return x[:, self.columns(x.shape[1], part)]
 
     @property
     def y(self):
@@ -501,67 +497,66 @@ class Case:
         args = self.args
         return dict(epochs=args.finetune_epochs, batch_size=256, lr=args.finetune_lr, weight_decay=1e-4, crop_scale=(0.08, 1.0), feature=self.feature)
 
-    def columns(self, width, part):
-        return dict(all=slice(None), inv=slice(width - self.rest), equi=slice(width - self.rest, None))[part]
+    def parts(self, width):
+        """What --part asks for of features of some width: [(what to add to the names of its results, its columns)]. The equivariant part
+        are the last dimensions, of the last block alone."""
+        rest = self.backbone.dim - (self.backbone.inv or 0)
+        columns = dict(all=slice(None), inv=slice(width - rest), equi=slice(width - rest, None))
+        return [("" if part == "all" else f" ({part})", columns[part]) for part in self.args.part]
 
     @property
     def fitting(self):
         """How linear probes were trained, for the protocol; the flags are recorded as well."""
-        return dict(optimizer=self.args.linear, batch_size=256, feature=self.feature, held_out=0.1, chosen={" ".join(key): head.chosen for key, head in self.heads.items()})
+        return dict(optimizer=self.args.linear, batch_size=256, feature=self.feature, held_out=0.1, chosen={name: head.chosen for name, head in self.heads.items()})
 
-    def parts(self, features):
-        """Features of train and test images -> for each --part: how to name its results, and its columns of both."""
-        for part in self.args.part:
-            columns = self.columns(features[0].shape[1], part)
-            yield lambda name, part=part: name if part == "all" else f"{name} ({part})", features[0][:, columns], features[1][:, columns]
+    def read(self, name, x):
+        """What the linear probe `name` says of features x (M, W), for each part: {name: (M, C)}."""
+        return {name + suffix: self.heads[name + suffix].scores(x[:, columns]) for suffix, columns in self.parts(x.shape[1])}
 
 
 def knn(case):
-    results = {}
-    for named, y, y_test in case.parts(case.y):
-        scores = common.knn(y, case.train.labels, y_test, case.args.knn_k, classes=len(case.train.classes))
-        results |= accuracies(named("knn"), scores, case.test.labels)
+    results, (y, y_test) = {}, case.y
+    for suffix, columns in case.parts(y.shape[1]):
+        scores = common.knn(y[:, columns], case.train.labels, y_test[:, columns], case.args.knn_k, classes=len(case.train.classes))
+        results |= accuracies(f"knn{suffix}", scores, case.test.labels)
     return results, dict(k=case.args.knn_k, temperature=0.07)
 
 
 def linear(case):
     results = {}
-    for part in case.args.part:
-        scores = case.heads["linear", part].scores(case.look(case.x[1], part))
-        results |= accuracies("linear" if part == "all" else f"linear ({part})", scores, case.test.labels)
+    for name, scores in case.read("linear", case.x[1]).items():
+        results |= accuracies(name, scores, case.test.labels)
     return results, case.fitting
 
 
 def mlp(case):
-    results, labels = {}, case.train.labels.to(case.device)
-    for named, x, x_test in case.parts(case.x):
-        scores = mlp_probe(lambda _, x=x: (x, labels), x_test, len(case.train.classes), case.args.mlp_epochs, common.rng(case.args.seed, "mlp"))
-        results |= accuracies(named("mlp"), scores, case.test.labels)
+    results, labels, (x, x_test) = {}, case.train.labels.to(case.device), case.x
+    for suffix, columns in case.parts(x.shape[1]):
+        sample = lambda _, seen=x[:, columns]: (seen, labels)
+        scores = mlp_probe(sample, x_test[:, columns], len(case.train.classes), case.args.mlp_epochs, common.rng(case.args.seed, "mlp"))
+        results |= accuracies(f"mlp{suffix}", scores, case.test.labels)
     return results, dict(epochs=case.args.mlp_epochs, batch_size=256, lr=1e-3, hidden=1024, feature=case.feature)
 
 
 def fewshot(case):
-    results, images = {}, {}
+    results, images, tuned = {}, {}, case.args.fewshot == "finetune"
     for share in SHARES:
-        name, rows = f"fewshot {share:.0%}", case.few(share)
-        images[name] = len(rows)
-        if case.args.fewshot == "finetune":
-            scores = common.features(case.backbone, case.test, encode=fine_tune(case, rows=rows), name=name, **case.how)
-            results |= accuracies(name, scores, case.test.labels)
-            continue
-        for part in case.args.part:
-            scores = case.heads[name, part].scores(case.look(case.x[1], part))
-            results |= accuracies(name if part == "all" else f"{name} ({part})", scores, case.test.labels)
-    return results, dict(case.tuning if case.args.fewshot == "finetune" else case.fitting, images=images)
+        name = f"fewshot {share:.0%}"
+        images[name] = len(case.few(share))
+        if tuned:
+            scores = {name: common.features(case.backbone, case.test, encode=fine_tune(case, rows=case.few(share)), name=name, **case.how)}
+        for key, values in (scores if tuned else case.read(name, case.x[1])).items():
+            results |= accuracies(key, values, case.test.labels)
+    return results, dict(case.tuning if tuned else case.fitting, images=images)
 
 
 def r2(case):
     sides, scores, args = ((case.train, case.y[0]), (case.test, case.y[1])), {}, case.args
     for target in args.r2_targets or (POSES if "rotation" in case.train.factors else FAMILIES):
         sample, test_pairs, test_targets = (pairs_of_poses if target in POSES else pairs_of_images)(target, case.backbone, sides, args, case.how)
-        for part in args.part:
-            predicted = regress(sample, test_pairs, case.columns(case.backbone.dim, part), args.r2_epochs, common.rng(args.seed, "r2", target))
-            scores[target if part == "all" else f"{target} ({part})"] = r2_scores(test_targets, predicted)
+        for suffix, columns in case.parts(case.backbone.dim):
+            predicted = regress(sample, test_pairs, columns, args.r2_epochs, common.rng(args.seed, "r2", target))
+            scores[target + suffix] = r2_scores(test_targets, predicted)
     return {f"r2 {k}": v["flat"] for k, v in scores.items()}, dict(epochs=args.r2_epochs, batch_size=256, lr=1e-3, images=args.r2_images, both=scores)
 
 
@@ -587,9 +582,10 @@ def layers(case):
 
 
 def equivariance(case):
-    """SER's score: the cosine of rho_g f(x) and f(g x), tokens after the last block and the final norm, mean over tokens, images and g: quarter turns and
-    flips other than the identity, and for ViTs other grids, to which rho_g resamples the map. Beside it, with f of another image, and with the mean token taken off both sides: a map that is the same
-    everywhere scores 1, and these tell."""
+    """SER's score: the cosine of rho_g f(x) and f(g x), tokens after the last block and the final norm, mean over tokens, images
+    and g: quarter turns and flips other than the identity, and for ViTs other grids, to which rho_g resamples the map. Beside it,
+    with f of another image, and with the mean token taken off both sides: a map that is the same everywhere scores 1, and
+    these tell."""
     args, backbone, results = case.args, case.backbone, {}
     rows, n, layer = evenly(len(case.test), 1000), len(case.test), backbone.depth
     generator, norm = common.rng(args.seed, "equivariance"), getattr(backbone, "norm", nn.Identity())
@@ -629,8 +625,9 @@ def equivariance(case):
 
 
 def fine_tune(case, quarters=False, rows=None):
-    """The encoder trained on with a linear layer on what linear probes look at, for the classes of the data, of all images or of some
-    `rows`, or to tell quarter turns: SGD with momentum 0.9, weight decay 1e-4, cosine to 0, one rate for both, random crops and flips [CLeVER] -> x -> scores."""
+    """The encoder trained on with a linear layer on what linear probes look at, for the classes of all images or of some `rows`, or to
+    tell quarter turns: SGD with momentum 0.9, weight decay 1e-4, cosine to 0, one rate for both, random crops and flips
+    [CLeVER] -> x -> scores."""
     args, device, train = case.args, case.device, case.train if rows is None else case.train.subset(rows)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(common.rng(args.seed, "finetune").initial_seed())
@@ -680,20 +677,20 @@ def rotation(case):
     fourfold = [SecondView("quarters", size, m, 0, rot90=torch.full((m,), k)) for k in range(4)]
     seen = lambda data, views, encode=case.backbone.last_blocks: torch.cat([see(data, view, encode) for view in views])  # (views n, D)
 
-    def note(name, named, scores):
+    def note(name, suffix, scores):
         right = (scores.argmax(1).cpu().view(6, m) == case.test.labels).float().mean(1)  # of each draw
-        results[named(f"{name} ±90°")], results[named(f"{name} ±180°")] = 100 * right[:3].mean().item(), 100 * right[3:].mean().item()
+        results[f"{name} ±90°{suffix}"], results[f"{name} ±180°{suffix}"] = 100 * right[:3].mean().item(), 100 * right[3:].mean().item()
 
     share = lambda scores: 100 * (scores.argmax(1).cpu() == torch.arange(4).repeat_interleave(m)).float().mean().item()
     turned, rates = SecondView("quarters", size, n, args.seed), {}
-    x = seen(case.test, draws)
-    for part in args.part:
-        note("linear", lambda name, part=part: name if part == "all" else f"{name} ({part})", case.heads["linear", part].scores(case.look(x, part)))
-    for named, x, x_test in case.parts((seen(case.train, [turned]), seen(case.test, fourfold))):
-        scores, chosen = linear_probe(x, turned.params["rot90"].to(case.device), x_test, 4, args.linear_lrs, args.linear_epochs, common.rng(args.seed, "4-fold"))
-        results[named("4-fold")], rates[named("4-fold")] = share(scores), chosen
+    for name, scores in case.read("linear", seen(case.test, draws)).items():
+        note("linear", name.removeprefix("linear"), scores)
+    x, x_test, k = seen(case.train, [turned]), seen(case.test, fourfold), turned.params["rot90"].to(case.device)
+    for suffix, columns in case.parts(x.shape[1]):
+        scores, rates["4-fold" + suffix] = linear_probe(x[:, columns], k, x_test[:, columns], 4, args.linear_lrs, args.linear_epochs, common.rng(args.seed, "4-fold"))
+        results["4-fold" + suffix] = share(scores)
     if "finetune" in args.tasks:
-        note("finetune", str, seen(case.test, draws, case.tuned))
+        note("finetune", "", seen(case.test, draws, case.tuned))
         results["4-fold finetune"] = share(seen(case.test, fourfold, fine_tune(case, quarters=True)))
     return results, dict(case.fitting, draws=3, fourfold=dict(optimizer="sgd", augment=False, chosen=rates))
 
