@@ -186,10 +186,11 @@ def test_the_commands_of_the_readme_run(tiny, folder, core50, tmp_path, monkeypa
     lines = subprocess.run(["bash", "-ec", shell], capture_output=True, text=True, check=True).stdout.splitlines()
     calls = [(Path(words[i]).stem, words[i + 1 :]) for words in map(str.split, lines) for i, w in enumerate(words) if w.endswith(".py") and not w.startswith("tests/")]
     calls = list(dict.fromkeys((script, re.sub(r" --(seed|out) \S+", "", " ".join(argv))) for script, argv in calls))  # each kind once
-    trained = 0
+    trained, split = 0, None
     for script, argv in ((script, argv.split()) for script, argv in calls):
         if script != "eval_probe":
             trained += 1
+            split = trained if script == "recon_xattn" else split
             shared = [a for flag, value in zip(tiny[::2], tiny[1::2]) if flag not in ("--proj-dim", "--equi-dim") for a in (flag, value)]
             views = ["--data", "core50", "--data-dir", str(core50), "--recipe", "core50", "--arch", "resnet_pico", "--proj-dim", "8"]
             main, ours = dict(ser=(ser.main, [*tiny, "--prototypes", "32"]), recon_xattn=(recon_xattn.main, [*shared, "--neck", "16", "--embed-dim", "8"]),
@@ -199,5 +200,5 @@ def test_the_commands_of_the_readme_run(tiny, folder, core50, tmp_path, monkeypa
             flags = argv[next((i for i, w in enumerate(argv) if w.startswith("--")), len(argv)) :]
             for flag in ("--data", "--data-dir"):
                 flags = flags[: flags.index(flag)] + flags[flags.index(flag) + 2 :] if flag in flags else flags
-            eval_probe.main(["run-1-s0/checkpoint.pt", *flags, "--linear-epochs", "1", "--finetune-epochs", "1", "--r2-epochs", "1", "--r2-images", "12", "--device", "cpu"])
+            eval_probe.main([f"run-{split if '--part' in flags else 1}-s0/checkpoint.pt", *flags, "--linear-epochs", "1", "--finetune-epochs", "1", "--r2-epochs", "1", "--r2-images", "12", "--device", "cpu"])
     assert trained >= 15
