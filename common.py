@@ -1940,7 +1940,26 @@ class NeckViT(ViT):
         return self(x)
 
 
-class ResNet(torchvision.models.ResNet):
+class Pyramid:
+    """What encoders of four stages have in common, beside their `trace`."""
+
+    depth = 4
+
+    def forward(self, x):
+        return self.trace(x)[0]
+
+    def last_blocks(self, x, n=1):
+        """The representation, as `forward`: what linear probes of such encoders look at."""
+        return self(x)
+
+    def tokens(self, x, after):
+        """x (B, 3, H, W) -> the map after stage `after`, of 4 (B, h, w, C); after several: a list."""
+        layers = after if isinstance(after, tuple) else (after,)
+        tapped = self.trace(x, layers)[1]
+        return [tapped[k] for k in layers] if isinstance(after, tuple) else tapped[after]
+
+
+class ResNet(Pyramid, torchvision.models.ResNet):
     """torchvision's ResNet, with its parameter names and initial values, without classifier: for small images and for any width.
 
     stem: "imagenet" (7x7 convolution of stride 2, max-pool), or "cifar" (3x3, no pool). coords: two channels are appended to
@@ -1950,7 +1969,7 @@ class ResNet(torchvision.models.ResNet):
     def __init__(self, arch="resnet18", img_size=224, stem="imagenet", coords=False):
         block, layers, width = RESNETS[arch]
         super().__init__(block, layers)
-        self.coords, self.depth, self.dim, self.fc = coords, 4, 8 * width * block.expansion, nn.Identity()
+        self.coords, self.dim, self.fc = coords, 8 * width * block.expansion, nn.Identity()
         if width != 64:
             self.inplanes, self.bn1 = width, nn.BatchNorm2d(width)
             for i, n in enumerate(layers):
@@ -1964,7 +1983,7 @@ class ResNet(torchvision.models.ResNet):
                 nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
 
     def trace(self, x, taps=()):
-        """x (B, 3, H, W) -> y (B, dim), the mean over the last map, and {k: map after stage k (B, C, h, w)} for `taps`."""
+        """x (B, 3, H, W) -> y (B, dim), the mean over the last map, and {k: map after stage k (B, h, w, C)} for `taps`."""
         if self.coords:
             column, row = (torch.linspace(-1, 1, n, device=x.device, dtype=x.dtype) for n in (x.shape[3], x.shape[2]))
             position = torch.stack([column.expand(len(row), -1), row[:, None].expand(-1, len(column))])  # (2, H, W): x, y
@@ -1973,22 +1992,8 @@ class ResNet(torchvision.models.ResNet):
         for k, stage in enumerate((self.layer1, self.layer2, self.layer3, self.layer4), 1):
             z = stage(z)  # (B, C, h, w)
             if k in taps:
-                tapped[k] = z
+                tapped[k] = z.permute(0, 2, 3, 1)
         return self.avgpool(z).flatten(1), tapped
-
-    def forward(self, x):
-        return self.trace(x)[0]
-
-    def last_blocks(self, x, n=1):
-        """The representation, as `forward`: what linear probes of ResNets look at."""
-        return self(x)
-
-    def tokens(self, x, after):
-        """x (B, 3, H, W) -> the map after stage `after`, of 4, with channels last (B, h, w, C); after several: a list."""
-        layers = after if isinstance(after, tuple) else (after,)
-        tapped = self.trace(x, layers)[1]
-        maps = [tapped[k].permute(0, 2, 3, 1) for k in layers]
-        return maps if isinstance(after, tuple) else maps[0]
 
 
 def selective_scan(u, delta, A, B, C, D):
@@ -2077,14 +2082,14 @@ class ChannelsLast(nn.Module):
         return self.norm(self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
 
-class VMamba(nn.Module):
+class VMamba(Pyramid, nn.Module):
     """VMamba-Tiny [s1l8] (Liu et al. 2024, arXiv 2401.10166; its public code), in plain torch: four stages of 2, 2, 8, 2 blocks,
     96 to 768 wide, with strides 4, 8, 16, 32; representation: mean of the normalised last map. Images of any size."""
 
     def __init__(self, arch="vmamba_tiny", img_size=224, drop_path=0.2):
         super().__init__()
         width, depths = VMAMBAS[arch]
-        self.depth, self.dim = 4, 8 * width
+        self.dim = 8 * width
         rates = iter(np.linspace(0, drop_path, sum(depths)).tolist())
         self.stem = nn.Sequential(ChannelsLast(3, width // 2), nn.GELU(), ChannelsLast(width // 2, width))
         self.stages = nn.ModuleList()
@@ -2106,19 +2111,6 @@ class VMamba(nn.Module):
             if k in taps:
                 tapped[k] = z
         return self.norm(z).mean((1, 2)), tapped
-
-    def forward(self, x):
-        return self.trace(x)[0]
-
-    def last_blocks(self, x, n=1):
-        """The representation, as `forward`."""
-        return self(x)
-
-    def tokens(self, x, after):
-        """x (B, 3, H, W) -> the map after stage `after`, of 4 (B, h, w, C); after several: a list."""
-        layers = after if isinstance(after, tuple) else (after,)
-        tapped = self.trace(x, layers)[1]
-        return [tapped[k] for k in layers] if isinstance(after, tuple) else tapped[after]
 
 
 def make_backbone(arch, mean, std, img_size, inv=None, **kwargs):
