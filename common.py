@@ -1141,8 +1141,8 @@ def bounding_boxes(masks):
     return torch.cat([first, last - first], 1) / size                                 # (n, 4)
 
 
-def random_objects(labels, generator):
-    """Labels (m,) int64 -> boxes (m, K, 6), colors (m, K, 3): each object varies the shape and the paint of its class."""
+def random_objects(labels, generator, turn=0.0):
+    """Labels (m,) int64 -> boxes (m, K, 6), colors (m, K, 3): each object varies the shape and the paint of its class, hues turned by `turn`."""
     parts = torch.tensor(list(BLOCK_CLASSES.values()), dtype=torch.float32)[labels]         # (m, K, 6)
     m, K = parts.shape[:2]
     uniform = lambda low, high, *shape: low + (high - low) * torch.rand(m, *shape, generator=generator)
@@ -1155,12 +1155,13 @@ def random_objects(labels, generator):
     boxes = torch.cat([centre, extent], 2) / radius                                   # (m, K, 6)
 
     typical = torch.rand(len(BLOCK_CLASSES), K, generator=rng("paint"))[labels]       # (m, K) the class's hues
-    hue = (typical + 0.08 * torch.randn(m, K, generator=generator)) % 1               # (m, K)
+    hue = (typical + 0.08 * torch.randn(m, K, generator=generator) + turn) % 1               # (m, K)
     return boxes, hsv_to_rgb(hue, uniform(0.35, 0.7, K), uniform(0.7, 1.0, K))
 
 
 def blocks(split, size=32, seed=0):
-    """`split` "train", 1,500 objects, or "test", 500 others; 8 views of each, next to each other.
+    """`split` "train", 1,500 objects, or "test", 500 others; 8 views of each, next to each other; "hues" is the test split with
+    all paint of the opposite hue, so that it tells nothing any more.
 
     Returns a dict of images (N, 3, size, size) uint8; labels (N,) int64, balanced; groups (N,)
     int64, the number of the object within the split; factors, a dict of rotation (N, 4) unit
@@ -1168,10 +1169,11 @@ def blocks(split, size=32, seed=0):
     bool; boxes (N, 4) top, left, height, width of the mask in fractions of the image. The scenes
     depend on the seed and not on the size.
     """
-    generator = rng("blocks", split, seed)
-    m = N_OBJECTS[split]
+    scenes = "train" if split == "train" else "test"
+    generator = rng("blocks", scenes, seed)
+    m = N_OBJECTS[scenes]
     object_labels = torch.arange(m) % len(BLOCK_CLASSES)                                    # (m,)
-    object_boxes, object_colors = random_objects(object_labels, generator)                  # (m, K, 6), (m, K, 3)
+    object_boxes, object_colors = random_objects(object_labels, generator, 0.5 * (split == "hues"))  # (m, K, 6), (m, K, 3)
     groups = torch.arange(m).repeat_interleave(N_VIEWS)                               # (N,)
     angles = (torch.rand(len(groups), 3, generator=generator) - 0.5) * math.pi              # (N, 3)
     rotation = quaternion_from_angles(angles)                                         # (N, 4)
@@ -1184,24 +1186,24 @@ def blocks(split, size=32, seed=0):
 
 
 AZIMUTHS, ELEVATIONS, DISTANCES = range(0, 360, 30), (10, 30, 50), (4.0, 5.0, 6.0)      # degrees, degrees, as above
-BLOCK_SESSIONS = {"train": (0, 1), "test": range(2, 11)}                              # each with a floor and a light of its own
+BLOCK_SESSIONS = {"train": (0, 1), "seen": (0, 1), "test": range(2, 11)}              # each with a floor and a light of its own
 
 
 def blocks_views(split, size=32, seed=0):
     """Upright objects on a turntable: `split` "train", 50 objects in 2 sessions, 108 views of each; "test", 20 others in the 9
-    other sessions, 36 views of each.
+    other sessions, 36 views of each; "seen", these 20 in the 2 sessions that train.
 
     Returns what `blocks` does, object by object, session by session; factors are view (N, 3), azimuth and elevation in degrees
     and distance, and session (N,) int64. The grid of views has 12 azimuths, 3 elevations and 3 distances; the light stands where
     the camera stands. A session is a hue of the floor and one of the light, which vary a little from image to image.
     """
-    generator = rng("blocks-views", split, seed)
-    m = dict(train=50, test=20)[split]
+    generator = rng("blocks-views", "train" if split == "train" else "test", seed)
+    m = 50 if split == "train" else 20
     object_labels = torch.arange(m) % len(BLOCK_CLASSES)                              # (m,)
     object_boxes, object_colors = random_objects(object_labels, generator)            # (m, K, 6), (m, K, 3)
     grid = torch.cartesian_prod(*(torch.tensor(list(axis), dtype=torch.float32) for axis in (AZIMUTHS, ELEVATIONS, DISTANCES)))  # (108, 3)
     of = torch.cartesian_prod(torch.arange(m), torch.tensor(BLOCK_SESSIONS[split]), torch.arange(len(grid)))  # (N, 3)
-    if split == "test":
+    if split != "train":
         of = of[(of[:, 0] + of[:, 1] + of[:, 2] // 9 + of[:, 2] // 3 + of[:, 2]) % 3 == 0]  # other views in each session
     groups, session, view = of[:, 0], of[:, 1], grid[of[:, 2]]                        # (N,), (N,), (N, 3)
     azimuth, elevation, zero = *view[:, :2].deg2rad().T / 2, torch.zeros(len(of))     # (N,) each; half angles
@@ -2176,7 +2178,7 @@ def export_backbone(path, backbone):
 
 
 class _Chunks(torch.utils.data.Dataset):
-    """i -> rows chunks[i] of a set, transformed; what the workers of `features` run."""
+    """i -> rows chunks[i] of a set, transformed; what the workers of `batches` run."""
 
     def __init__(self, data, chunks, transform):
         self.data, self.chunks, self.transform = data, chunks, transform
@@ -2186,6 +2188,14 @@ class _Chunks(torch.utils.data.Dataset):
 
     def __getitem__(self, i):
         return self.transform(self.data[self.chunks[i]], self.chunks[i])
+
+
+def batches(data, rows, transform, batch_size=256, workers=None, name="images"):
+    """(rows (b,), transform(their images, rows)), some at a time and in order, behind a progress bar; workers open the images of folders."""
+    workers, chunks = default_workers(workers) if data.images is None else 0, rows.split(batch_size)
+    loader = torch.utils.data.DataLoader(_Chunks(data, chunks, transform), batch_size=None, num_workers=workers, worker_init_fn=detach_worker)
+    for x, chunk in zip(progress(unbroken(loader), total=len(loader), desc=name, unit="batch"), chunks):
+        yield chunk, x
 
 
 @torch.no_grad()
@@ -2200,12 +2210,9 @@ def features(backbone, data, device, transform=None, encode=None, rows=None, amp
     rows = torch.arange(len(data)) if rows is None else rows
     share = math.ceil(len(rows) / world_size())  # every rank encodes as many; what is too much is cut off again
     mine = rows[torch.arange(share * world_size()) % len(rows)][rank() :: world_size()]
-    workers = default_workers(workers) if data.images is None else 0
-    loader = torch.utils.data.DataLoader(_Chunks(data, mine.split(batch_size), transform), batch_size=None,
-                                         num_workers=workers, worker_init_fn=detach_worker)
     out, training = [], backbone.training
     backbone.eval()
-    for x in progress(unbroken(loader), total=len(loader), desc=name, unit="batch"):
+    for _, x in batches(data, mine, transform, batch_size, workers, name):
         x = normalise(x.to(device, non_blocking=True).float() / 255, {})
         with autocast(device, amp):
             out.append(encode(x).float().cpu())

@@ -499,10 +499,10 @@ class Case:
 
     def parts(self, width):
         """What --part asks for of features of some width: [(what to add to the names of its results, its columns)]. The equivariant part
-        are the last dimensions, of the last block alone."""
+        are the last dimensions, of the last block alone; encoders that do not split have none."""
         rest = self.backbone.dim - (self.backbone.inv or 0)
-        columns = dict(all=slice(None), inv=slice(width - rest), equi=slice(width - rest, None))
-        return [("" if part == "all" else f" ({part})", columns[part]) for part in self.args.part]
+        columns = dict(all=slice(None)) | ({} if self.backbone.inv is None else dict(inv=slice(width - rest), equi=slice(width - rest, None)))
+        return [("" if part == "all" else f" ({part})", columns[part]) for part in self.args.part if part in columns]
 
     @property
     def fitting(self):
@@ -756,8 +756,8 @@ def load(path):
     return encoder, dict(method="timm", step=0, args=dict(data=None, data_dir=None, seed=0, arch=path), backbone=dict(arch=name, inv=None))
 
 
-def probe(path, args, device):
-    """All tasks on one checkpoint -> (results, protocol, checkpoint)."""
+def open_case(path, args, device):
+    """A checkpoint, or timm model, and its data, checked for what the tasks need -> Case."""
     backbone, state = load(path)
     file = Path(path.partition("@")[2] if path.startswith("timm:") else path)  # timm:NAME alone has none
     state["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest() if file.name else path
@@ -781,12 +781,18 @@ def probe(path, args, device):
         common.die(f"--layers {' '.join(map(str, args.layers))}: {path} has {backbone.depth}")
     if "finetune" in (*args.tasks, args.fewshot) and common.world_size() > 1 and isinstance(backbone, Timm):
         common.die(f"{path}: models of timm are fine-tuned on one process only; leave torchrun out")
-    case = Case(backbone.to(device), state, train.to(device), test.to(device), args, device)
-    results, protocol = {}, dict(protocol=args.protocol, data=name, data_dir=root, amp=args.amp, device=device.type, train_images=len(train), test_images=len(test), view=f"centre crop {backbone.img_size} px",
-                                 dim=backbone.dim, inv=backbone.inv)
-    protocol |= dict(sessions=sessions) if name == "core50" else {}
+    state["data"], state["data_dir"] = name, root
+    return Case(backbone.to(device), state, train.to(device), test.to(device), args, device)
+
+
+def probe(path, args, device):
+    """All tasks on one checkpoint -> (results, protocol, checkpoint)."""
+    case = open_case(path, args, device)
+    backbone, state, seconds, results = case.backbone, case.state, case.seconds, {}
+    protocol = dict(protocol=args.protocol, data=state["data"], data_dir=state["data_dir"], amp=args.amp, device=device.type, train_images=len(case.train), test_images=len(case.test),
+                    view=f"centre crop {backbone.img_size} px", dim=backbone.dim, inv=backbone.inv)
+    protocol |= dict(sessions=state["args"].get("sessions", (1, 2))) if state["data"] == "core50" else {}
     protocol |= dict(known_fraction=args.known_fraction, known_seed=state["args"]["seed"]) if args.known_fraction < 1 else {}
-    seconds = case.seconds
     for task in args.tasks:
         begin, before = time.monotonic(), seconds.get("features", 0.0)
         values, protocol[task] = TASKS[task](case)
@@ -925,12 +931,23 @@ def row_names(paths, states):
     return out
 
 
-def main(argv=None):
-    """Probe every checkpoint, append its results to the eval.jsonl beside it, print one table; returns its rows."""
-    args = common.parse(Args, lambda first: dict(protocol=first.protocol) | PROTOCOLS[first.protocol], argv, description=__doc__)
+def append_record(path, state, args, results, protocol):
+    """One line in eval.jsonl beside the checkpoint: what came out, and all that is needed to have it come out again."""
+    file = Path(path.partition("@")[2] if path.startswith("timm:") else path)
+    record = dict(time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), checkpoint=path if path.startswith("timm:") else file.name, step=state["step"], sha256=state["sha256"],
+                  backbone=state["backbone"], torch=str(torch.__version__), torchvision=str(torchvision.__version__), processes=common.world_size(),
+                  args=dataclasses.asdict(args), results=results, protocol=protocol, seed=args.seed)
+    try:
+        with open(file.parent / "eval.jsonl", "a", encoding="utf-8") as f:
+            f.write(json.dumps(record) + "\n")
+    except OSError as e:
+        print(f"{file.parent / 'eval.jsonl'}: could not be written ({e.strerror}); the table is all there is", file=sys.stderr)
+
+
+def check(args):
+    """Refuse what cannot work, before anything is computed -> what each checkpoint says of itself, without tensors."""
     if not args.checkpoints:
         common.die("no checkpoint given; name at least one, such as runs/ser-mocov3-ser-blocks-s0/checkpoint.pt")
-    common.check_ranges(args, RANGES)
     for name in ("tasks", "part", "linear_lrs"):
         if not getattr(args, name):
             common.die(f"--{name.replace('_', '-')}: is empty; name at least one, or leave the flag out")
@@ -951,24 +968,23 @@ def main(argv=None):
     if foreign and args.data is None:
         common.die(f"--data: {foreign[0]} does not say what to probe it on; name a data set")
     whole = [path for path, state in zip(args.checkpoints, states) if "neck" not in state["backbone"] and state["backbone"].get("inv") is None]
-    if set(args.part) - {"all"} and whole:
-        common.die(f"--part {' '.join(args.part)}: {whole[0]} does not split its representation; only encoders of recon_xattn.py and clever.py do")
-    device, results = common.start(args.device), []
+    if set(args.part) - {"all"} and ("all" not in args.part and whole or len(whole) == len(states)):
+        common.die(f"--part {' '.join(args.part)}: {whole[0]} does not split its representation; only encoders of recon_xattn.py and clever.py do (beside all, others may stand in the table)")
+    return states
+
+
+def main(argv=None):
+    """Probe every checkpoint, append its results to the eval.jsonl beside it, print one table; returns its rows."""
+    args = common.parse(Args, lambda first: dict(protocol=first.protocol) | PROTOCOLS[first.protocol], argv, description=__doc__)
+    common.check_ranges(args, RANGES)
+    states, device, results = check(args), common.start(args.device), []
     for path, name in zip(args.checkpoints, row_names(args.checkpoints, states)):
         values, protocol, state = probe(path, args, device)
         results.append((name, values))
         if common.rank() == 0:
             where = " ".join(v for v in (protocol["data"], protocol["data_dir"]) if v)
             print(f"{path}: {where}; {', '.join(f'{k} {v:.1f} s' for k, v in protocol['seconds'].items())}", file=sys.stderr)
-            file = Path(path.partition("@")[2] if path.startswith("timm:") else path)
-            record = dict(time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), checkpoint=path if path.startswith("timm:") else file.name, step=state["step"], sha256=state["sha256"],
-                          backbone=state["backbone"], torch=str(torch.__version__), torchvision=str(torchvision.__version__), processes=common.world_size(),
-                          args=dataclasses.asdict(args), results=values, protocol=protocol, seed=args.seed)
-            try:
-                with open(file.parent / "eval.jsonl", "a", encoding="utf-8") as f:
-                    f.write(json.dumps(record) + "\n")
-            except OSError as e:
-                print(f"{file.parent / 'eval.jsonl'}: could not be written ({e.strerror}); the table is all there is", file=sys.stderr)
+            append_record(path, state, args, values, protocol)
     if common.rank() == 0:
         print(table(results, args.format))
     return results

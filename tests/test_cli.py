@@ -12,6 +12,7 @@ import ciper
 import clever
 import common
 import eval_probe
+import eval_robustness
 import recon_xattn
 import ser
 
@@ -138,13 +139,14 @@ def test_a_tree_without_classes_trains_and_promises_no_score(tiny, folder, tmp_p
     assert "no k-NN score" in capsys.readouterr().out and (tmp_path / "run" / "checkpoint.pt").exists()
 
 
-@pytest.mark.parametrize("main, flags", [(ser.main, [*vars(ser.Args())]), (recon_xattn.main, [*vars(recon_xattn.Args())]), (ciper.main, [*vars(ciper.Args())]), (clever.main, [*vars(clever.Args())]), (eval_probe.main, [k for k in vars(eval_probe.Args()) if k != "checkpoints"])])
+@pytest.mark.parametrize("main, flags", [(ser.main, [*vars(ser.Args())]), (recon_xattn.main, [*vars(recon_xattn.Args())]), (ciper.main, [*vars(ciper.Args())]), (clever.main, [*vars(clever.Args())]), (eval_probe.main, [k for k in vars(eval_probe.Args()) if k != "checkpoints"]),
+                                         (eval_robustness.main, [k for k in vars(eval_robustness.Args()) if k != "checkpoints"])])
 def test_help_teaches_every_flag(main, flags, capsys):
     with pytest.raises(SystemExit) as end:
         main(["--help"])
     text = capsys.readouterr().out
     assert end.value.code == 0 and all(f"--{name.replace('_', '-')}" in text for name in flags)
-    for cls in (ser.Args, recon_xattn.Args, ciper.Args, clever.Args, common.RunArgs, eval_probe.Args):
+    for cls in (ser.Args, recon_xattn.Args, ciper.Args, clever.Args, common.RunArgs, eval_probe.Args, eval_robustness.Args):
         source = Path(common.sys.modules[cls.__module__].__file__).read_text().split(f"class {cls.__name__}")[1].split("\n\n\n")[0]
         fields = re.findall(r"^    (\w+): .*\n(.*)$", source, flags=re.M)
         assert fields and all(doc.strip().startswith('"""') for _, doc in fields), cls
@@ -188,7 +190,7 @@ def test_the_commands_of_the_readme_run(tiny, folder, core50, tmp_path, monkeypa
     calls = list(dict.fromkeys((script, re.sub(r" --(seed|out) \S+", "", " ".join(argv))) for script, argv in calls))  # each kind once
     trained, split = 0, None
     for script, argv in ((script, argv.split()) for script, argv in calls):
-        if script != "eval_probe":
+        if not script.startswith("eval"):
             trained += 1
             split = trained if script == "recon_xattn" else split
             shared = [a for flag, value in zip(tiny[::2], tiny[1::2]) if flag not in ("--proj-dim", "--equi-dim") for a in (flag, value)]
@@ -200,5 +202,9 @@ def test_the_commands_of_the_readme_run(tiny, folder, core50, tmp_path, monkeypa
             flags = argv[next((i for i, w in enumerate(argv) if w.startswith("--")), len(argv)) :]
             for flag in ("--data", "--data-dir"):
                 flags = flags[: flags.index(flag)] + flags[flags.index(flag) + 2 :] if flag in flags else flags
-            eval_probe.main([f"run-{split if '--part' in flags else 1}-s0/checkpoint.pt", *flags, "--linear-epochs", "1", "--finetune-epochs", "1", "--r2-epochs", "1", "--r2-images", "12", "--device", "cpu"])
+            checkpoint = [f"run-{split if '--part' in flags else 1}-s0/checkpoint.pt", *flags, "--linear-epochs", "1", "--device", "cpu"]
+            if script == "eval_robustness":
+                eval_robustness.main([*checkpoint, "--images-per-class", "1", "--passes", "1"])
+            else:
+                eval_probe.main([*checkpoint, "--finetune-epochs", "1", "--r2-epochs", "1", "--r2-images", "12"])
     assert trained >= 15

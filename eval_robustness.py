@@ -1,0 +1,1090 @@
+"""Robustness of saved encoders: accuracy of a linear probe, trained once on clean images, on corrupted, moving, augmented and other ones.
+
+    python eval_robustness.py runs/*/checkpoint.pt --suite corruptions                    # all made on the device, nothing to download
+    python eval_robustness.py A/checkpoint.pt B/checkpoint.pt --suite perturbations augmentations --images-per-class 20
+    python eval_robustness.py A/checkpoint.pt --suite corruptions --suite-dir IMAGENET-C  # the published files
+    python eval_robustness.py A/checkpoint.pt --suite shifts --suite-dir IMAGENET-V2 IMAGENET-R IMAGENET-SKETCH
+
+Flow: checkpoints -> encoders -> linear probes on clean features (eval_probe.py's) -> each batch of test images is altered once and
+scored by all -> a table a suite. Results are appended to eval.jsonl beside each checkpoint, with counts for each condition.
+
+Suites
+  corruptions    15 corruptions of 5 severities [HD], and 4 more that are kept for validation: mean accuracy over severities, over all; at 224 px
+                 mCE and relative mCE, errors relative to AlexNet's, in percent. At 224 px images pass through JPEG of quality 85, as
+                 the published ones did.
+  perturbations  Sequences of up to 41 frames, 10 types and 4 for validation [HD]: accuracy over all frames of all types; flips, how
+                 often, in percent of pairs of frames, the prediction changes, mean of the 10; mFR, that relative to AlexNet's, at 224
+                 px; and how far the first five classes move (AlexNet's are unpublished, so not relative).
+  augmentations  CLeVER's: jittered colours, flips, rotations by up to 90 degrees, elastic deformations; mean of several passes.
+  shifts         Other photographs or drawings of the same classes: ImageNet-V2, -R (also with only its 200 classes to choose from),
+                 -Sketch. On `blocks` a stand-in: the test objects painted in opposite hues; on `blocks-views` the sessions seen in
+                 training beside the unseen ones.
+
+Encoders for less than 96 px are tested on 32-px images and CIFAR-10-C's constants, others on 224-px images and ImageNet-C's.
+Randomness has a seed for each image and condition: results depend neither on batches nor on processes (but on the kind of device).
+
+Sources. [HD] Hendrycks and Dietterich, "Benchmarking Neural Network Robustness to Common Corruptions and Perturbations", ICLR 2019
+(arXiv 1903.12261), and their code, from which all constants are; CLeVER (arXiv 2406.00262) and its code; SER (arXiv 2603.06693)
+reports mean accuracies of all. What differs: frost is a texture unless photographs are given (marked *); videos are never compressed;
+flip rates are of difficulty 1; the ten types of the mean have snow where CIFAR-10-P's code has spatter.
+"""
+
+import dataclasses
+import functools
+import io
+import math
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from PIL import Image, ImageDraw
+
+import common
+import eval_probe
+
+
+@dataclasses.dataclass
+class Args:
+    """Which checkpoints, which suites, on which data."""
+
+    checkpoints: tyro.conf.Positional[tuple[str, ...]] = ()
+    """checkpoint.pt files written by the method scripts; timm:NAME takes a model of timm with its weights, timm:NAME@FILE with yours"""
+    suite: tuple[Literal["corruptions", "perturbations", "augmentations", "shifts"], ...] = ("corruptions",)
+    """what to test; several share the probes"""
+    suite_dir: tuple[str, ...] = ()
+    """corruptions: a finished ImageNet-C or CIFAR-10-C; shifts: one or more folders of classes"""
+    types: tuple[str, ...] = ()
+    """which corruptions or perturbations; default: all"""
+    images_per_class: int | None = None
+    """test on the first so many images of each class; default: all"""
+    data: str | None = None
+    """data set; default: the one the checkpoint was trained on"""
+    data_dir: str | None = None
+    """where it lies; default: where it lay then"""
+    part: tuple[Literal["all", "inv", "equi"], ...] = ("all",)
+    """what the probe looks at: the representation, and of the encoders of recon_xattn.py and clever.py its invariant and equivariant part"""
+    jpeg85: bool = True
+    """pass corrupted images of 224 px through JPEG of quality 85, as in the published set"""
+    frost_dir: str | None = None
+    """photographs of frost, instead of a texture"""
+    passes: int = 3
+    """draws of each random augmentation"""
+    save_images: str | None = None
+    """directory for a contact sheet of each suite of corruptions or perturbations"""
+    cache_dir: str | None = None
+    """keep the probe's features here, and use those that are there"""
+    linear: Literal["sgd", "lbfgs", "steps"] = "sgd"
+    """how the probe learns, as in eval_probe.py"""
+    augment: bool = False
+    """train it (sgd) on random crops and flips, as CLeVER does"""
+    linear_epochs: int = 50
+    """its epochs (sgd)"""
+    linear_lrs: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+    """its learning rates (sgd), per 256 images"""
+    format: Literal["table", "markdown", "csv", "json"] = "table"
+    """how tables are printed; csv and json hold all digits"""
+    seed: int = 0
+    """seed of the probe and of everything random in the suites"""
+    workers: int | None = None
+    """loader processes for image folders; default: as many as this process has cores, at most 8"""
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+    """auto takes CUDA, then MPS, then the CPU"""
+    amp: Literal["auto", "off"] = "auto"
+    """auto is bfloat16 autocast on CUDA and float32 elsewhere"""
+
+
+RANGES = dict(images_per_class="[1, inf)", passes="[1, inf)", linear_epochs="[1, inf)", linear_lrs="(0, inf)", seed="[0, 4294967296)", workers="[0, inf)")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Corruptions: float32 (B, 3, S, S) in levels 0 to 255 -> the same, not yet clipped
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Draws:
+    """Random numbers for a batch from one generator an image, so that an image's do not depend on what stands beside it."""
+
+    def __init__(self, seeds, device):
+        self.device, self.generators = device, [torch.Generator(device).manual_seed(s) for s in seeds.tolist()]
+
+    def normal(self, *shape):  # (B, *shape), N(0, 1)
+        return self.fill(shape, lambda out, g: out.normal_(generator=g))
+
+    def uniform(self, low, high, *shape):  # (B, *shape) in [low, high)
+        return self.fill(shape, lambda out, g: out.uniform_(low, high, generator=g))
+
+    def integers(self, low, high, *shape):  # (B, *shape) int64 in [low, high)
+        return self.uniform(low, high, *shape).floor().long()
+
+    def poisson(self, rates):  # (B, ...) -> (B, ...)
+        return torch.stack([torch.poisson(r, generator=g) for r, g in zip(rates, self.generators)])
+
+    def fill(self, shape, draw):
+        out = torch.empty(len(self.generators), *shape, device=self.device)
+        for row, g in zip(out, self.generators):
+            draw(row, g)
+        return out
+
+
+HAIR = 1e-3  # of a level: what rounding may not cost an image that a filter leaves as it is
+
+
+def per_image(v):
+    """(B,) -> (B, 1, 1, 1)."""
+    return v.view(-1, 1, 1, 1)
+
+
+@functools.lru_cache(maxsize=64)
+def gaussian_matrix(n, sigma, device, truncate=4.0, border="nearest"):
+    """(n, n) that blurs a line of n pixels: int(truncate sigma + 1/2) taps to either side; border "nearest" or "symmetric" (dcba|abcd|dcba)."""
+    radius = int(truncate * sigma + 0.5)
+    t = torch.arange(-radius, radius + 1)
+    taps = torch.exp(-(t.double() ** 2) / (2 * sigma**2)) if radius else torch.ones(1, dtype=torch.float64)
+    at = torch.arange(n)[:, None] + t  # (n, taps)
+    if border == "nearest":
+        at = at.clamp(0, n - 1)
+    else:
+        at = torch.minimum(at % (2 * n), 2 * n - 1 - at % (2 * n))
+    return torch.zeros(n, n, dtype=torch.float64).scatter_add_(1, at, (taps / taps.sum()).expand(n, -1)).float().to(device)
+
+
+def blur(x, sigma, **how):
+    """Gaussian blur of (..., S, S)."""
+    G = gaussian_matrix(x.shape[-1], sigma, x.device, **how)
+    return G @ x @ G.T
+
+
+def correlate(x, kernels, border):
+    """x (B, C, S, S) with kernels (k, k), or one per image (B, 1, k, k), k odd, by FFT; border "reflect" or "replicate"."""
+    S, r = x.shape[-1], kernels.shape[-1] // 2
+    size = (S + 2 * r + 31) // 32 * 32  # 224 and 32 px come to sizes with small factors
+    y = F.pad(x, (r,) * 4, border) if border == "replicate" or r < S else F.pad(F.pad(x, (S - 1,) * 4, border), (r - S + 1,) * 4, border)
+    y = torch.fft.rfft2(y, s=(size, size)) * torch.fft.rfft2(kernels, s=(size, size)).conj()
+    return torch.fft.irfft2(y, s=(size, size))[..., :S, :S]
+
+
+def disk(radius, sigma, device):
+    """Kernel of a lens out of focus: a disk whose edge is smoothed a little, as the original does: its borders mirrored, which
+    is why the sum of the largest kernels exceeds 1."""
+    side = torch.arange(-8, 9) if radius <= 8 else torch.arange(-radius, radius + 1)
+    k = (side[:, None] ** 2 + side**2 <= radius**2).double()
+    m = 1 if radius <= 8 else 2
+    g = torch.exp(-0.5 * (torch.arange(-m, m + 1).double() / sigma) ** 2)
+    g = g / g.sum()
+    k = F.conv2d(F.pad((k / k.sum())[None, None], (m,) * 4, "reflect"), (g[:, None] * g)[None, None])
+    return k[0, 0].float().to(device)
+
+
+def motion(x, radius, sigma, degrees):
+    """Blur of x (B, C, S, S), 8 bits, along a half line at an angle (B,): one-sided Gaussian weights, taps at the nearest pixel, borders
+    repeated; the result is truncated after 16 bits as ImageMagick's is."""
+    w = 2 * radius + 1
+    i, angle = torch.arange(w, device=x.device), degrees.double().deg2rad()[:, None]  # (w,), (B, 1)
+    taps = torch.exp(-(i.double() ** 2) / (2 * sigma**2))
+    dx, dy = (i * angle.cos() - 0.5).ceil().long(), (i * angle.sin() - 0.5).ceil().long()  # (B, w)
+    side = 2 * w - 1
+    kernels = torch.zeros(len(x), side * side, device=x.device)
+    kernels.scatter_add_(1, (w - 1 + dy) * side + w - 1 + dx, (taps / taps.sum()).float().expand(len(x), -1))
+    y = correlate(x, kernels.view(-1, 1, side, side), "replicate")
+    return ((257 * y).round() / 257).floor()
+
+
+def centre_zoom(x, z):
+    """The centre of x (B, C, S, S) magnified z times."""
+    S = x.shape[-1]
+    crop = math.ceil(S / z)
+    side, top = round(crop * z), (S - crop) // 2
+    y = F.interpolate(x[..., top : top + crop, top : top + crop], (side, side), mode="bilinear", align_corners=True)
+    o = (side - S) // 2
+    return y[..., o : o + S, o : o + S]
+
+
+def gaussian_noise(x, draws, sigma):
+    return draws.normal(*x.shape[1:]).mul_(255 * sigma).add_(x)
+
+
+def shot_noise(x, draws, photons):
+    return draws.poisson(x * (photons / 255)) * (255 / photons)
+
+
+def impulse_noise(x, draws, p):
+    u = draws.uniform(0, 1, *x.shape[1:])
+    return x.masked_fill(u < p / 2, 0).masked_fill(u >= 1 - p / 2, 255)
+
+
+def speckle_noise(x, draws, sigma):
+    return x + x * draws.normal(*x.shape[1:]) * sigma
+
+
+def gaussian_blur(x, draws, sigma):
+    return blur(x, sigma) + HAIR
+
+
+def defocus_blur(x, draws, radius, sigma):
+    return correlate(x, disk(radius, sigma, x.device), "reflect")
+
+
+def glass_blur(x, draws, sigma, delta, iterations):
+    """Every pixel, from the last to the first, takes the colour that its neighbour at a random offset has at that moment (the original
+    means to swap the two, but copies). As a graph: new(p) points to new(q) where q came before p, and to old(q) elsewhere;
+    following pointers of pointers until they stand still resolves a pass at once."""
+    S, n = x.shape[-1], x.shape[-1] - 2 * delta
+    y = (blur(x, sigma) + HAIR).floor().flatten(2)  # (B, 3, S S)
+    visited = torch.arange(S - delta, delta, -1, device=x.device)  # (n,) rows and columns in their order
+    p = (visited[:, None] * S + visited).flatten()  # (n n,)
+    old = S * S + torch.arange(S * S, device=x.device).expand(len(x), -1)  # new(p) is node p, old(p) is node S S + p
+    inside = torch.zeros(S * S, dtype=torch.bool, device=x.device).index_fill_(0, p, True)
+    for _ in range(iterations):
+        dx, dy = draws.integers(-delta, delta, n * n, 2).unbind(2)  # (B, n n) in the order of the visits
+        q = p + dy * S + dx
+        pointers = torch.cat([old, old], 1)  # (B, 2 S S)
+        pointers[:, p] = torch.where(inside[q] & (q > p), q, q + S * S)
+        new = pointers[:, : S * S]
+        while True:
+            further = pointers.gather(1, new)
+            if torch.equal(further, new):
+                break
+            new.copy_(further)
+        y = y.gather(2, (new - S * S)[:, None].expand(-1, 3, -1))
+    return blur(y.view_as(x), sigma) + HAIR
+
+
+def motion_blur(x, draws, radius, sigma):
+    return motion(x, radius, sigma, draws.uniform(-45, 45))
+
+
+def zoom_blur(x, draws, step, count):
+    total = 2 * x  # the first of the zooms is by 1
+    for i in range(1, count):
+        total += centre_zoom(x, 1 + i * ((1 + step) - 1))  # floating point as in a range: at 32 px the last one counts on it
+    return total / (count + 1)
+
+
+def snow(x, draws, mean, std, zoom, threshold, radius, sigma, mix):
+    flakes = centre_zoom(draws.normal(1, *x.shape[2:]) * std + mean, zoom)
+    return snow_on(x, flakes, threshold, radius, sigma, draws.uniform(-135, -45), mix)
+
+
+def snow_on(x, flakes, threshold, radius, sigma, degrees, mix):
+    """Flakes (B, 1, S, S) of which those above a threshold fall, (B,) degrees, on an image bleached for winter."""
+    flakes = (255 * flakes.masked_fill(flakes < threshold, 0).clamp(0, 1)).floor()
+    flakes = motion(flakes, radius, sigma, degrees)
+    winter = torch.maximum(x, 1.5 * common.luma(x) + 127.5)
+    return mix * x + (1 - mix) * winter + flakes + flakes.rot90(2, (2, 3))
+
+
+def frost(x, draws, scene, ice, photographs=()):
+    """scene x + ice F. F is a random crop of one of the photographs, uint8 (3, H, W), or a texture in their stead: smooth noise of spectrum
+    |k|^-beta with the colours, contrast and beta of one of five (our fit to the original's photographs)."""
+    B, _, S, _ = x.shape
+    if photographs:
+        crops = []
+        for i, (top, left) in zip(draws.integers(0, len(photographs)).tolist(), draws.uniform(0, 1, 2).tolist()):
+            top, left = int(top * (photographs[i].shape[1] - S)), int(left * (photographs[i].shape[2] - S))
+            crops.append(photographs[i][:, top : top + S, left : left + S])
+        texture = torch.stack(crops).to(x)  # (B, 3, S, S)
+    else:
+        table = torch.tensor(FROST, device=x.device)[draws.integers(0, len(FROST))]  # (B, 7)
+        ky, kx = torch.fft.fftfreq(S, device=x.device)[:, None], torch.fft.rfftfreq(S, device=x.device)
+        k = (ky**2 + kx**2).sqrt()
+        amplitude = torch.where(k > 0, k, 1.0) ** (-table[:, 6] / 2)[:, None, None] * (k > 0)  # (B, S, S / 2 + 1)
+        z = torch.fft.rfft2(draws.normal(S, S))
+        f = torch.fft.irfft2(z / z.abs().clamp(min=1e-12) * amplitude, s=(S, S))
+        f = f / f.std((1, 2), correction=0, keepdim=True)
+        texture = (table[:, :3, None, None] + table[:, 3:6, None, None] * f[:, None]).clamp(0, 255).floor()
+    return scene * x + ice * texture
+
+
+FROST = [  # mean of red, green, blue; their deviations; beta
+    (78, 149, 166, 27, 16.5, 15, 1.86), (201, 205, 214.5, 21, 22, 22.6, 1.59), (201, 205, 214.5, 21, 22, 22.6, 1.59), (138, 153, 165, 28.5, 28.5, 30, 1.19), (112, 123, 135, 44, 43, 42, 1.81)]
+
+
+def plasma(u, decay):
+    """A cloud by diamond-square on a torus: noise u (B, n n - 1) in [-1, 1) -> (B, n, n) in [0, 1]. From one point on, the middles of the
+    squares and then those of their sides are the mean of four neighbours plus noise, whose size falls by decay^2 from scale to
+    scale (the original multiplies by the amplitude twice)."""
+    B, side = len(u), math.isqrt(u.shape[1] + 1)
+    corners, amplitude, used = u.new_zeros(B, 1, 1), 100.0, 0
+    while (m := corners.shape[1]) < side:
+        noise = amplitude**2 * u[:, used : used + 3 * m * m].view(B, 3, m, m)
+        right, down = corners.roll(-1, 2), corners.roll(-1, 1)
+        middle = (corners + right + down + right.roll(-1, 1)) / 4 + noise[:, 0]
+        row = (corners + right + middle + middle.roll(1, 1)) / 4 + noise[:, 1]  # between a corner and the one to its right
+        column = (corners + down + middle + middle.roll(1, 2)) / 4 + noise[:, 2]
+        corners = torch.stack([torch.stack([corners, row], 3), torch.stack([column, middle], 3)], 2).reshape(B, 2 * m, 2 * m)
+        amplitude, used = amplitude / decay, used + 3 * m * m
+    low = corners.amin((1, 2), True)
+    return (corners - low) / (corners.amax((1, 2), True) - low)
+
+
+def fog(x, draws, thickness, decay):
+    S, top = x.shape[-1], per_image(x.amax((1, 2, 3)))  # (B, 1, 1, 1)
+    side = 2 ** math.ceil(math.log2(S))
+    cloud = 255 * thickness * plasma(draws.uniform(-1, 1, side * side - 1), decay)[:, None, :S, :S]
+    return (x + cloud) * top / (top + 255 * thickness)
+
+
+def value_to(x, V, new):
+    """Scale colours so that their value, the largest channel V, becomes `new`; black becomes grey: HSV without leaving RGB."""
+    return torch.where(V > 0, x * new / V.clamp(min=1), new)
+
+
+def brightness(x, draws, c):
+    V = x.amax(1, keepdim=True)
+    return value_to(x, V, (V + 255 * c).clamp(0, 255))
+
+
+def saturate(x, draws, factor, offset):
+    V, m = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
+    S = (V - m) / V.clamp(min=1)
+    new = (factor * S + offset).clamp(0, 1)
+    grey = torch.cat([V, V * (1 - new), V * (1 - new)], 1)  # of hue 0, red
+    return torch.where(S > 0, V - (V - x) * new / torch.where(S > 0, S, 1), grey)
+
+
+def contrast(x, draws, c):
+    mean = x.mean((2, 3), keepdim=True, dtype=torch.float64)  # of each channel
+    return ((x - mean) * c + mean).float()
+
+
+def elastic_transform(x, draws, alpha, sigma, amplitude):
+    """An affine map that moves three points at random, coordinates in steps of 1/32 px as OpenCV's, then smooth displacements."""
+    B, _, S, _ = x.shape
+    q, t = S // 2, S // 3
+    points = torch.tensor([[q + t, q + t], [q + t, q - t], [q - t, q - t]], dtype=torch.float64, device=x.device)  # (3, 2) x, y
+    moved = (points + draws.uniform(-amplitude, amplitude, 3, 2)).float().double()  # (B, 3, 2)
+    back = torch.linalg.solve(F.pad(moved, (0, 1), value=1.0), points.expand(B, 3, 2))  # (B, 3, 2): [x y 1] back = source
+    line = torch.arange(S, device=x.device, dtype=torch.float64)
+    across = (1024 * back[:, 0, None] * line[:, None]).round()  # (B, S, 2), from the column
+    along = (1024 * (back[:, 1, None] * line[:, None] + back[:, 2, None])).round() + 16  # from the row
+    source = ((along[:, :, None] + across[:, None]) / 32).floor() / 32  # (B, S, S, 2) x, y in pixels
+    x = F.grid_sample(x, (2 * source / (S - 1) - 1).float(), "bilinear", "reflection", align_corners=True)
+    if alpha:
+        shift = alpha * blur(draws.uniform(-1, 1, 2, S, S), sigma, truncate=3.0, border="symmetric").permute(0, 2, 3, 1)
+        source = torch.stack(torch.meshgrid(line, line, indexing="xy"), 2).float() + shift  # (B, S, S, 2)
+        x = F.grid_sample(x, (2 * source + 1) / S - 1, "bilinear", "reflection", align_corners=False)
+    return x
+
+
+@functools.lru_cache(maxsize=64)
+def box_taps(n, m, device):
+    """Pillow's box filter from n to m pixels: (taps) of (index (m,), weight (m,))."""
+    scale = n / m
+    support = 0.5 * max(scale, 1.0)
+    weights = torch.zeros(m, n, dtype=torch.float64)
+    for i in range(m):
+        centre = (i + 0.5) * scale
+        for j in range(max(0, int(centre - support + 0.5)), min(n, int(centre + support + 0.5))):
+            weights[i, j] = -0.5 < (j - centre + 0.5) / max(scale, 1.0) <= 0.5
+    weights = (weights / weights.sum(1, keepdim=True) * 2**22).round() / 2**22
+    most = int((weights > 0).sum(1).max())
+    values, index = weights.sort(dim=1, descending=True, stable=True)
+    return [(index[:, k].to(device), values[:, k].float().to(device)) for k in range(most)]
+
+
+def box_resize(x, m):
+    """x (B, C, S, S) -> (B, C, m, m), rounded after each axis."""
+    for axis in (3, 2):
+        shape = [m if d == axis else 1 for d in range(4)]
+        taps = box_taps(x.shape[axis], m, x.device)
+        if len(taps) == 1:
+            x = x.index_select(axis, taps[0][0])
+        else:
+            x = (sum(x.index_select(axis, index) * weight.view(shape) for index, weight in taps) + 0.5).floor()
+    return x
+
+
+def pixelate(x, draws, share):
+    S = x.shape[-1]
+    return box_resize(box_resize(x, int(S * share)), S)
+
+
+def jpeg_compression(x, draws, quality):
+    return jpeg(x.to(torch.uint8), quality).float()
+
+
+def jpeg(x, quality, **options):
+    """uint8 (B, 3, S, S) -> what is left after JPEG, by Pillow on the CPU, one thread a core: exact where GPU encoders are not."""
+
+    def through(image):  # (S, S, 3)
+        file = io.BytesIO()
+        Image.fromarray(image).save(file, "JPEG", quality=quality, **options)
+        return torch.from_numpy(np.array(Image.open(file)))
+
+    images = x.permute(0, 2, 3, 1).contiguous().cpu().numpy()  # (B, S, S, 3)
+    pool = ThreadPoolExecutor(torch.get_num_threads()) if torch.get_num_threads() > 1 else None
+    out = list((pool.map if pool else map)(through, images))
+    return torch.stack(out).permute(0, 3, 1, 2).to(x.device)
+
+
+def spatter(x, draws, mean, std, sigma, threshold, strength, mud):
+    drops = blur(draws.normal(1, *x.shape[2:]) * std + mean, sigma)
+    drops = drops.masked_fill(drops < threshold, 0)  # (B, 1, S, S)
+    if not mud:
+        return x + water(drops, strength)
+    mask = blur((drops > threshold).float(), strength)
+    mask = mask.masked_fill(mask < 0.8, 0)
+    return x * (1 - mask) + mask * torch.tensor([63.0, 42.0, 20.0], device=x.device).view(3, 1, 1)
+
+
+def water(drops, strength):
+    """Light that drops (B, 1, S, S) of water add, (B, 3, S, S): brightest along their rims, by an edge map, a distance to it, equalised
+    and embossed, each as OpenCV has it."""
+    drops = (255 * drops).clamp(0, 255).floor()
+    rims = mean3(distance(canny(drops))).floor()
+    emboss = torch.tensor([[-2.0, -1, 0], [-1, 1, 1], [0, 1, 2]], device=drops.device)
+    rims = F.conv2d(F.pad(equalize(rims), (1,) * 4, "reflect"), emboss[None, None]).clamp(0, 255)
+    light = drops * mean3(rims).round()
+    light = light / light.amax((2, 3), True).clamp(min=1e-12) * strength
+    return light * torch.tensor([175.0, 238.0, 238.0], device=drops.device).view(3, 1, 1)
+
+
+def mean3(x):
+    return F.avg_pool2d(F.pad(x, (1,) * 4, "reflect"), 3, 1)
+
+
+def canny(x, low=50, high=150):
+    """Edges of x (B, 1, S, S), levels: Sobel gradients, |gx| + |gy|, thinned along the gradient, weak ones kept where they touch strong ones."""
+    sobel = torch.tensor([[-1.0, 0, 1], [-2, 0, 2], [-1, 0, 1]], device=x.device)
+    gx, gy = F.conv2d(F.pad(x, (1,) * 4, "replicate"), torch.stack([sobel, sobel.T])[:, None]).long().split(1, 1)  # (B, 1, S, S) each
+    m = gx.abs() + gy.abs()
+    around = F.pad(m, (1,) * 4)
+    S = x.shape[-1]
+    at = lambda dy, dx: around[..., 1 + dy : 1 + dy + S, 1 + dx : 1 + dx + S]
+    flat, steep = (gy.abs() << 15) < gx.abs() * 13573, (gy.abs() << 15) > gx.abs() * (13573 + 2**16)  # tan 22.5 and 67.5 degrees
+    falling = (gx ^ gy) >= 0
+    thin = torch.where(flat, (m > at(0, -1)) & (m >= at(0, 1)), torch.where(steep, (m > at(-1, 0)) & (m >= at(1, 0)),
+                       torch.where(falling, (m > at(-1, -1)) & (m > at(1, 1)), (m > at(-1, 1)) & (m > at(1, -1)))))
+    weak = thin & (m > low)
+    edges = weak & (m > high)
+    while True:
+        grown = weak & (F.max_pool2d(edges.float(), 3, 1, 1) > 0)
+        if torch.equal(grown, edges):
+            return edges
+        edges = grown
+
+
+def distance(edges, most=20):
+    """To the nearest edge of (B, 1, S, S), by steps of 1, 1.4 (diagonal) and 2.1969 (a knight's), capped."""
+    S, steps = edges.shape[-1], [(dy, dx, {1: 1.0, 2: 1.4, 5: 2.1969}[dy * dy + dx * dx]) for dy in range(-2, 3) for dx in range(-2, 3) if dy * dy + dx * dx in (1, 2, 5)]
+    d = torch.where(edges, 0.0, float(most))
+    while True:
+        around = F.pad(d, (2,) * 4, value=most)
+        nearer = d
+        for dy, dx, length in steps:
+            nearer = torch.minimum(nearer, around[..., 2 + dy : 2 + dy + S, 2 + dx : 2 + dx + S] + length)
+        if torch.equal(nearer, d):
+            return d
+        d = nearer
+
+
+def equalize(x):
+    """Levels of x (B, 1, S, S) spread so that their histogram is flat; the lowest becomes 0."""
+    level = x.long().flatten(1)  # (B, S S)
+    counts = torch.zeros(len(x), 256, device=x.device).scatter_add_(1, level, torch.ones_like(level, dtype=torch.float32))
+    first = counts.gather(1, level.amin(1, True))  # (B, 1)
+    table = ((counts.cumsum(1) - first) * (255 / (level.shape[1] - first).clamp(min=1))).round()
+    return table.gather(1, level).view_as(x)
+
+
+CORRUPTIONS = {  # name: function, its constants for severities 1 to 5 at 224 px, and at 32 px [HD]
+    "gaussian_noise": (gaussian_noise, (.08, .12, .18, .26, .38), (.04, .06, .08, .09, .10)),
+    "shot_noise": (shot_noise, (60, 25, 12, 5, 3), (500, 250, 100, 75, 50)),
+    "impulse_noise": (impulse_noise, (.03, .06, .09, .17, .27), (.01, .02, .03, .05, .07)),
+    "defocus_blur": (defocus_blur, ((3, .1), (4, .5), (6, .5), (8, .5), (10, .5)), ((.3, .4), (.4, .5), (.5, .6), (1, .2), (1.5, .1))),
+    "glass_blur": (glass_blur, ((.7, 1, 2), (.9, 2, 1), (1, 2, 3), (1.1, 3, 2), (1.5, 4, 2)), ((.05, 1, 1), (.25, 1, 1), (.4, 1, 1), (.25, 1, 2), (.4, 1, 2))),
+    "motion_blur": (motion_blur, ((10, 3), (15, 5), (15, 8), (15, 12), (20, 15)), ((6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5))),
+    "zoom_blur": (zoom_blur, ((.01, 12), (.01, 16), (.02, 11), (.02, 13), (.03, 11)), ((.01, 7), (.01, 12), (.01, 16), (.01, 21), (.01, 26))),
+    "snow": (snow, ((.1, .3, 3, .5, 10, 4, .8), (.2, .3, 2, .5, 12, 4, .7), (.55, .3, 4, .9, 12, 8, .7), (.55, .3, 4.5, .85, 12, 8, .65), (.55, .3, 2.5, .85, 12, 12, .55)),
+             ((.1, .2, 1, .6, 8, 3, .95), (.1, .2, 1, .5, 10, 4, .9), (.15, .3, 1.75, .55, 10, 4, .9), (.25, .3, 2.25, .6, 12, 6, .85), (.3, .3, 1.25, .65, 14, 12, .8))),
+    "frost": (frost, ((1, .4), (.8, .6), (.7, .7), (.65, .7), (.6, .75)), ((1, .2), (1, .3), (.9, .4), (.85, .4), (.75, .45))),
+    "fog": (fog, ((1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4)), ((.2, 3), (.5, 3), (.75, 2.5), (1, 2), (1.5, 1.75))),
+    "brightness": (brightness, (.1, .2, .3, .4, .5), (.05, .1, .15, .2, .3)),
+    "contrast": (contrast, (.4, .3, .2, .1, .05), (.75, .5, .4, .3, .15)),
+    "elastic_transform": (elastic_transform, ((488, 170.8, 24.4), (488, 19.52, 48.8), (12.2, 2.44, 4.88), (17.08, 2.44, 4.88), (29.28, 2.44, 4.88)),
+                          ((0, 0, 2.56), (1.6, 6.4, 2.24), (2.56, 1.92, 1.92), (3.2, 1.28, 1.6), (3.2, .96, .96))),
+    "pixelate": (pixelate, (.6, .5, .4, .3, .25), (.95, .9, .85, .75, .65)),
+    "jpeg_compression": (jpeg_compression, (25, 18, 15, 10, 7), (80, 65, 58, 50, 40)),
+    "speckle_noise": (speckle_noise, (.15, .2, .35, .45, .6), (.06, .1, .12, .16, .2)),
+    "gaussian_blur": (gaussian_blur, (1, 2, 3, 4, 6), (.4, .6, .7, .8, 1)),
+    "spatter": (spatter, ((.65, .3, 4, .69, .6, 0), (.65, .3, 3, .68, .6, 0), (.65, .3, 2, .68, .5, 0), (.65, .3, 1, .65, 1.5, 1), (.67, .4, 1, .65, 1.5, 1)),
+                ((.62, .1, .7, .7, .5, 0), (.65, .1, .8, .7, .5, 0), (.65, .3, 1, .69, .5, 0), (.65, .1, .7, .69, .6, 1), (.65, .1, .5, .68, .6, 1))),
+    "saturate": (saturate, ((.3, 0), (.1, 0), (2, 0), (5, .1), (20, .2)), ((.3, 0), (.1, 0), (1.5, 0), (2, .1), (2.5, .2))),
+}
+BENCHMARK, EXTRA = tuple(CORRUPTIONS)[:15], tuple(CORRUPTIONS)[15:]
+
+
+def corrupt(x, name, severity, seeds, photographs=()):
+    """One corruption of ImageNet-C or CIFAR-10-C.
+
+    x: uint8 (B, 3, S, S) on any device. name: one of CORRUPTIONS. severity: 1 to 5. seeds: (B,) integers, one an image: what
+    happens to an image depends on nothing else. Sides below 96 px take the constants for 32 px, others those for 224. photographs:
+    of frost, uint8 (3, H, W). Returns uint8 (B, 3, S, S), truncated as the originals are, without the JPEG-85 that ImageNet-C
+    was saved with.
+    """
+    function, large, small = CORRUPTIONS[name]
+    constants = (small if x.shape[-1] < 96 else large)[severity - 1]
+    constants = constants if isinstance(constants, tuple) else (constants,)
+    more = dict(photographs=photographs) if name == "frost" else {}
+    chunk = 8 if x.device.type == "cpu" and x.shape[-1] >= 96 else len(x)  # what stays in a CPU's caches is faster
+    return torch.cat([levels(function(part.float(), Draws(s, x.device), *constants, **more)) for part, s in zip(x.split(chunk), seeds.split(chunk))])
+
+
+def levels(x):
+    """Float levels -> uint8, truncated."""
+    return x.clamp(0, 255).to(torch.uint8)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Perturbations: generators of frames. x is the whole image, float (B, 3, H, W) in levels, y its centre (B, 3, S, S)
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def repeated(corruption):
+    """The clean image, then 30 independent draws of a corruption."""
+
+    def frames(x, y, draws, *constants):
+        yield y
+        for _ in range(30):
+            yield corruption(y, draws, *constants)
+
+    return frames
+
+
+def motion_frames(x, y, draws, radius, sigma, step, n):
+    for i in range(n):
+        yield motion(y, radius, sigma, torch.full((len(y),), float(step * (i - n + 1)), device=y.device))
+
+
+def zoom_frames(x, y, draws):
+    total = 0
+    for i in range(31):
+        total = total + centre_zoom(y, 1 + 0.004 * i)
+        yield total / (i + 1)
+
+
+def snow_frames(x, y, draws, zoom, radius, sigma):
+    flakes = centre_zoom(draws.normal(1, *y.shape[2:]) * 0.3 + 0.05, zoom)
+    for i in range(31):
+        yield snow_on(y, flakes, 0.5, radius, sigma, torch.full((len(y),), 4.0 * i - 150, device=y.device), 0.85)
+
+
+def brightness_frames(x, y, draws, step):
+    for i in range(31):
+        yield brightness(y, draws, step * (i - 15))
+
+
+def blur_frames(x, y, draws, first, step, truncate):
+    for i in range(31):
+        yield blur(y, first + step * i, truncate=truncate) + HAIR
+
+
+def spatter_frames(x, y, draws, mean, std, sigma, threshold, runs):
+    """Drops that run down, a column convolved with `runs` from frame to frame."""
+    drops = blur(draws.normal(1, *y.shape[2:]) * std + mean, sigma)
+    drops, taps, above = drops.masked_fill(drops < threshold, 0), torch.tensor(runs[::-1], device=y.device).view(1, 1, -1, 1), len(runs) // 2
+    for _ in range(31):
+        yield y + water(drops, 0.6)
+        drops = F.conv2d(F.pad(drops, (0, 0, above, len(runs) - 1 - above)), taps)
+
+
+def warped(move, interpolation="bilinear", opencv=False):
+    """The whole image moved by the matrix move(i, W, H, *constants), (3, 3), from source to frame, in pixels, and seen through the centre, with
+    black around it. OpenCV looks at steps of 1/32 px and rounds where Pillow truncates."""
+
+    def frames(x, y, draws, n, *constants):
+        (H, W), S = x.shape[2:], y.shape[-1]
+        top, left = round((H - S) / 2), round((W - S) / 2)
+        v, u = torch.meshgrid(torch.arange(S) + top, torch.arange(S) + left, indexing="ij")
+        there = torch.stack([u, v, torch.ones_like(u)], 2).double()  # (S, S, 3)
+        for i in range(n):
+            back = there @ torch.linalg.inv(move(i, W, H, *constants)).T  # (S, S, 3) homogeneous, in the source
+            source = back[..., :2] / back[..., 2:]
+            source = (32 * source).round() / 32 if opencv else source
+            grid = ((2 * source + 1) / torch.tensor([W, H]) - 1).float().to(x.device).expand(len(x), -1, -1, -1)
+            frame = F.grid_sample(x, grid, interpolation, "zeros", align_corners=False)
+            yield frame.round() if opencv else frame + HAIR
+
+    return frames
+
+
+def about_centre(W, H, matrix):
+    """A linear map (2, 2) of pixels about the centre of the image, as a (3, 3)."""
+    M, centre = torch.eye(3, dtype=torch.float64), torch.tensor([(W - 1) / 2, (H - 1) / 2], dtype=torch.float64)
+    M[:2, :2] = torch.tensor(matrix, dtype=torch.float64)
+    M[:2, 2] = centre - M[:2, :2] @ centre
+    return M
+
+
+def translate(i, W, H, middle):
+    return torch.tensor([[1.0, 0, i - middle], [0, 1, 0], [0, 0, 1]], dtype=torch.float64)
+
+
+def rotate(i, W, H):
+    a = math.radians(i - 15)  # clockwise
+    return about_centre(W, H, [[math.cos(a), -math.sin(a)], [math.sin(a), math.cos(a)]])
+
+
+def scale(i, W, H, first, step):
+    return about_centre(W, H, [[first + step * i, 0], [0, first + step * i]])
+
+
+def shear(i, W, H):
+    return about_centre(W, H, [[1, -math.tan(math.radians(i - 15))], [0, 1]])
+
+
+def tilt(i, W, H, step):
+    """Turned in space about both axes, seen by a camera f away whose focal length is f, the diagonal; the plane lies at depth 1, as in the
+    original, so the middle frame is a little smaller than the image."""
+    a, f = math.radians(step * (i - 15)), math.hypot(W, H)
+    c, s = math.cos(a), math.sin(a)
+    matrix = lambda rows: torch.tensor(rows, dtype=torch.float64)
+    about_x, about_y = matrix([[1, 0, 0], [0, c, -s], [0, s, c]]), matrix([[c, 0, -s], [0, 1, 0], [s, 0, c]])
+    away = matrix([[0, 0, 0], [0, 0, 0], [0, 0, f]])
+    return matrix([[f, 0, W / 2], [0, f, H / 2], [0, 0, 1]]) @ (about_x @ about_y @ matrix([[1, 0, -W / 2], [0, 1, -H / 2], [0, 0, 1]]) + away)
+
+
+PERTURBATIONS = {  # name: frames, their constants at 224 px, and at 32 px [HD]; ten to test on, four to validate on
+    "gaussian_noise": (repeated(gaussian_noise), (.03,), (.02,)),
+    "shot_noise": (repeated(shot_noise), (300,), (700,)),
+    "motion_blur": (motion_frames, (10, 3, 4, 31), (6, 1.8, 9, 21)),
+    "zoom_blur": (zoom_frames, (), ()),
+    "snow": (snow_frames, (3, 14, 4), (2, 10, 2)),
+    "brightness": (brightness_frames, (.02,), (.015,)),
+    "translate": (warped(translate, "nearest"), (41, 20), (16, 7)),
+    "rotate": (warped(rotate), (31,), (31,)),
+    "tilt": (warped(tilt, opencv=True), (31, 1), (31, .75)),
+    "scale": (warped(scale), (31, .4, .025), (31, .7, .02)),
+    "speckle_noise": (repeated(speckle_noise), (.05,), (.05,)),
+    "gaussian_blur": (blur_frames, (.25, .035, 6), (.3, .015, 7)),
+    "spatter": (spatter_frames, (.65, .27, 3.7, .69, (.05, .1, .15, .7)), (.6, .265, 1.75, .7, (.2, .8))),
+    "shear": (warped(shear), (31,), (31,)),
+}
+TEST_PERTURBATIONS = tuple(PERTURBATIONS)[:10]
+
+
+def perturb(x, name, seeds, size):
+    """One sequence of ImageNet-P or CIFAR-10-P.
+
+    x: uint8 (B, 3, H, W), the whole image, its short side 256 px for frames of 224; what moves beyond the frame can come in.
+    name: one of PERTURBATIONS. seeds: (B,) integers, as for `corrupt`. size: S, side of the frames, H and W at most. Returns uint8
+    (B, n, 3, S, S), n 31, 41 or less, never compressed; of noises the first frame is clean.
+    """
+    function, large, small = PERTURBATIONS[name]
+    top, left, out = round((x.shape[2] - size) / 2), round((x.shape[3] - size) / 2), []
+    for image, seed in zip(x.split(8), seeds.split(8)):
+        image = image.float()
+        y = image[:, :, top : top + size, left : left + size]
+        out.append(torch.stack([levels(frame) for frame in function(image, y, Draws(seed, x.device), *(small if size < 96 else large))], 1))
+    return torch.cat(out)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Metrics
+# ----------------------------------------------------------------------------------------------------------------------
+
+ALEXNET_CLEAN = 0.43478  # errors of torchvision's AlexNet, for severities 1 to 5 [HD, issue 10]
+ALEXNET = dict(
+    gaussian_noise=(.69528, .82542, .93554, .98138, .99452), shot_noise=(.71224, .85108, .93574, .98182, .99146), impulse_noise=(.78374, .89808, .94870, .98720, .99548),
+    defocus_blur=(.65624, .73202, .85036, .91364, .94714), glass_blur=(.64308, .75054, .88806, .91622, .93344), motion_blur=(.58430, .70048, .82108, .89750, .92638),
+    zoom_blur=(.70008, .76992, .80784, .84198, .87198), snow=(.71726, .88392, .86468, .91870, .94952), frost=(.61390, .79734, .88790, .89942, .93430),
+    fog=(.67474, .76050, .84378, .87260, .94500), brightness=(.45140, .48502, .54048, .62166, .72440), contrast=(.64548, .76150, .88874, .97760, .99270),
+    elastic_transform=(.52596, .70116, .55686, .64076, .80554), pixelate=(.52218, .54620, .73728, .87092, .91262), jpeg_compression=(.51002, .54718, .57294, .65458, .74778))
+ALEXNET_FLIPS = dict(  # its flip probabilities [assembled-cnn]
+    gaussian_noise=.23653, shot_noise=.30062, motion_blur=.09297, zoom_blur=.05942, snow=.11928, brightness=.04889, translate=.11007, rotate=.13104, tilt=.07050, scale=.23531)
+
+
+def mean_corruption_error(errors, clean=None):
+    """errors {corruption: of severities 1 to 5} in [0, 1] -> mCE in percent: those of the 15 corruptions, summed over severities, relative to AlexNet's;
+    with the clean error, relative mCE: what corruption adds to it, relative to what it adds to AlexNet's."""
+    off, of = (0.0, 0.0) if clean is None else (clean, ALEXNET_CLEAN)
+    ratios = [sum(e - off for e in errors[name]) / sum(e - of for e in ALEXNET[name]) for name in BENCHMARK]
+    return 100 * sum(ratios) / len(ratios)
+
+
+def mean_flip_rate(flips):
+    """flips {perturbation: probability that the prediction changes} -> mFR in percent: the ten test types, relative to AlexNet's."""
+    return 100 * sum(flips[name] / ALEXNET_FLIPS[name] for name in TEST_PERTURBATIONS) / len(TEST_PERTURBATIONS)
+
+
+def ranking(scores):
+    """Scores (..., C) -> classes from best to worst; of equal ones the lower first."""
+    return scores.sort(dim=-1, descending=True, stable=True).indices
+
+
+def count_right(scores, labels):
+    """Scores (B, C), labels (B,) -> (3,) int64: images, those right, those with the class among the first five."""
+    right = ranking(scores)[:, :5] == labels[:, None]
+    return torch.stack([torch.tensor(len(labels), device=scores.device), right[:, 0].sum(), right.sum()])
+
+
+def count_changes(scores, noise):
+    """Scores (B, n, C) of sequences -> (3,) int64: pairs of frames, those whose predictions differ, sum of their top-5 distances.
+
+    Pairs are a frame and the one before it, of noises a frame and the first. Top-5 distance: sum over the first five classes i of
+    one frame, counted from 1, of | min(i - 1, 5) - min(rank in the other frame - 1, 5) |, 0 to 15.
+    """
+    order = ranking(scores)  # (B, n, C)
+    ranks = order.argsort(-1)  # (B, n, C) of every class, from 0
+    before = order[:, :1].expand(-1, scores.shape[1] - 1, -1) if noise else order[:, :-1]  # (B, n - 1, C)
+    there = ranks[:, 1:].gather(2, before[..., :5]).clamp(max=5)  # (B, n - 1, 5)
+    changed = before[..., 0] != order[:, 1:, 0]  # (B, n - 1)
+    return torch.stack([torch.tensor(changed.numel(), device=scores.device), changed.sum(), (there - torch.arange(there.shape[2], device=scores.device)).abs().sum()])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Suites: subjects -> for each its {part: results}, and the details for the record
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Source:
+    """What a suite starts from, uint8: the centre of the images (n, 3, S, S), short side scaled to 256/224 S before; or `whole` images, (n, 3, H, W)
+    or, where their sizes differ, a list of (3, H, W). Below 96 px nothing is cut off."""
+
+    def __init__(self, size, whole=False):
+        self.whole, self.centre = whole, common.CenterCrop(size)
+
+    def __call__(self, images, rows):
+        if not self.whole:
+            return self.centre(images)
+        short, out = self.centre.resize, []
+        for x in [images] if isinstance(images, torch.Tensor) else [image[None] for image in images]:
+            H, W = x.shape[2:]
+            out.append(x if min(H, W) == short else common.resize(x, (short * H // min(H, W), short * W // min(H, W)), "bilinear"))
+        return torch.cat(out) if len({x.shape[2:] for x in out}) == 1 else [x[0] for x in out]
+
+
+@dataclasses.dataclass
+class Subject:
+    """A checkpoint with the linear probes, one a part, that were trained on its clean features."""
+
+    name: str
+    path: str
+    case: eval_probe.Case
+
+    @torch.no_grad()
+    def scores(self, x):
+        """uint8 (B, 3, S, S) -> {part: (B, C)}; images of another size than the encoder's are resized."""
+        backbone, side = self.case.backbone, self.case.backbone.img_size
+        if x.shape[-1] != side:
+            x = common.resize(x, (side, side), "bicubic")
+        out = []
+        for chunk in x.split(256):
+            with common.autocast(self.case.device, self.case.args.amp):
+                out.append(backbone.last_blocks(common.Normalize(backbone.mean, backbone.std)(chunk.float() / 255)).float())
+        return {name.removeprefix("linear"): s for name, s in self.case.read("linear", torch.cat(out)).items()}
+
+
+def tally(subjects, data, source, conditions, make, count, args, batch_size, name):
+    """Every condition on every image, made once for all subjects -> [{part: (conditions, k) int64}], a dict for each subject, sums over the set.
+    make(x, rows, condition) -> uint8 images; count(condition, scores, labels) -> (k,) int64."""
+    mine = chosen(data, args.images_per_class)[common.rank() :: common.world_size()]
+    device, sums = subjects[0].case.device, [{} for _ in subjects]
+    for rows, x in common.batches(data, mine, source, batch_size, args.workers, name):
+        x, labels = [image.to(device) for image in x] if isinstance(x, list) else x.to(device), data.labels[rows].to(device)
+        for c, condition in enumerate(conditions):
+            y = make(x, rows, condition)
+            for subject, own in zip(subjects, sums):
+                for part, scores in subject.scores(y).items():
+                    n = count(condition, scores, labels)
+                    own.setdefault(part, torch.zeros(len(conditions), len(n), dtype=torch.int64, device=device))[c] += n
+    return [{part: common.all_reduce(n).cpu() for part, n in own.items()} for own in sums]
+
+
+def chosen(data, most):
+    """Rows of the first `most` images of each class, or of all."""
+    if most is None:
+        return torch.arange(len(data))
+    return torch.cat([(data.labels == c).nonzero()[:most, 0] for c in data.labels.unique()]).sort().values
+
+
+def seeds_of(data, *key):
+    """(N,) int64, an image's seed for one condition."""
+    return torch.randint(2**62, (len(data),), generator=common.rng(*key))
+
+
+def percent(n):
+    """(images, right, ...) -> percent."""
+    return 100 * n[1].item() / n[0].item()
+
+
+def corruptions(subjects, data, args):
+    """The 15 corruptions and the 4 of validation, 5 severities each."""
+    names, size, photographs = args.types or tuple(CORRUPTIONS), side_of(subjects), load_frost(args.frost_dir, side_of(subjects))
+    conditions = [("clean", 0), *((name, severity) for name in names for severity in range(1, 6))]
+    count = lambda condition, scores, labels: count_right(scores, labels)
+    if args.suite_dir:
+        sums = [{} for _ in subjects]
+        for name, severity in conditions:
+            images = data if name == "clean" else finished(Path(args.suite_dir[0]), name, severity, data.classes)
+            for own, new in zip(sums, tally(subjects, images, Source(size), [0], lambda x, rows, condition: x, count, args, 256, f"{name} {severity or ''}")):
+                for part, n in new.items():
+                    own[part] = torch.cat([own.get(part, n[:0]), n])
+    else:
+        seeds = {c: seeds_of(data, args.seed, *c) for c in conditions}
+
+        def make(x, rows, condition):
+            if condition[0] == "clean":
+                return x
+            y = corrupt(x, *condition, seeds[condition][rows], photographs)
+            return jpeg(y, 85) if args.jpeg85 and size >= 96 else y
+
+        sums = tally(subjects, data, Source(size), conditions, make, count, args, 64 if size >= 96 else 256, "corruptions")
+    drawn = "frost" in names and not photographs and not args.suite_dir
+    star, out = "*" * drawn, []
+    if drawn and common.rank() == 0:
+        print("* with frost drawn by a procedure, not from photographs: not comparable with published figures; --frost-dir takes photographs", file=sys.stderr)
+    for own in sums:
+        rows = {}
+        for part, n in own.items():
+            accuracy = {name: [percent(n[conditions.index((name, s))]) for s in range(1, 6)] for name in names}
+            top5 = [100 * n[i, 2].item() / n[i, 0].item() for i, c in enumerate(conditions) if c[0] in BENCHMARK]
+            mean, values = {name: sum(a) / 5 for name, a in accuracy.items()}, dict(clean=percent(n[0]))
+            if set(BENCHMARK) <= set(names):
+                values[f"mean{star}"] = sum(mean[name] for name in BENCHMARK) / 15
+                values |= {f"mean top-5{star}": sum(top5) / 75} if len(data.classes) > 5 else {}
+                values |= {"without frost": sum(mean[name] for name in BENCHMARK if name != "frost") / 14} if drawn else {}
+                if size >= 96:
+                    errors = {name: [1 - a / 100 for a in accuracy[name]] for name in BENCHMARK}
+                    values |= {f"mCE{star}": mean_corruption_error(errors), f"rel mCE{star}": mean_corruption_error(errors, 1 - values["clean"] / 100)}
+            values |= {name + star * (name == "frost"): mean[name] for name in names}
+            rows[part] = values, dict(images=n[0, 0].item(), right={f"{name} {s}".strip(" 0"): n[i, 1:].tolist() for i, (name, s) in enumerate(conditions)})
+        out.append(rows)
+    details = dict(size=size, jpeg85=args.jpeg85 and size >= 96 and not args.suite_dir, frost="procedural" if drawn else "photographs", source="files" if args.suite_dir else "made here")
+    return out, details
+
+
+def perturbations(subjects, data, args):
+    """The 10 sequences, and the 4 of validation: top-1 accuracy over all frames, how often predictions change, and how far the first five move."""
+    names, size = args.types or tuple(PERTURBATIONS), side_of(subjects)
+    seeds = {name: seeds_of(data, args.seed, "sequence", name) for name in names}
+
+    def make(x, rows, name):
+        whole = [image[None] for image in x] if isinstance(x, list) else [x]
+        frames = torch.cat([perturb(images, name, s, size) for images, s in zip(whole, seeds[name][rows].split([len(images) for images in whole]))])
+        return frames.flatten(0, 1)  # (B n, 3, S, S)
+
+    def count(name, scores, labels):
+        n = len(scores) // len(labels)
+        return torch.cat([count_right(scores, labels.repeat_interleave(n)), count_changes(scores.unflatten(0, (-1, n)), name.endswith("noise"))])
+
+    out = []
+    for own in tally(subjects, data, Source(size, whole=True), names, make, count, args, 8 if size >= 96 else 32, "perturbations"):
+        rows = {}
+        for part, n in own.items():
+            top1, top5, flips, moved = ({name: (a[i] / a[j]).item() for name, a in zip(names, n.double())} for i, j in ((1, 0), (2, 0), (4, 3), (5, 3)))
+            values, ten = {}, [name for name in names if name in TEST_PERTURBATIONS]
+            if set(PERTURBATIONS) <= set(names):
+                values = {"top-1": 100 * sum(top1.values()) / len(names)} | ({"top-5": 100 * sum(top5.values()) / len(names)} if len(data.classes) > 5 else {})
+            if set(TEST_PERTURBATIONS) <= set(names):
+                values["flips"] = 100 * sum(flips[name] for name in ten) / 10
+                values |= dict(mFR=mean_flip_rate(flips)) if size >= 96 else {}
+                values |= {"top-5 distance": sum(moved[name] for name in ten) / 10} if len(data.classes) > 5 else {}
+            rows[part] = values | {name: 100 * top1[name] for name in names}, dict(top1=top1, top5=top5, flip_probability=flips, top5_distance=moved)
+        out.append(rows)
+    return out, dict(size=size, codec="none", flips_over=TEST_PERTURBATIONS)
+
+
+def augmentations(subjects, data, args):
+    """CLeVER's test images: as they are; with colours jittered; and flipped, turned by up to 90 degrees, or turned and deformed as well."""
+    size, jitter, turn = side_of(subjects), common.ColorJitter(0.4, 0.4, 0.4, 0.1, p=1), common.Affine(90, interpolation="nearest")
+    ops = {"Orig": [], "CJ": [jitter], "CJ+Flip": [common.HorizontalFlip(1), jitter], "CJ+Ro": [turn, jitter], "CJ+Ro+ET": [turn, jitter, common.Elastic(100, p=1)]}
+    conditions = [(name, k) for name in ops for k in range(args.passes if ops[name] else 1)]
+    drawn = {}  # condition: [params of each op, (N, ...)]
+    for condition in conditions:
+        g = common.rng(args.seed, "augmentations", *condition)
+        drawn[condition] = [op.sample(len(data), g, torch.full((len(data), 2), size)) for op in ops[condition[0]]]
+
+    def make(x, rows, condition):
+        y = x.float() / 255
+        for op, params in zip(ops[condition[0]], drawn[condition]):
+            y = op(y, {k: v[rows] for k, v in params.items()})
+        return (255 * y).round().clamp(0, 255).to(torch.uint8)
+
+    out = []
+    for own in tally(subjects, data, Source(size), conditions, make, lambda condition, scores, labels: count_right(scores, labels), args, 64 if size >= 96 else 256, "augmentations"):
+        each = {part: {name: [percent(n[i]) for i, c in enumerate(conditions) if c[0] == name] for name in ops} for part, n in own.items()}
+        out.append({part: ({name: sum(a) / len(a) for name, a in values.items()}, dict(passes=values)) for part, values in each.items()})
+    return out, dict(size=size, passes=args.passes)
+
+
+def shifts(subjects, data, args):
+    """Other images of the same classes: folders, whose names say the class; of `blocks` rendered stand-ins."""
+    size, name = side_of(subjects), subjects[0].case.state["data"]
+    sets = {"clean": data}
+    if args.suite_dir:
+        sets |= {Path(path).resolve().name: labelled(Path(path), data.classes) for path in args.suite_dir}
+    else:
+        label, split = ("hues (stand-in)", "hues") if name == "blocks" else ("sessions seen (stand-in)", "seen")
+        sets[label] = common.load_data(name, None, split, size)
+    out = [{} for _ in subjects]
+    for name, images in sets.items():
+        there = images.labels.unique().to(subjects[0].case.device)
+        masked = len(there) < len(data.classes)
+
+        def count(condition, scores, labels, there=there):
+            only = torch.full_like(scores, -math.inf).index_copy(1, there, scores[:, there])
+            return torch.cat([count_right(scores, labels), count_right(only, labels)])
+
+        for own, new in zip(out, tally(subjects, images, Source(size), [0], lambda x, rows, condition: x, count, args, 256, name)):
+            for part, n in new.items():
+                values, details = own.setdefault(part, ({}, {}))
+                n, details[name] = n[0], dict(zip(("images", "right", "top5", "_", "masked_right", "masked_top5"), n[0].tolist()), classes=len(there))
+                values |= {name: percent(n)} | ({f"{name} top-5": 100 * n[2].item() / n[0].item()} if len(data.classes) > 5 else {})
+                values |= {f"{name} ({len(there)} classes)": percent(n[3:])} if masked else {}
+    return out, dict(size=size)
+
+
+def side_of(subjects):
+    """Side of the images that suites are made of: 32 px for small encoders, 224 for others."""
+    return 32 if subjects[0].case.backbone.img_size < 96 else 224
+
+
+def labelled(folder, classes):
+    """A tree of one folder a class, labelled by the folders' names: those of `classes`, or, as in ImageNet-V2, their numbers."""
+    data = common.imagefolder(folder, "train")
+    if data.labels is None:
+        common.die(f"--suite-dir {folder}: holds no class folders; one folder a class is expected")
+    numbers = all(name.isdigit() for name in data.classes) and not set(data.classes) <= set(classes)
+    unknown = [name for name in data.classes if (int(name) >= len(classes) if numbers else name not in classes)]
+    if unknown:
+        common.die(f"--suite-dir {folder}: {unknown[0]} is no class of the training images; folders are named like {classes[0]}, or 0 to {len(classes) - 1}")
+    index = torch.tensor([int(name) if numbers else classes.index(name) for name in data.classes])
+    return dataclasses.replace(data, labels=index[data.labels], classes=classes)
+
+
+def finished(root, name, severity, classes):
+    """One condition of a published set: ROOT/[GROUP/]NAME/SEVERITY/CLASS/* of ImageNet-C, or ROOT/NAME.npy of CIFAR-10-C."""
+    file = find_finished(root, name, severity)
+    if file.suffix == ".npy":
+        try:
+            images, labels = np.load(file, mmap_mode="r", allow_pickle=False), torch.from_numpy(np.load(root / "labels.npy", allow_pickle=False)).long()
+        except (OSError, ValueError) as e:
+            common.die(f"--suite-dir {root}: {name}.npy and labels.npy cannot be read ({e})")
+        n = len(images) // 5
+        labels = labels[(severity - 1) * n : severity * n]
+        if images.shape[1:] != (32, 32, 3) or len(labels) != n or int(labels.max()) >= len(classes):
+            common.die(f"--suite-dir {root}: {name}.npy should hold 5 x N images of 32 x 32 x 3 and labels.npy their classes below {len(classes)}; found {images.shape}")
+        pixels = torch.from_numpy(images[(severity - 1) * n : severity * n].copy()).permute(0, 3, 1, 2)
+        return common.ImageSet(images=pixels, labels=labels, classes=classes)
+    return labelled(file, classes)
+
+
+def find_finished(root, name, severity):
+    """Where a condition of a published set lies."""
+    places = (root / f"{name}.npy", root / name / f"{severity}", *sorted(root.glob(f"*/{name}/{severity}")))
+    found = next((place for place in places if place.exists()), None)
+    return found or common.die(f"--suite-dir {root}: has neither {name}/{severity}/ nor {name}.npy; --types names the corruptions that are there")
+
+
+@functools.lru_cache
+def load_frost(folder, size):
+    """The photographs in a folder, uint8 (3, H, W), shrunk to a fifth for small images. The original has six and never takes the last."""
+    if folder is None:
+        return ()
+    images = [common.open_image(p) for p in common.list_images(Path(folder)) if p.stem != "frost6"]
+    if size < 96:
+        images = [common.resize(x[None], (x.shape[1] // 5, x.shape[2] // 5), "bilinear")[0] for x in images]
+    if not images or min(min(x.shape[1:]) for x in images) < size:
+        common.die(f"--frost-dir {folder}: photographs of at least {size if size >= 96 else 5 * size} px are needed, found {len(images)} images")
+    return tuple(images)
+
+
+def contact_sheet(path, rows, side=96):
+    """{label: [uint8 (3, S, S)]} -> a picture, a row a label."""
+    columns, margin = max(map(len, rows.values())), 8 * max(map(len, rows)) + 8
+    sheet = Image.new("RGB", (margin + columns * (side + 2), len(rows) * (side + 2)), "white")
+    for i, (label, images) in enumerate(rows.items()):
+        ImageDraw.Draw(sheet).text((4, i * (side + 2) + side // 2 - 6), label, fill="black")
+        for j, x in enumerate(images):
+            tile = Image.fromarray(x.permute(1, 2, 0).contiguous().cpu().numpy()).resize((side, side), Image.NEAREST if x.shape[-1] <= side else Image.BOX)
+            sheet.paste(tile, (margin + j * (side + 2), i * (side + 2)))
+    sheet.save(path)
+
+
+def save_images(suite, subjects, data, args):
+    """What the suite shows, of the first images of the test set."""
+    size, one = side_of(subjects), torch.zeros(1, dtype=torch.long)
+    x = Source(size)(data[one], one)
+    if suite == "corruptions":
+        photographs = load_frost(args.frost_dir, size)
+        rows = {name: [x[0], *(corrupt(x, name, s, seeds_of(data, args.seed, name, s)[:1], photographs)[0] for s in range(1, 6))] for name in CORRUPTIONS}
+    else:
+        whole = Source(size, whole=True)(data[one], one)
+        rows = {name: list(perturb(whole if isinstance(whole, torch.Tensor) else whole[0][None], name, seeds_of(data, args.seed, "sequence", name)[:1], size)[0][::5]) for name in PERTURBATIONS}
+    contact_sheet(Path(args.save_images) / f"{suite}.png", rows)
+
+
+SUITES = dict(corruptions=corruptions, perturbations=perturbations, augmentations=augmentations, shifts=shifts)
+
+
+def check(args):
+    """Refuse what cannot work before anything is computed."""
+    types = {"corruptions": CORRUPTIONS, "perturbations": PERTURBATIONS}
+    if not args.suite:
+        common.die(f"--suite: is empty; name at least one of {', '.join(SUITES)}")
+    for suite in set(args.suite) & set(types):
+        if odd := [name for name in args.types if name not in types[suite]]:
+            common.die(f"--types {odd[0]}: not one of the {suite}; there are {', '.join(types[suite])}")
+    if args.suite_dir and (set(args.suite) - {"corruptions", "shifts"} or "corruptions" in args.suite and len(args.suite_dir) > 1):
+        common.die("--suite-dir: goes with --suite corruptions (one folder) or --suite shifts (one or more)")
+    for flag, folders in (("suite", args.suite_dir), ("frost", (args.frost_dir,) if args.frost_dir else ())):
+        if missing := [folder for folder in folders if not Path(folder).is_dir()]:
+            common.die(f"--{flag}-dir {missing[0]}: no such directory")
+    if args.suite_dir and "corruptions" in args.suite:
+        for name in args.types or CORRUPTIONS:
+            for severity in range(1, 6):
+                find_finished(Path(args.suite_dir[0]), name, severity)
+
+
+def main(argv=None):
+    """Run every suite on every checkpoint, append the results to the eval.jsonl beside each, print a table a suite; returns {suite: rows}."""
+    args = common.parse(Args, lambda first: {}, argv, description=__doc__)
+    common.check_ranges(args, RANGES)
+    check(args)
+    fields = {f.name for f in dataclasses.fields(eval_probe.Args)}
+    probing = eval_probe.Args(tasks=("linear",), **{k: v for k, v in dataclasses.asdict(args).items() if k in fields})
+    states = eval_probe.check(probing)
+    data_sets = {args.data or state["args"]["data"] for state in states}
+    if "shifts" in args.suite and not args.suite_dir and not all(name.startswith("blocks") for name in data_sets):
+        common.die(f"--suite-dir: name the folders of the shifted sets, such as ImageNet-V2's; {', '.join(sorted(data_sets))} has no stand-in")
+    device = common.start(args.device)
+    cases = [eval_probe.open_case(path, probing, device) for path in args.checkpoints]
+    subjects = [Subject(name, path, case) for name, path, case in zip(eval_probe.row_names(args.checkpoints, states), args.checkpoints, cases)]
+    size, (name, root) = side_of(subjects), (cases[0].state[k] for k in ("data", "data_dir"))
+    for subject in subjects:
+        if side_of([subject]) != size or (subject.case.state["data"], subject.case.state["data_dir"]) != (name, root) or subject.case.train.classes != cases[0].train.classes:
+            common.die(f"{subject.path}: was trained on other data, or for images of another size, than {subjects[0].path}; name --data and --data-dir, or run them apart")
+    data = cases[0].test if not name.startswith("blocks") else common.load_data(name, root, "test", size)
+    load_frost(args.frost_dir, size)
+    if args.save_images and common.rank() == 0:
+        Path(args.save_images).mkdir(parents=True, exist_ok=True)
+        for suite in set(args.suite) & {"corruptions", "perturbations"}:
+            save_images(suite, subjects, data, args)
+    for subject in subjects:
+        subject.case.heads  # noqa: B018  trained here, on clean features, once for all suites
+    tables = {}
+    for suite in args.suite:
+        begin, results = time.monotonic(), []
+        out, details = SUITES[suite](subjects, data, args)
+        for subject, parts in zip(subjects, out):
+            results += [(subject.name + part, values) for part, (values, _) in parts.items()]
+            if common.rank() == 0:
+                protocol = dict(suite=suite, data=name, data_dir=root, device=device.type, probe=subject.case.fitting, seconds=time.monotonic() - begin, **details,
+                                details={part: record for part, (_, record) in parts.items()})
+                eval_probe.append_record(subject.path, subject.case.state, args, {part or "all": values for part, (values, _) in parts.items()}, protocol)
+        tables[suite] = results
+        if common.rank() == 0:
+            print(f"{suite}: {time.monotonic() - begin:.1f} s", file=sys.stderr)
+            print(eval_probe.table(results, args.format))
+    return tables
+
+
+if __name__ == "__main__":
+    main()
