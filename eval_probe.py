@@ -246,24 +246,29 @@ class RidgeProbe:
         return F.pad(x.to(self.device, torch.float64), (0, 1), value=1.0) @ self.weights
 
 
-def linear_schedule(train, target, generator, epochs=100, batch_size=256):
-    """CIPER's linear readout. Features (N, D); target (N,) int64 classes, cross-entropy, or (N, K) numbers, squared
-    error -> a layer: (M, D) -> scores or predictions (M, K)."""
-    classes = target.dtype == torch.int64
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(generator.initial_seed())
-        readout = nn.Linear(train.shape[1], int(target.max()) + 1 if classes else target.shape[1]).to(train.device)
-    optimizer = torch.optim.SGD(readout.parameters(), lr=1.0, momentum=0.9, nesterov=True, weight_decay=1e-6)
-    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 10, 0.3)
-    for _ in common.progress(range(epochs), desc="linear readout", unit="epoch"):
-        for batch in torch.randperm(len(train), generator=generator).split(batch_size):
-            batch = batch.to(train.device)
-            loss = (F.cross_entropy if classes else F.mse_loss)(readout(train[batch]), target[batch])
+def fit(model, sample, epochs, optimizer, generator, scheduler=None, batch_size=256, desc="MLP"):
+    """Train a model on what sample(epoch) gives, features (N, D) and targets: (N,) int64 classes, cross-entropy, or (N, K) numbers, squared error."""
+    for epoch in common.progress(range(epochs), desc=desc, unit="epoch"):
+        x, target = sample(epoch)
+        for batch in torch.randperm(len(x), generator=generator).split(batch_size):
+            batch = batch.to(x.device)
+            loss = (F.cross_entropy if target.dtype == torch.int64 else F.mse_loss)(model(x[batch]), target[batch])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
-        scheduler.step()
-    return readout.requires_grad_(False)
+        if scheduler:
+            scheduler.step()
+    return model.requires_grad_(False)
+
+
+def linear_schedule(train, target, generator, epochs=100):
+    """CIPER's linear readout. Features (N, D); target (N,) int64 classes, cross-entropy, or (N, K) numbers, squared
+    error -> a layer: (M, D) -> scores or predictions (M, K)."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(generator.initial_seed())
+        readout = nn.Linear(train.shape[1], int(target.max()) + 1 if target.dtype == torch.int64 else target.shape[1]).to(train.device)
+    optimizer = torch.optim.SGD(readout.parameters(), lr=1.0, momentum=0.9, nesterov=True, weight_decay=1e-6)
+    return fit(readout, lambda _: (train, target), epochs, optimizer, generator, torch.optim.lr_scheduler.StepLR(optimizer, 10, 0.3), desc="linear readout")
 
 
 def least_squares(train, target, test):
@@ -283,23 +288,13 @@ def r2_scores(target, predicted):
     return dict(flat=flat.item(), uniform=uniform.item())
 
 
-def mlp_probe(sample, test, outputs, epochs, generator, batch_size=256, lr=1e-3):
-    """A 3-layer MLP D-1024-1024-K, ReLU, Adam at a constant rate [SIE]. sample(epoch) -> (features (N, D), targets (N, K), squared
-    error, or classes (N,) int64, cross-entropy), the same or others each epoch; test features (M, D) -> (M, K)."""
+def mlp_probe(sample, test, outputs, epochs, generator):
+    """A 3-layer MLP D-1024-1024-K, ReLU, Adam at a constant rate of 1e-3, batches of 256 [SIE]. sample(epoch) -> (features (N, D), targets: (N, K)
+    or (N,) int64), the same or others each epoch; test features (M, D) -> (M, K)."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator.initial_seed())
         mlp = nn.Sequential(nn.Linear(test.shape[1], 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, outputs)).to(test.device)
-    optimizer = torch.optim.Adam(mlp.parameters(), lr=lr)
-    for epoch in common.progress(range(epochs), desc="MLP", unit="epoch"):
-        x, t = sample(epoch)
-        for batch in torch.randperm(len(x), generator=generator).split(batch_size):
-            batch = batch.to(x.device)
-            loss = (F.cross_entropy if t.dtype == torch.int64 else F.mse_loss)(mlp(x[batch]), t[batch])
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-    with torch.no_grad():
-        return mlp(test)
+    return fit(mlp, sample, epochs, torch.optim.Adam(mlp.parameters(), lr=1e-3), generator)(test)
 
 
 def regress(sample, test_pairs, columns, epochs, generator):
@@ -391,10 +386,17 @@ def partners(groups, generator):
 
 
 def accuracies(name, scores, labels):
-    """Scores (M, C), labels (M,) -> percent of test images whose class is the first, or among the first five."""
-    top = scores.sort(dim=1, descending=True, stable=True).indices[:, :5] == labels[:, None].to(scores.device)  # (M, 5)
+    """Scores (M, C), labels (M,) -> percent of test images whose class is the first, or among the first five; where classes hold
+    unequally many images also the mean of the classes' own, as is usual on pets, aircraft and flowers."""
+    labels = labels.to(scores.device)
+    top = scores.sort(dim=1, descending=True, stable=True).indices[:, :5] == labels[:, None]  # (M, 5)
+    sizes = labels.bincount(minlength=scores.shape[1])  # (C,)
     out = {name: 100 * top[:, 0].float().mean().item()}
-    return out | ({f"{name} top-5": 100 * top.any(1).float().mean().item()} if scores.shape[1] > 5 else {})
+    if scores.shape[1] > 5:
+        out[f"{name} top-5"] = 100 * top.any(1).float().mean().item()
+    if len(sizes[sizes > 0].unique()) > 1:
+        out[f"{name} class mean"] = 100 * (labels[top[:, 0]].bincount(minlength=len(sizes)) / sizes)[sizes > 0].mean().item()
+    return out
 
 
 @dataclasses.dataclass
@@ -756,6 +758,9 @@ def load(path):
     return encoder, dict(method="timm", step=0, args=dict(data=None, data_dir=None, seed=0, arch=path), backbone=dict(arch=name, inv=None))
 
 
+load_split = functools.lru_cache(maxsize=4)(common.load_data)  # checkpoints of one call mostly share theirs
+
+
 def open_case(path, args, device):
     """A checkpoint, or timm model, and its data, checked for what the tasks need -> Case."""
     backbone, state = load(path)
@@ -763,7 +768,7 @@ def open_case(path, args, device):
     state["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest() if file.name else path
     name, root = args.data or state["args"]["data"], args.data_dir or state["args"]["data_dir"]
     sessions, labelled = state["args"].get("sessions", (1, 2)), set(args.tasks) - {"r2", "layers", "equivariance"}
-    train, test = (common.load_data(name, root, split, backbone.img_size, args.skip_corrupt, args.workers, sessions) for split in ("train", "test"))
+    train, test = (load_split(name, root, split, backbone.img_size, args.skip_corrupt, args.workers, tuple(sessions)) for split in ("train", "test"))
     if test is None:
         common.die(f"--data-dir {root}: has no test split; probes need train/ and val/ or test/")
     if labelled and (train.labels is None or test.labels is None):

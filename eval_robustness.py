@@ -103,7 +103,7 @@ RANGES = dict(images_per_class="[1, inf)", passes="[1, inf)", linear_epochs="[1,
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Corruptions: float32 (B, 3, S, S) in levels 0 to 255 -> the same, not yet clipped
+# Corruptions: float32 (B, 3, S, S) in levels 0 to 255 -> the same, not yet clipped (the last two: uint8 -> uint8)
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -388,16 +388,17 @@ def box_taps(n, m, device):
     return [(index[:, k].to(device), values[:, k].float().to(device)) for k in range(most)]
 
 
+def box_rows(x, m):
+    """uint8 (B, C, H, W) -> (B, C, m, W), rounded."""
+    taps = box_taps(x.shape[2], m, x.device)
+    if len(taps) == 1:
+        return x.index_select(2, taps[0][0])
+    return (sum(x.index_select(2, index) * weight[:, None] for index, weight in taps) + 0.5).to(torch.uint8)
+
+
 def box_resize(x, m):
-    """x (B, C, S, S) -> (B, C, m, m), rounded after each axis."""
-    for axis in (3, 2):
-        shape = [m if d == axis else 1 for d in range(4)]
-        taps = box_taps(x.shape[axis], m, x.device)
-        if len(taps) == 1:
-            x = x.index_select(axis, taps[0][0])
-        else:
-            x = (sum(x.index_select(axis, index) * weight.view(shape) for index, weight in taps) + 0.5).floor()
-    return x
+    """uint8 (B, C, S, S) -> (B, C, m, m), first along the columns' axis, as Pillow does."""
+    return box_rows(box_rows(x.mT.contiguous(), m).mT.contiguous(), m)
 
 
 def pixelate(x, draws, share):
@@ -406,7 +407,7 @@ def pixelate(x, draws, share):
 
 
 def jpeg_compression(x, draws, quality):
-    return jpeg(x.to(torch.uint8), quality).float()
+    return jpeg(x, quality)
 
 
 def jpeg(x, quality, **options):
@@ -417,7 +418,7 @@ def jpeg(x, quality, **options):
         Image.fromarray(image).save(file, "JPEG", quality=quality, **options)
         return torch.from_numpy(np.array(Image.open(file)))
 
-    images = x.permute(0, 2, 3, 1).contiguous().cpu().numpy()  # (B, S, S, 3)
+    images = torch.stack(x.cpu().unbind(1), 3).numpy()  # (B, S, S, 3)
     pool = ThreadPoolExecutor(torch.get_num_threads()) if torch.get_num_threads() > 1 else None
     out = list((pool.map if pool else map)(through, images))
     return torch.stack(out).permute(0, 3, 1, 2).to(x.device)
@@ -517,7 +518,8 @@ CORRUPTIONS = {  # name: function, its constants for severities 1 to 5 at 224 px
                 ((.62, .1, .7, .7, .5, 0), (.65, .1, .8, .7, .5, 0), (.65, .3, 1, .69, .5, 0), (.65, .1, .7, .69, .6, 1), (.65, .1, .5, .68, .6, 1))),
     "saturate": (saturate, ((.3, 0), (.1, 0), (2, 0), (5, .1), (20, .2)), ((.3, 0), (.1, 0), (1.5, 0), (2, .1), (2.5, .2))),
 }
-BENCHMARK, EXTRA = tuple(CORRUPTIONS)[:15], tuple(CORRUPTIONS)[15:]
+BENCHMARK = tuple(CORRUPTIONS)[:15]
+CODECS = (pixelate, jpeg_compression)  # map uint8 to uint8
 
 
 def corrupt(x, name, severity, seeds, photographs=()):
@@ -533,12 +535,13 @@ def corrupt(x, name, severity, seeds, photographs=()):
     constants = constants if isinstance(constants, tuple) else (constants,)
     more = dict(photographs=photographs) if name == "frost" else {}
     chunk = 8 if x.device.type == "cpu" and x.shape[-1] >= 96 else len(x)  # what stays in a CPU's caches is faster
-    return torch.cat([levels(function(part.float(), Draws(s, x.device), *constants, **more)) for part, s in zip(x.split(chunk), seeds.split(chunk))])
+    x = x if function in CODECS else x.float()
+    return torch.cat([levels(function(part, Draws(s, x.device), *constants, **more)) for part, s in zip(x.split(chunk), seeds.split(chunk))])
 
 
 def levels(x):
     """Float levels -> uint8, truncated."""
-    return x.clamp(0, 255).to(torch.uint8)
+    return x if x.dtype == torch.uint8 else x.clamp_(0, 255).to(torch.uint8)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
