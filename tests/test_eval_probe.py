@@ -297,6 +297,41 @@ def test_2_processes_print_what_one_prints(tiny, tmp_path):
     assert len((tmp_path / "run" / "eval.jsonl").read_text().splitlines()) == 2  # one of each run
 
 
+def tuned(checkpoint):
+    quick = ["--linear-epochs", "2", "--finetune-epochs", "2", "--finetune-lr", "0.1", "--device", "cpu", "--workers", "0"]
+    return eval_probe.main([checkpoint, "--tasks", "linear", "finetune", "--augment", *quick]) + eval_probe.main([checkpoint, "--tasks", "linear", "fewshot", "--linear", "lbfgs", *quick])
+
+
+def test_2_processes_augment_fit_and_fine_tune_as_one_does(tiny, tmp_path):
+    ser.main([*tiny, "--epochs", "0", "--out", str(tmp_path / "run")])
+    (alone,) = on_ranks(1, tmp_path, tuned, str(tmp_path / "run" / "checkpoint.pt"))
+    for other in on_ranks(2, tmp_path, tuned, str(tmp_path / "run" / "checkpoint.pt")):
+        assert other == alone  # shares of 12 test images
+
+
+@pytest.mark.parametrize("how", [dict(linear="sgd"), dict(linear="lbfgs"), dict(linear="steps"), dict(linear="sgd", augment=True)])
+def test_every_probe_of_classes_finds_them_and_nothing_in_noise(how):
+    """Dark and bright images; then features that are noise."""
+    tasks = ("knn", "linear", "fewshot") + (("mlp",) if how == dict(linear="sgd") else ())
+    for sees in (True, False):
+        case = case_of(Maps(cells), n=200, tasks=tasks, mlp_epochs=5, **how)
+        for data in (case.train, case.test):
+            data.images[:] = (torch.rand(data.images.shape, generator=g) * 100 + 120 * data.labels[:, None, None, None]).to(torch.uint8)
+        if not sees:
+            case.backbone.last_blocks = case.backbone.forward = lambda x: torch.randn(len(x), 192, generator=g)
+        values = {}
+        for task in tasks:
+            values |= eval_probe.TASKS[task](case)[0]
+        assert {"knn", "linear", "fewshot 1%", "fewshot 10%"} <= set(values)
+        assert all(v > 95 if sees else abs(v - 50) < 18 for v in values.values()), values
+
+
+def test_class_means_stand_beside_unequal_classes():
+    scores, labels = torch.eye(2)[torch.tensor([0, 0, 0, 0])], torch.tensor([0, 0, 0, 1])
+    assert eval_probe.accuracies("linear", scores, labels) == {"linear": 75, "linear class mean": 50}
+    assert eval_probe.accuracies("linear", scores, torch.tensor([0, 0, 1, 1])) == {"linear": 50}
+
+
 def test_the_mlp_separates_what_no_line_can_and_is_at_chance_on_noise():
     x = torch.randn(800, 2, generator=g)
     labels = (x[:, 0] * x[:, 1] > 0).long()  # quadrants
