@@ -36,6 +36,7 @@ import math
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -133,11 +134,6 @@ class Draws:
 
 
 HAIR = 1e-3  # of a level: what rounding may not cost an image that a filter leaves as it is
-
-
-def per_image(v):
-    """(B,) -> (B, 1, 1, 1)."""
-    return v.view(-1, 1, 1, 1)
 
 
 @functools.lru_cache(maxsize=64)
@@ -324,7 +320,7 @@ def plasma(u, decay):
 
 
 def fog(x, draws, thickness, decay):
-    S, top = x.shape[-1], per_image(x.amax((1, 2, 3)))  # (B, 1, 1, 1)
+    S, top = x.shape[-1], x.amax((1, 2, 3), keepdim=True)  # (B, 1, 1, 1)
     side = 2 ** math.ceil(math.log2(S))
     cloud = 255 * thickness * plasma(draws.uniform(-1, 1, side * side - 1), decay)[:, None, :S, :S]
     return (x + cloud) * top / (top + 255 * thickness)
@@ -784,20 +780,30 @@ class Subject:
         return {name.removeprefix("linear"): s for name, s in self.case.read("linear", torch.cat(out)).items()}
 
 
-def tally(subjects, data, source, conditions, make, count, args, batch_size, name):
+def tally(subjects, data, source, conditions, make, count, k, args, batch_size, name):
     """Every condition on every image, made once for all subjects -> [{part: (conditions, k) int64}], a dict for each subject, sums over the set.
     make(x, rows, condition) -> uint8 images; count(condition, scores, labels) -> (k,) int64."""
-    mine = chosen(data, args.images_per_class)[common.rank() :: common.world_size()]
-    device, sums = subjects[0].case.device, [{} for _ in subjects]
+    mine, device = chosen(data, args.images_per_class)[common.rank() :: common.world_size()], subjects[0].case.device
+    sums = [{part: torch.zeros(len(conditions), k, dtype=torch.int64, device=device) for part, _ in subject.case.parts(0)} for subject in subjects]
     for rows, x in common.batches(data, mine, source, batch_size, args.workers, name):
         x, labels = [image.to(device) for image in x] if isinstance(x, list) else x.to(device), data.labels[rows].to(device)
         for c, condition in enumerate(conditions):
             y = make(x, rows, condition)
             for subject, own in zip(subjects, sums):
                 for part, scores in subject.scores(y).items():
-                    n = count(condition, scores, labels)
-                    own.setdefault(part, torch.zeros(len(conditions), len(n), dtype=torch.int64, device=device))[c] += n
+                    own[part][c] += count(condition, scores, labels)
     return [{part: common.all_reduce(n).cpu() for part, n in own.items()} for own in sums]
+
+
+def tally_files(subjects, sets, count, k, size, args):
+    """The same of finished sets, {name: function that reads it}: a set is a condition."""
+    sums = [{} for _ in subjects]
+    for name, read in sets.items():
+        new = tally(subjects, read(), Source(size), [name], lambda x, rows, condition: x, count, k, args, 256, name)
+        for own, parts in zip(sums, new):
+            for part, n in parts.items():
+                own[part] = torch.cat([own.get(part, n[:0]), n])
+    return sums
 
 
 def chosen(data, most):
@@ -812,55 +818,47 @@ def seeds_of(data, *key):
     return torch.randint(2**62, (len(data),), generator=common.rng(*key))
 
 
-def percent(n):
-    """(images, right, ...) -> percent."""
-    return 100 * n[1].item() / n[0].item()
-
-
 def corruptions(subjects, data, args):
     """The 15 corruptions and the 4 of validation, 5 severities each."""
     names, size, photographs = args.types or tuple(CORRUPTIONS), side_of(subjects), load_frost(args.frost_dir, side_of(subjects))
     conditions = [("clean", 0), *((name, severity) for name in names for severity in range(1, 6))]
     count = lambda condition, scores, labels: count_right(scores, labels)
+    seeds = {c: seeds_of(data, args.seed, *c) for c in conditions}
+
+    def make(x, rows, condition):
+        if condition[0] == "clean":
+            return x
+        y = corrupt(x, *condition, seeds[condition][rows], photographs)
+        return jpeg(y, 85) if args.jpeg85 and size >= 96 else y
+
     if args.suite_dir:
-        sums = [{} for _ in subjects]
-        for name, severity in conditions:
-            images = data if name == "clean" else finished(Path(args.suite_dir[0]), name, severity, data.classes)
-            for own, new in zip(sums, tally(subjects, images, Source(size), [0], lambda x, rows, condition: x, count, args, 256, f"{name} {severity or ''}")):
-                for part, n in new.items():
-                    own[part] = torch.cat([own.get(part, n[:0]), n])
+        read = lambda name, severity: partial(finished, Path(args.suite_dir[0]), name, severity, data.classes)
+        sums = tally_files(subjects, {"clean": lambda: data} | {f"{name} {s}": read(name, s) for name, s in conditions[1:]}, count, 3, size, args)
     else:
-        seeds = {c: seeds_of(data, args.seed, *c) for c in conditions}
-
-        def make(x, rows, condition):
-            if condition[0] == "clean":
-                return x
-            y = corrupt(x, *condition, seeds[condition][rows], photographs)
-            return jpeg(y, 85) if args.jpeg85 and size >= 96 else y
-
-        sums = tally(subjects, data, Source(size), conditions, make, count, args, 64 if size >= 96 else 256, "corruptions")
+        sums = tally(subjects, data, Source(size), conditions, make, count, 3, args, 64 if size >= 96 else 256, "corruptions")
     drawn = "frost" in names and not photographs and not args.suite_dir
-    star, out = "*" * drawn, []
+    star = "*" * drawn
     if drawn and common.rank() == 0:
         print("* with frost drawn by a procedure, not from photographs: not comparable with published figures; --frost-dir takes photographs", file=sys.stderr)
-    for own in sums:
-        rows = {}
-        for part, n in own.items():
-            accuracy = {name: [percent(n[conditions.index((name, s))]) for s in range(1, 6)] for name in names}
-            top5 = [100 * n[i, 2].item() / n[i, 0].item() for i, c in enumerate(conditions) if c[0] in BENCHMARK]
-            mean, values = {name: sum(a) / 5 for name, a in accuracy.items()}, dict(clean=percent(n[0]))
-            if set(BENCHMARK) <= set(names):
-                values[f"mean{star}"] = sum(mean[name] for name in BENCHMARK) / 15
-                values |= {f"mean top-5{star}": sum(top5) / 75} if len(data.classes) > 5 else {}
-                values |= {"without frost": sum(mean[name] for name in BENCHMARK if name != "frost") / 14} if drawn else {}
-                if size >= 96:
-                    errors = {name: [1 - a / 100 for a in accuracy[name]] for name in BENCHMARK}
-                    values |= {f"mCE{star}": mean_corruption_error(errors), f"rel mCE{star}": mean_corruption_error(errors, 1 - values["clean"] / 100)}
-            values |= {name + star * (name == "frost"): mean[name] for name in names}
-            rows[part] = values, dict(images=n[0, 0].item(), right={f"{name} {s}".strip(" 0"): n[i, 1:].tolist() for i, (name, s) in enumerate(conditions)})
-        out.append(rows)
-    details = dict(size=size, jpeg85=args.jpeg85 and size >= 96 and not args.suite_dir, frost="procedural" if drawn else "photographs", source="files" if args.suite_dir else "made here")
-    return out, details
+
+    def row(n):  # (conditions, 3)
+        top1, top5 = ({c: 100 * v for c, v in zip(conditions, (n[:, i] / n[:, 0]).tolist())} for i in (1, 2))
+        mean = {name: sum(top1[name, s] for s in range(1, 6)) / 5 for name in names}
+        values = dict(clean=top1["clean", 0])
+        if set(BENCHMARK) <= set(names):
+            values[f"mean{star}"] = sum(mean[name] for name in BENCHMARK) / 15
+            if len(data.classes) > 5:
+                values[f"mean top-5{star}"] = sum(top5[name, s] for name in BENCHMARK for s in range(1, 6)) / 75
+            if drawn:
+                values["without frost"] = sum(mean[name] for name in BENCHMARK if name != "frost") / 14
+            if size >= 96:
+                errors = {name: [1 - top1[name, s] / 100 for s in range(1, 6)] for name in BENCHMARK}
+                values |= {f"mCE{star}": mean_corruption_error(errors), f"rel mCE{star}": mean_corruption_error(errors, 1 - values["clean"] / 100)}
+        values |= {name + star * (name == "frost"): mean[name] for name in names}
+        return values, dict(images=n[0, 0].item(), right={f"{name} {s}".removesuffix(" 0"): counts[1:].tolist() for (name, s), counts in zip(conditions, n)})
+
+    details = dict(jpeg85=args.jpeg85 and size >= 96 and not args.suite_dir, frost="procedural" if drawn else "photographs", source="files" if args.suite_dir else "made here")
+    return [{part: row(n) for part, n in own.items()} for own in sums], details
 
 
 def perturbations(subjects, data, args):
@@ -877,21 +875,20 @@ def perturbations(subjects, data, args):
         n = len(scores) // len(labels)
         return torch.cat([count_right(scores, labels.repeat_interleave(n)), count_changes(scores.unflatten(0, (-1, n)), name.endswith("noise"))])
 
-    out = []
-    for own in tally(subjects, data, Source(size, whole=True), names, make, count, args, 8 if size >= 96 else 32, "perturbations"):
-        rows = {}
-        for part, n in own.items():
-            top1, top5, flips, moved = ({name: (a[i] / a[j]).item() for name, a in zip(names, n.double())} for i, j in ((1, 0), (2, 0), (4, 3), (5, 3)))
-            values, ten = {}, [name for name in names if name in TEST_PERTURBATIONS]
-            if set(PERTURBATIONS) <= set(names):
-                values = {"top-1": 100 * sum(top1.values()) / len(names)} | ({"top-5": 100 * sum(top5.values()) / len(names)} if len(data.classes) > 5 else {})
-            if set(TEST_PERTURBATIONS) <= set(names):
-                values["flips"] = 100 * sum(flips[name] for name in ten) / 10
-                values |= dict(mFR=mean_flip_rate(flips)) if size >= 96 else {}
-                values |= {"top-5 distance": sum(moved[name] for name in ten) / 10} if len(data.classes) > 5 else {}
-            rows[part] = values | {name: 100 * top1[name] for name in names}, dict(top1=top1, top5=top5, flip_probability=flips, top5_distance=moved)
-        out.append(rows)
-    return out, dict(size=size, codec="none", flips_over=TEST_PERTURBATIONS)
+    def row(n):  # (names, 6): frames, right, right among five, pairs, changes, distances
+        top1, top5, flips, moved = (dict(zip(names, v.tolist())) for v in (100 * n[:, 1] / n[:, 0], 100 * n[:, 2] / n[:, 0], n[:, 4] / n[:, 3], n[:, 5] / n[:, 3]))
+        mean = lambda values, over: sum(values[name] for name in over) / len(over)
+        summary = {}
+        if set(PERTURBATIONS) <= set(names):
+            summary = {"top-1": mean(top1, names), "top-5": mean(top5, names)}
+        if set(TEST_PERTURBATIONS) <= set(names):
+            summary |= {"flips": 100 * mean(flips, TEST_PERTURBATIONS)} | (dict(mFR=mean_flip_rate(flips)) if size >= 96 else {}) | {"top-5 distance": mean(moved, TEST_PERTURBATIONS)}
+        if len(data.classes) <= 5:
+            summary = {k: v for k, v in summary.items() if not k.startswith("top-5")}
+        return summary | top1, dict(images=n[0, 0].item(), top1=top1, top5=top5, flip_probability=flips, top5_distance=moved)
+
+    sums = tally(subjects, data, Source(size, whole=True), names, make, count, 6, args, 8 if size >= 96 else 32, "perturbations")
+    return [{part: row(n) for part, n in own.items()} for own in sums], dict(codec="none", flips_over=TEST_PERTURBATIONS)
 
 
 def augmentations(subjects, data, args):
@@ -910,38 +907,44 @@ def augmentations(subjects, data, args):
             y = op(y, {k: v[rows] for k, v in params.items()})
         return (255 * y).round().clamp(0, 255).to(torch.uint8)
 
-    out = []
-    for own in tally(subjects, data, Source(size), conditions, make, lambda condition, scores, labels: count_right(scores, labels), args, 64 if size >= 96 else 256, "augmentations"):
-        each = {part: {name: [percent(n[i]) for i, c in enumerate(conditions) if c[0] == name] for name in ops} for part, n in own.items()}
-        out.append({part: ({name: sum(a) / len(a) for name, a in values.items()}, dict(passes=values)) for part, values in each.items()})
-    return out, dict(size=size, passes=args.passes)
+    def row(n):  # (conditions, 3)
+        top1 = [100 * v for v in (n[:, 1] / n[:, 0]).tolist()]
+        passes = {name: [v for v, c in zip(top1, conditions) if c[0] == name] for name in ops}
+        return {name: sum(each) / len(each) for name, each in passes.items()}, dict(images=n[0, 0].item(), passes=passes)
+
+    count = lambda condition, scores, labels: count_right(scores, labels)
+    sums = tally(subjects, data, Source(size), conditions, make, count, 3, args, 64 if size >= 96 else 256, "augmentations")
+    return [{part: row(n) for part, n in own.items()} for own in sums], {}
 
 
 def shifts(subjects, data, args):
     """Other images of the same classes: folders, whose names say the class; of `blocks` rendered stand-ins."""
-    size, name = side_of(subjects), subjects[0].case.state["data"]
+    size, data_set = side_of(subjects), subjects[0].case.state["data"]
     sets = {"clean": data}
     if args.suite_dir:
         sets |= {Path(path).resolve().name: labelled(Path(path), data.classes) for path in args.suite_dir}
     else:
-        label, split = ("hues (stand-in)", "hues") if name == "blocks" else ("sessions seen (stand-in)", "seen")
-        sets[label] = common.load_data(name, None, split, size)
-    out = [{} for _ in subjects]
-    for name, images in sets.items():
-        there = images.labels.unique().to(subjects[0].case.device)
-        masked = len(there) < len(data.classes)
+        label, split = ("hues (stand-in)", "hues") if data_set == "blocks" else ("sessions seen (stand-in)", "seen")
+        sets[label] = common.load_data(data_set, None, split, size)
+    there = {name: images.labels.unique() for name, images in sets.items()}
 
-        def count(condition, scores, labels, there=there):
-            only = torch.full_like(scores, -math.inf).index_copy(1, there, scores[:, there])
-            return torch.cat([count_right(scores, labels), count_right(only, labels)])
+    def count(name, scores, labels):
+        chosen = there[name].to(scores.device)  # the classes of the set; masked, only they compete
+        masked = torch.full_like(scores, -math.inf).index_copy(1, chosen, scores[:, chosen])
+        return torch.cat([count_right(scores, labels), count_right(masked, labels)])
 
-        for own, new in zip(out, tally(subjects, images, Source(size), [0], lambda x, rows, condition: x, count, args, 256, name)):
-            for part, n in new.items():
-                values, details = own.setdefault(part, ({}, {}))
-                n, details[name] = n[0], dict(zip(("images", "right", "top5", "_", "masked_right", "masked_top5"), n[0].tolist()), classes=len(there))
-                values |= {name: percent(n)} | ({f"{name} top-5": 100 * n[2].item() / n[0].item()} if len(data.classes) > 5 else {})
-                values |= {f"{name} ({len(there)} classes)": percent(n[3:])} if masked else {}
-    return out, dict(size=size)
+    def row(n):  # (sets, 6)
+        values = {}
+        for name, (images, top1, top5, _, masked, _) in zip(sets, n.tolist()):
+            values[name] = 100 * top1 / images
+            if len(data.classes) > 5:
+                values[f"{name} top-5"] = 100 * top5 / images
+            if len(there[name]) < len(data.classes):
+                values[f"{name} ({len(there[name])} classes)"] = 100 * masked / images
+        return values, {name: dict(zip(("images", "top1", "top5", "images", "top1_masked", "top5_masked"), counts), classes=len(there[name])) for name, counts in zip(sets, n.tolist())}
+
+    sums = tally_files(subjects, {name: lambda images=images: images for name, images in sets.items()}, count, 6, size, args)
+    return [{part: row(n) for part, n in own.items()} for own in sums], {}
 
 
 def side_of(subjects):
@@ -1079,7 +1082,7 @@ def main(argv=None):
         for subject, parts in zip(subjects, out):
             results += [(subject.name + part, values) for part, (values, _) in parts.items()]
             if common.rank() == 0:
-                protocol = dict(suite=suite, data=name, data_dir=root, device=device.type, probe=subject.case.fitting, seconds=time.monotonic() - begin, **details,
+                protocol = dict(suite=suite, size=size, data=name, data_dir=root, device=device.type, probe=subject.case.fitting, seconds=time.monotonic() - begin, **details,
                                 details={part: record for part, (_, record) in parts.items()})
                 eval_probe.append_record(subject.path, subject.case.state, args, {part or "all": values for part, (values, _) in parts.items()}, protocol)
         tables[suite] = results
