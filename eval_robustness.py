@@ -108,6 +108,11 @@ RANGES = dict(images_per_class="[1, inf)", passes="[1, inf)", linear_epochs="[1,
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def exact(device):
+    """The type in which coordinates are computed: float64, where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 class Draws:
     """Random numbers for a batch from one generator an image, so that an image's do not depend on what stands beside it."""
 
@@ -181,8 +186,8 @@ def motion(x, radius, sigma, degrees):
     """Blur of x (B, C, S, S), 8 bits, along a half line at an angle (B,): one-sided Gaussian weights, taps at the nearest pixel, borders
     repeated; the result is truncated after 16 bits as ImageMagick's is."""
     w = 2 * radius + 1
-    i, angle = torch.arange(w, device=x.device), degrees.double().deg2rad()[:, None]  # (w,), (B, 1)
-    taps = torch.exp(-(i.double() ** 2) / (2 * sigma**2))
+    i, angle = torch.arange(w, device=x.device), degrees.to(exact(x.device)).deg2rad()[:, None]  # (w,), (B, 1)
+    taps = torch.exp(-(i**2) / (2 * sigma**2))
     dx, dy = (i * angle.cos() - 0.5).ceil().long(), (i * angle.sin() - 0.5).ceil().long()  # (B, w)
     side = 2 * w - 1
     kernels = torch.zeros(len(x), side * side, device=x.device)
@@ -345,7 +350,7 @@ def saturate(x, draws, factor, offset):
 
 
 def contrast(x, draws, c):
-    mean = x.mean((2, 3), keepdim=True, dtype=torch.float64)  # of each channel
+    mean = x.mean((2, 3), keepdim=True, dtype=exact(x.device))  # of each channel
     return ((x - mean) * c + mean).float()
 
 
@@ -353,10 +358,10 @@ def elastic_transform(x, draws, alpha, sigma, amplitude):
     """An affine map that moves three points at random, coordinates in steps of 1/32 px as OpenCV's, then smooth displacements."""
     B, _, S, _ = x.shape
     q, t = S // 2, S // 3
-    points = torch.tensor([[q + t, q + t], [q + t, q - t], [q - t, q - t]], dtype=torch.float64, device=x.device)  # (3, 2) x, y
-    moved = (points + draws.uniform(-amplitude, amplitude, 3, 2)).float().double()  # (B, 3, 2)
+    points = torch.tensor([[q + t, q + t], [q + t, q - t], [q - t, q - t]], dtype=exact(x.device), device=x.device)  # (3, 2) x, y
+    moved = (points + draws.uniform(-amplitude, amplitude, 3, 2)).float().to(points.dtype)  # (B, 3, 2)
     back = torch.linalg.solve(F.pad(moved, (0, 1), value=1.0), points.expand(B, 3, 2))  # (B, 3, 2): [x y 1] back = source
-    line = torch.arange(S, device=x.device, dtype=torch.float64)
+    line = torch.arange(S, device=x.device, dtype=points.dtype)
     across = (1024 * back[:, 0, None] * line[:, None]).round()  # (B, S, 2), from the column
     along = (1024 * (back[:, 1, None] * line[:, None] + back[:, 2, None])).round() + 16  # from the row
     source = ((along[:, :, None] + across[:, None]) / 32).floor() / 32  # (B, S, S, 2) x, y in pixels
@@ -587,10 +592,11 @@ def blur_frames(x, y, draws, first, step, truncate):
 def spatter_frames(x, y, draws, mean, std, sigma, threshold, runs):
     """Drops that run down, a column convolved with `runs` from frame to frame."""
     drops = blur(draws.normal(1, *y.shape[2:]) * std + mean, sigma)
-    drops, taps, above = drops.masked_fill(drops < threshold, 0), torch.tensor(runs[::-1], device=y.device).view(1, 1, -1, 1), len(runs) // 2
+    drops, above = drops.masked_fill(drops < threshold, 0), len(runs) // 2
     for _ in range(31):
         yield y + water(drops, 0.6)
-        drops = F.conv2d(F.pad(drops, (0, 0, above, len(runs) - 1 - above)), taps)
+        padded = F.pad(drops, (0, 0, above, len(runs) - 1 - above))
+        drops = sum(padded[:, :, j : j + y.shape[2]] * share for j, share in enumerate(runs[::-1]))
 
 
 def warped(move, interpolation="bilinear", opencv=False):
