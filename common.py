@@ -2192,7 +2192,7 @@ class _Chunks(torch.utils.data.Dataset):
 
 def batches(data, rows, transform, batch_size=256, workers=None, name="images"):
     """(rows (b,), transform(their images, rows)), some at a time and in order, behind a progress bar; workers open the images of folders."""
-    workers, chunks = default_workers(workers) if data.images is None else 0, rows.split(batch_size)
+    workers, chunks = default_workers(workers) if data.images is None else 0, rows.split(batch_size) if len(rows) else ()
     loader = torch.utils.data.DataLoader(_Chunks(data, chunks, transform), batch_size=None, num_workers=workers, worker_init_fn=detach_worker)
     for x, chunk in zip(progress(unbroken(loader), total=len(loader), desc=name, unit="batch"), chunks):
         yield chunk, x

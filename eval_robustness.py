@@ -9,19 +9,20 @@ Flow: checkpoints -> encoders -> linear probes on clean features (eval_probe.py'
 scored by all -> a table a suite. Results are appended to eval.jsonl beside each checkpoint, with counts for each condition.
 
 Suites
-  corruptions    15 corruptions of 5 severities [HD], and 4 more that are kept for validation: mean accuracy over severities, over all; at 224 px
+  corruptions    15 corruptions of 5 severities [HD], and 4 more that are kept for validation: mean accuracy over severities, over all; on ImageNet
                  mCE and relative mCE, errors relative to AlexNet's, in percent. At 224 px images pass through JPEG of quality 85, as
                  the published ones did.
   perturbations  Sequences of up to 41 frames, 10 types and 4 for validation [HD]: accuracy over all frames of all types; flips, how
-                 often, in percent of pairs of frames, the prediction changes, mean of the 10; mFR, that relative to AlexNet's, at 224
-                 px; and how far the first five classes move (AlexNet's are unpublished, so not relative).
+                 often, in percent of pairs of frames, the prediction changes, mean of the 10; mFR, that relative to AlexNet's, on
+                 ImageNet; and how far the first five classes move (AlexNet's are unpublished, so not relative).
   augmentations  CLeVER's: jittered colours, flips, rotations by up to 90 degrees, elastic deformations; mean of several passes.
   shifts         Other photographs or drawings of the same classes: ImageNet-V2, -R (also with only its 200 classes to choose from),
                  -Sketch. On `blocks` a stand-in: the test objects painted in opposite hues; on `blocks-views` the sessions seen in
                  training beside the unseen ones.
 
 Encoders for less than 96 px are tested on 32-px images and CIFAR-10-C's constants, others on 224-px images and ImageNet-C's.
-Randomness has a seed for each image and condition: results depend neither on batches nor on processes (but on the kind of device).
+Randomness has a seed for each image and condition: results depend neither on batches nor on processes, but for roundings of single
+levels; the draws of CPUs and GPUs differ.
 
 Sources. [HD] Hendrycks and Dietterich, "Benchmarking Neural Network Robustness to Common Corruptions and Perturbations", ICLR 2019
 (arXiv 1903.12261), and their code, from which all constants are; CLeVER (arXiv 2406.00262) and its code; SER (arXiv 2603.06693)
@@ -92,6 +93,8 @@ class Args:
     """how tables are printed; csv and json hold all digits"""
     seed: int = 0
     """seed of the probe and of everything random in the suites"""
+    skip_corrupt: bool = False
+    """open every image of a folder first and leave out those that cannot be read"""
     workers: int | None = None
     """loader processes for image folders; default: as many as this process has cores, at most 8"""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
@@ -104,7 +107,7 @@ RANGES = dict(images_per_class="[1, inf)", passes="[1, inf)", linear_epochs="[1,
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Corruptions: float32 (B, 3, S, S) in levels 0 to 255 -> the same, not yet clipped (the last two: uint8 -> uint8)
+# Corruptions: float32 (B, 3, S, S) in levels 0 to 255 -> the same, not yet clipped (pixelate, JPEG: uint8 -> uint8)
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -420,8 +423,12 @@ def jpeg(x, quality, **options):
         return torch.from_numpy(np.array(Image.open(file)))
 
     images = torch.stack(x.cpu().unbind(1), 3).numpy()  # (B, S, S, 3)
-    pool = ThreadPoolExecutor(torch.get_num_threads()) if torch.get_num_threads() > 1 else None
-    out = list((pool.map if pool else map)(through, images))
+    threads = 1 if x.device.type == "cpu" and torch.get_num_threads() == 1 else common.default_workers(None)
+    if threads > 1:
+        with ThreadPoolExecutor(threads) as pool:
+            out = list(pool.map(through, images))
+    else:
+        out = list(map(through, images))
     return torch.stack(out).permute(0, 3, 1, 2).to(x.device)
 
 
@@ -454,7 +461,7 @@ def mean3(x):
 def canny(x, low=50, high=150):
     """Edges of x (B, 1, S, S), levels: Sobel gradients, |gx| + |gy|, thinned along the gradient, weak ones kept where they touch strong ones."""
     sobel = torch.tensor([[-1.0, 0, 1], [-2, 0, 2], [-1, 0, 1]], device=x.device)
-    gx, gy = F.conv2d(F.pad(x, (1,) * 4, "replicate"), torch.stack([sobel, sobel.T])[:, None]).long().split(1, 1)  # (B, 1, S, S) each
+    gx, gy = F.conv2d(F.pad(x, (1,) * 4, "replicate"), torch.stack([sobel, sobel.T])[:, None]).round().long().split(1, 1)  # (B, 1, S, S) each
     m = gx.abs() + gy.abs()
     around = F.pad(m, (1,) * 4)
     S = x.shape[-1]
@@ -529,9 +536,11 @@ def corrupt(x, name, severity, seeds, photographs=()):
     x: uint8 (B, 3, S, S) on any device. name: one of CORRUPTIONS. severity: 1 to 5. seeds: (B,) integers, one an image: what
     happens to an image depends on nothing else. Sides below 96 px take the constants for 32 px, others those for 224. photographs:
     of frost, uint8 (3, H, W). Returns uint8 (B, 3, S, S), truncated as the originals are, without the JPEG-85 that ImageNet-C
-    was saved with.
+    was saved with. Raises KeyError and ValueError for names and severities that there are none of.
     """
     function, large, small = CORRUPTIONS[name]
+    if severity not in range(1, 6):
+        raise ValueError(f"severity {severity}: there are 1 to 5")
     constants = (small if x.shape[-1] < 96 else large)[severity - 1]
     constants = constants if isinstance(constants, tuple) else (constants,)
     more = dict(photographs=photographs) if name == "frost" else {}
@@ -541,7 +550,7 @@ def corrupt(x, name, severity, seeds, photographs=()):
 
 
 def levels(x):
-    """Float levels -> uint8, truncated."""
+    """Float levels, which it overwrites, -> uint8, clipped and truncated."""
     return x if x.dtype == torch.uint8 else x.clamp_(0, 255).to(torch.uint8)
 
 
@@ -601,7 +610,7 @@ def spatter_frames(x, y, draws, mean, std, sigma, threshold, runs):
 
 def warped(move, interpolation="bilinear", opencv=False):
     """The whole image moved by the matrix move(i, W, H, *constants), (3, 3), from source to frame, in pixels, and seen through the centre, with
-    black around it. OpenCV looks at steps of 1/32 px and rounds where Pillow truncates."""
+    black around it, into which OpenCV blends the border. It looks at steps of 1/32 px and rounds where Pillow truncates."""
 
     def frames(x, y, draws, n, *constants):
         (H, W), S = x.shape[2:], y.shape[-1]
@@ -613,8 +622,10 @@ def warped(move, interpolation="bilinear", opencv=False):
             source = back[..., :2] / back[..., 2:]
             source = (32 * source).round() / 32 if opencv else source
             grid = ((2 * source + 1) / torch.tensor([W, H]) - 1).float().to(x.device).expand(len(x), -1, -1, -1)
-            frame = F.grid_sample(x, grid, interpolation, "zeros", align_corners=False)
-            yield frame.round() if opencv else frame + HAIR
+            if opencv:
+                yield F.grid_sample(x, grid, interpolation, "zeros", align_corners=False).round()
+            else:
+                yield (F.grid_sample(x, grid, interpolation, "border", align_corners=False) + HAIR) * (grid.abs() < 1).all(3)[:, None]
 
     return frames
 
@@ -723,8 +734,8 @@ def ranking(scores):
     return scores.sort(dim=-1, descending=True, stable=True).indices
 
 
-def count_right(scores, labels):
-    """Scores (B, C), labels (B,) -> (3,) int64: images, those right, those with the class among the first five."""
+def count_right(condition, scores, labels):
+    """Scores (B, C), labels (B,) -> (3,) int64, whatever the condition: images, those right, those with the class among the first five."""
     right = ranking(scores)[:, :5] == labels[:, None]
     return torch.stack([torch.tensor(len(labels), device=scores.device), right[:, 0].sum(), right.sum()])
 
@@ -750,10 +761,10 @@ def count_changes(scores, noise):
 
 class Source:
     """What a suite starts from, uint8: the centre of the images (n, 3, S, S), short side scaled to 256/224 S before; or `whole` images, (n, 3, H, W)
-    or, where their sizes differ, a list of (3, H, W). Below 96 px nothing is cut off."""
+    or, where their sizes differ, a list of (3, H, W). Below 96 px nothing is cut off; images that are S x S already stay as they are."""
 
-    def __init__(self, size, whole=False):
-        self.whole, self.centre = whole, common.CenterCrop(size)
+    def __init__(self, size, whole=False, interpolation="bilinear"):
+        self.size, self.whole, self.centre = size, whole, common.CenterCrop(size, interpolation=interpolation)
 
     def __call__(self, images, rows):
         if not self.whole:
@@ -761,7 +772,7 @@ class Source:
         short, out = self.centre.resize, []
         for x in [images] if isinstance(images, torch.Tensor) else [image[None] for image in images]:
             H, W = x.shape[2:]
-            out.append(x if min(H, W) == short else common.resize(x, (short * H // min(H, W), short * W // min(H, W)), "bilinear"))
+            out.append(x if min(H, W) == short or H == W == self.size else common.resize(x, (short * H // min(H, W), short * W // min(H, W)), "bilinear"))
         return torch.cat(out) if len({x.shape[2:] for x in out}) == 1 else [x[0] for x in out]
 
 
@@ -828,7 +839,6 @@ def corruptions(subjects, data, args):
     """The 15 corruptions and the 4 of validation, 5 severities each."""
     names, size, photographs = args.types or tuple(CORRUPTIONS), side_of(subjects), load_frost(args.frost_dir, side_of(subjects))
     conditions = [("clean", 0), *((name, severity) for name in names for severity in range(1, 6))]
-    count = lambda condition, scores, labels: count_right(scores, labels)
     seeds = {c: seeds_of(data, args.seed, *c) for c in conditions}
 
     def make(x, rows, condition):
@@ -839,16 +849,16 @@ def corruptions(subjects, data, args):
 
     if args.suite_dir:
         read = lambda name, severity: partial(finished, Path(args.suite_dir[0]), name, severity, data.classes)
-        sums = tally_files(subjects, {"clean": lambda: data} | {f"{name} {s}": read(name, s) for name, s in conditions[1:]}, count, 3, size, args)
+        sums = tally_files(subjects, {"clean": lambda: data} | {f"{name} {s}": read(name, s) for name, s in conditions[1:]}, count_right, 3, size, args)
     else:
-        sums = tally(subjects, data, Source(size), conditions, make, count, 3, args, 64 if size >= 96 else 256, "corruptions")
+        sums = tally(subjects, data, Source(size), conditions, make, count_right, 3, args, 64 if size >= 96 else 256, "corruptions")
     drawn = "frost" in names and not photographs and not args.suite_dir
     star = "*" * drawn
     if drawn and common.rank() == 0:
         print("* with frost drawn by a procedure, not from photographs: not comparable with published figures; --frost-dir takes photographs", file=sys.stderr)
 
     def row(n):  # (conditions, 3)
-        top1, top5 = ({c: 100 * v for c, v in zip(conditions, (n[:, i] / n[:, 0]).tolist())} for i in (1, 2))
+        top1, top5 = ({c: 100 * v for c, v in zip(conditions, (n[:, i].double() / n[:, 0]).tolist())} for i in (1, 2))
         mean = {name: sum(top1[name, s] for s in range(1, 6)) / 5 for name in names}
         values = dict(clean=top1["clean", 0])
         if set(BENCHMARK) <= set(names):
@@ -857,13 +867,13 @@ def corruptions(subjects, data, args):
                 values[f"mean top-5{star}"] = sum(top5[name, s] for name in BENCHMARK for s in range(1, 6)) / 75
             if drawn:
                 values["without frost"] = sum(mean[name] for name in BENCHMARK if name != "frost") / 14
-            if size >= 96:
+            if size >= 96 and len(data.classes) == 1000:
                 errors = {name: [1 - top1[name, s] / 100 for s in range(1, 6)] for name in BENCHMARK}
                 values |= {f"mCE{star}": mean_corruption_error(errors), f"rel mCE{star}": mean_corruption_error(errors, 1 - values["clean"] / 100)}
         values |= {name + star * (name == "frost"): mean[name] for name in names}
         return values, dict(images=n[0, 0].item(), right={f"{name} {s}".removesuffix(" 0"): counts[1:].tolist() for (name, s), counts in zip(conditions, n)})
 
-    details = dict(jpeg85=args.jpeg85 and size >= 96 and not args.suite_dir, frost="procedural" if drawn else "photographs", source="files" if args.suite_dir else "made here")
+    details = dict(jpeg85=args.jpeg85 and size >= 96 and not args.suite_dir, frost="procedural" if drawn else "photographs" if photographs else None, source="files" if args.suite_dir else "made here")
     return [{part: row(n) for part, n in own.items()} for own in sums], details
 
 
@@ -879,19 +889,20 @@ def perturbations(subjects, data, args):
 
     def count(name, scores, labels):
         n = len(scores) // len(labels)
-        return torch.cat([count_right(scores, labels.repeat_interleave(n)), count_changes(scores.unflatten(0, (-1, n)), name.endswith("noise"))])
+        return torch.cat([count_right(name, scores, labels.repeat_interleave(n)), count_changes(scores.unflatten(0, (-1, n)), name.endswith("noise"))])
 
-    def row(n):  # (names, 6): frames, right, right among five, pairs, changes, distances
-        top1, top5, flips, moved = (dict(zip(names, v.tolist())) for v in (100 * n[:, 1] / n[:, 0], 100 * n[:, 2] / n[:, 0], n[:, 4] / n[:, 3], n[:, 5] / n[:, 3]))
+    def row(n):  # (names, 6)
+        frames, right, right5, pairs, changes, distances = n.double().T
+        top1, top5, flips, moved = (dict(zip(names, v.tolist())) for v in (100 * right / frames, 100 * right5 / frames, changes / pairs, distances / pairs))
         mean = lambda values, over: sum(values[name] for name in over) / len(over)
         summary = {}
         if set(PERTURBATIONS) <= set(names):
             summary = {"top-1": mean(top1, names), "top-5": mean(top5, names)}
         if set(TEST_PERTURBATIONS) <= set(names):
-            summary |= {"flips": 100 * mean(flips, TEST_PERTURBATIONS)} | (dict(mFR=mean_flip_rate(flips)) if size >= 96 else {}) | {"top-5 distance": mean(moved, TEST_PERTURBATIONS)}
+            summary |= {"flips": 100 * mean(flips, TEST_PERTURBATIONS)} | (dict(mFR=mean_flip_rate(flips)) if size >= 96 and len(data.classes) == 1000 else {}) | {"top-5 distance": mean(moved, TEST_PERTURBATIONS)}
         if len(data.classes) <= 5:
             summary = {k: v for k, v in summary.items() if not k.startswith("top-5")}
-        return summary | top1, dict(images=n[0, 0].item(), top1=top1, top5=top5, flip_probability=flips, top5_distance=moved)
+        return summary | top1, dict(frames=n[0, 0].item(), top1=top1, top5=top5, flip_probability=flips, top5_distance=moved)
 
     sums = tally(subjects, data, Source(size, whole=True), names, make, count, 6, args, 8 if size >= 96 else 32, "perturbations")
     return [{part: row(n) for part, n in own.items()} for own in sums], dict(codec="none", flips_over=TEST_PERTURBATIONS)
@@ -914,42 +925,44 @@ def augmentations(subjects, data, args):
         return (255 * y).round().clamp(0, 255).to(torch.uint8)
 
     def row(n):  # (conditions, 3)
-        top1 = [100 * v for v in (n[:, 1] / n[:, 0]).tolist()]
+        top1 = [100 * v for v in (n[:, 1].double() / n[:, 0]).tolist()]
         passes = {name: [v for v, c in zip(top1, conditions) if c[0] == name] for name in ops}
         return {name: sum(each) / len(each) for name, each in passes.items()}, dict(images=n[0, 0].item(), passes=passes)
 
-    count = lambda condition, scores, labels: count_right(scores, labels)
-    sums = tally(subjects, data, Source(size), conditions, make, count, 3, args, 64 if size >= 96 else 256, "augmentations")
+    how = (make, count_right, 3, args, 64 if size >= 96 else 256, "augmentations")
+    first = tally(subjects, data, Source(size, interpolation="bicubic"), conditions[:1], *how)
+    others = tally(subjects, data, Source(size), conditions[1:], *how)
+    sums = [{part: torch.cat([a[part], b[part]]) for part in a} for a, b in zip(first, others)]
     return [{part: row(n) for part, n in own.items()} for own in sums], {}
 
 
 def shifts(subjects, data, args):
     """Other images of the same classes: folders, whose names say the class; of `blocks` rendered stand-ins."""
     size, data_set = side_of(subjects), subjects[0].case.state["data"]
-    sets = {"clean": data}
     if args.suite_dir:
-        sets |= {Path(path).resolve().name: labelled(Path(path), data.classes) for path in args.suite_dir}
+        sets = {"clean": data} | {Path(path).resolve().name: labelled(Path(path), data.classes) for path in args.suite_dir}
     else:
         label, split = ("hues (stand-in)", "hues") if data_set == "blocks" else ("sessions seen (stand-in)", "seen")
-        sets[label] = common.load_data(data_set, None, split, size)
+        sets = {"clean": data, label: common.load_data(data_set, None, split, size)}
     there = {name: images.labels.unique() for name, images in sets.items()}
 
     def count(name, scores, labels):
         chosen = there[name].to(scores.device)  # the classes of the set; masked, only they compete
         masked = torch.full_like(scores, -math.inf).index_copy(1, chosen, scores[:, chosen])
-        return torch.cat([count_right(scores, labels), count_right(masked, labels)])
+        return torch.cat([count_right(name, scores, labels), count_right(name, masked, labels)[1:]])
 
-    def row(n):  # (sets, 6)
-        values = {}
-        for name, (images, top1, top5, _, masked, _) in zip(sets, n.tolist()):
+    def row(n):  # (sets, 5)
+        values, details = {}, {}
+        for name, (images, top1, top5, masked, masked5) in zip(sets, n.tolist()):
+            details[name] = dict(images=images, top1=top1, top5=top5, masked=masked, masked_top5=masked5, classes=len(there[name]))
             values[name] = 100 * top1 / images
             if len(data.classes) > 5:
                 values[f"{name} top-5"] = 100 * top5 / images
             if len(there[name]) < len(data.classes):
                 values[f"{name} ({len(there[name])} classes)"] = 100 * masked / images
-        return values, {name: dict(zip(("images", "top1", "top5", "images", "top1_masked", "top5_masked"), counts), classes=len(there[name])) for name, counts in zip(sets, n.tolist())}
+        return values, details
 
-    sums = tally_files(subjects, {name: lambda images=images: images for name, images in sets.items()}, count, 6, size, args)
+    sums = tally_files(subjects, {name: lambda images=images: images for name, images in sets.items()}, count, 5, size, args)
     return [{part: row(n) for part, n in own.items()} for own in sums], {}
 
 
@@ -958,17 +971,23 @@ def side_of(subjects):
     return 32 if subjects[0].case.backbone.img_size < 96 else 224
 
 
-def labelled(folder, classes):
-    """A tree of one folder a class, labelled by the folders' names: those of `classes`, or, as in ImageNet-V2, their numbers."""
-    data = common.imagefolder(folder, "train")
-    if data.labels is None:
+def class_index(folder, names, classes):
+    """Class folders -> the classes they stand for: those of the same name, or, as in ImageNet-V2, of that number."""
+    if len(names) < 2:
         common.die(f"--suite-dir {folder}: holds no class folders; one folder a class is expected")
-    numbers = all(name.isdigit() for name in data.classes) and not set(data.classes) <= set(classes)
-    unknown = [name for name in data.classes if (int(name) >= len(classes) if numbers else name not in classes)]
+    numbers = all(name.isdigit() for name in names) and not set(names) <= set(classes)
+    unknown = [name for name in names if (int(name) >= len(classes) if numbers else name not in classes)]
     if unknown:
         common.die(f"--suite-dir {folder}: {unknown[0]} is no class of the training images; folders are named like {classes[0]}, or 0 to {len(classes) - 1}")
-    index = torch.tensor([int(name) if numbers else classes.index(name) for name in data.classes])
-    return dataclasses.replace(data, labels=index[data.labels], classes=classes)
+    return torch.tensor([int(name) if numbers else classes.index(name) for name in names])
+
+
+@functools.lru_cache
+def labelled(folder, classes):
+    """A tree of one folder a class, labelled by their names."""
+    class_index(folder, sorted(f.name for f in folder.iterdir() if f.is_dir() and not f.name.startswith(".")), classes)
+    data = common.imagefolder(folder, "train")
+    return dataclasses.replace(data, labels=class_index(folder, data.classes, classes)[data.labels], classes=classes)
 
 
 def finished(root, name, severity, classes):
@@ -1000,9 +1019,12 @@ def load_frost(folder, size):
     """The photographs in a folder, uint8 (3, H, W), shrunk to a fifth for small images. The original has six and never takes the last."""
     if folder is None:
         return ()
-    images = [common.open_image(p) for p in common.list_images(Path(folder)) if p.stem != "frost6"]
+    try:
+        images = [common.open_image(p) for p in common.list_images(Path(folder)) if p.stem != "frost6"]
+    except OSError as e:
+        common.die(f"--frost-dir {folder}: {e}")
     if size < 96:
-        images = [common.resize(x[None], (x.shape[1] // 5, x.shape[2] // 5), "bilinear")[0] for x in images]
+        images = [F.interpolate(x[None].float(), (x.shape[1] // 5, x.shape[2] // 5), mode="bilinear").round().to(torch.uint8)[0] for x in images]  # as OpenCV, no antialiasing
     if not images or min(min(x.shape[1:]) for x in images) < size:
         common.die(f"--frost-dir {folder}: photographs of at least {size if size >= 96 else 5 * size} px are needed, found {len(images)} images")
     return tuple(images)
@@ -1020,16 +1042,15 @@ def contact_sheet(path, rows, side=96):
     sheet.save(path)
 
 
-def save_images(suite, subjects, data, args):
-    """What the suite shows, of the first images of the test set."""
-    size, one = side_of(subjects), torch.zeros(1, dtype=torch.long)
-    x = Source(size)(data[one], one)
+def save_images(suite, data, size, args):
+    """A contact sheet of what the suite shows, of the first image of the test set."""
+    first = torch.zeros(1, dtype=torch.long)
+    x = Source(size, whole=suite == "perturbations")(data[first], first)  # (1, 3, H, W)
     if suite == "corruptions":
         photographs = load_frost(args.frost_dir, size)
-        rows = {name: [x[0], *(corrupt(x, name, s, seeds_of(data, args.seed, name, s)[:1], photographs)[0] for s in range(1, 6))] for name in CORRUPTIONS}
+        rows = {name: [x[0], *(corrupt(x, name, s, seeds_of(data, args.seed, name, s)[:1], photographs)[0] for s in range(1, 6))] for name in args.types or CORRUPTIONS}
     else:
-        whole = Source(size, whole=True)(data[one], one)
-        rows = {name: list(perturb(whole if isinstance(whole, torch.Tensor) else whole[0][None], name, seeds_of(data, args.seed, "sequence", name)[:1], size)[0][::5]) for name in PERTURBATIONS}
+        rows = {name: list(perturb(x, name, seeds_of(data, args.seed, "sequence", name)[:1], size)[0][::5]) for name in args.types or PERTURBATIONS}
     contact_sheet(Path(args.save_images) / f"{suite}.png", rows)
 
 
@@ -1037,22 +1058,41 @@ SUITES = dict(corruptions=corruptions, perturbations=perturbations, augmentation
 
 
 def check(args):
-    """Refuse what cannot work before anything is computed."""
+    """Refuse what cannot work, before checkpoints are read."""
     types = {"corruptions": CORRUPTIONS, "perturbations": PERTURBATIONS}
     if not args.suite:
         common.die(f"--suite: is empty; name at least one of {', '.join(SUITES)}")
     for suite in set(args.suite) & set(types):
         if odd := [name for name in args.types if name not in types[suite]]:
             common.die(f"--types {odd[0]}: not one of the {suite}; there are {', '.join(types[suite])}")
-    if args.suite_dir and (set(args.suite) - {"corruptions", "shifts"} or "corruptions" in args.suite and len(args.suite_dir) > 1):
-        common.die("--suite-dir: goes with --suite corruptions (one folder) or --suite shifts (one or more)")
+    for flag, value, suites in (("types", args.types, types), ("save-images", args.save_images, types), ("frost-dir", args.frost_dir, ["corruptions"])):
+        if value and not set(suites) & set(args.suite):
+            common.die(f"--{flag}: goes with --suite {' or '.join(suites)}")
+    if args.suite_dir and (args.suite not in (("corruptions",), ("shifts",)) or args.suite == ("corruptions",) and len(args.suite_dir) > 1):
+        common.die("--suite-dir: goes with --suite corruptions (one folder) or --suite shifts (one or more), alone")
+    if len({Path(path).resolve().name for path in args.suite_dir} | {"clean"}) <= len(args.suite_dir):
+        common.die(f"--suite-dir {' '.join(args.suite_dir)}: two folders of one name, or one named clean; rename them, their names head the columns")
     for flag, folders in (("suite", args.suite_dir), ("frost", (args.frost_dir,) if args.frost_dir else ())):
         if missing := [folder for folder in folders if not Path(folder).is_dir()]:
             common.die(f"--{flag}-dir {missing[0]}: no such directory")
-    if args.suite_dir and "corruptions" in args.suite:
-        for name in args.types or CORRUPTIONS:
-            for severity in range(1, 6):
-                find_finished(Path(args.suite_dir[0]), name, severity)
+    if args.save_images:
+        try:
+            Path(args.save_images).mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            common.die(f"--save-images {args.save_images}: cannot be made a directory ({e.strerror})")
+
+
+def check_sets(args, classes):
+    """Refuse published sets that do not fit, before probes are trained."""
+    for path in args.suite_dir if args.suite == ("shifts",) else ():
+        labelled(Path(path), classes)
+    for name in (args.types or CORRUPTIONS) if args.suite_dir and args.suite == ("corruptions",) else ():
+        for severity in range(1, 6):
+            file = find_finished(Path(args.suite_dir[0]), name, severity)
+            if file.suffix == ".npy":
+                finished(Path(args.suite_dir[0]), name, severity, classes)
+            else:
+                class_index(file, sorted(f.name for f in file.iterdir() if f.is_dir() and not f.name.startswith(".")), classes)
 
 
 def main(argv=None):
@@ -1075,20 +1115,22 @@ def main(argv=None):
             common.die(f"{subject.path}: was trained on other data, or for images of another size, than {subjects[0].path}; name --data and --data-dir, or run them apart")
     data = cases[0].test if not name.startswith("blocks") else common.load_data(name, root, "test", size)
     load_frost(args.frost_dir, size)
+    check_sets(args, data.classes)
     if args.save_images and common.rank() == 0:
-        Path(args.save_images).mkdir(parents=True, exist_ok=True)
         for suite in set(args.suite) & {"corruptions", "perturbations"}:
-            save_images(suite, subjects, data, args)
+            save_images(suite, data, size, args)
+    probes = []
     for subject in subjects:
-        subject.case.heads  # noqa: B018  trained here, on clean features, once for all suites
+        probes.append(subject.case.fitting)  # trained here, on clean features, once for all suites
+        del subject.case.x  # large
     tables = {}
     for suite in args.suite:
         begin, results = time.monotonic(), []
         out, details = SUITES[suite](subjects, data, args)
-        for subject, parts in zip(subjects, out):
+        for subject, probe, parts in zip(subjects, probes, out):
             results += [(subject.name + part, values) for part, (values, _) in parts.items()]
             if common.rank() == 0:
-                protocol = dict(suite=suite, size=size, data=name, data_dir=root, device=device.type, probe=subject.case.fitting, seconds=time.monotonic() - begin, **details,
+                protocol = dict(suite=suite, size=size, data=name, data_dir=root, device=device.type, probe=probe, seconds=time.monotonic() - begin, **details,
                                 details={part: record for part, (_, record) in parts.items()})
                 eval_probe.append_record(subject.path, subject.case.state, args, {part or "all": values for part, (values, _) in parts.items()}, protocol)
         tables[suite] = results
