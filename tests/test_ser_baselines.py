@@ -47,8 +47,7 @@ def test_a_step_of_every_combination_trains_what_it_should(base, equi, layer):
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
-@pytest.mark.parametrize("equi", BASELINES)
-@pytest.mark.parametrize("layer", [0, 2])
+@pytest.mark.parametrize("equi, layer", [("augself", 2), ("stl", 0), ("equimod", 2), ("essl", 0)])
 def test_l_equiv_falls_when_32_images_are_overfitted(equi, layer):
     args, model, views, params = setup(equi, equi_layer=layer, local_size=8, batch_size=32)
     model, views = model.float(), {k: v.float() for k, v in views.items()}
