@@ -188,8 +188,12 @@ def test_the_commands_of_the_readme_run(tiny, folder, core50, tmp_path, monkeypa
     lines = subprocess.run(["bash", "-ec", shell], capture_output=True, text=True, check=True).stdout.splitlines()
     calls = [(Path(words[i]).stem, words[i + 1 :]) for words in map(str.split, lines) for i, w in enumerate(words) if w.endswith(".py") and not w.startswith("tests/")]
     calls = list(dict.fromkeys((script, re.sub(r" --(seed|out) \S+", "", " ".join(argv))) for script, argv in calls))  # each kind once
-    trained, split = 0, None
+    trained, split, seen = 0, None, set()
     for script, argv in ((script, argv.split()) for script, argv in calls):
+        settings = {(script, setting) for setting in re.split(r" (?=--)", " ".join(argv))}
+        if settings <= seen:  # each flag with each of its values once
+            continue
+        seen |= settings
         if not script.startswith("eval"):
             trained += 1
             split = trained if script == "recon_xattn" else split
@@ -202,6 +206,7 @@ def test_the_commands_of_the_readme_run(tiny, folder, core50, tmp_path, monkeypa
             flags = argv[next((i for i, w in enumerate(argv) if w.startswith("--")), len(argv)) :]
             for flag in ("--data", "--data-dir"):
                 flags = flags[: flags.index(flag)] + flags[flags.index(flag) + 2 :] if flag in flags else flags
+            flags = [str(folder / "test") if before == "--suite-dir" else word for before, word in zip(["", *flags], flags)]
             checkpoint = [f"run-{split if '--part' in flags else 1}-s0/checkpoint.pt", *flags, "--linear-epochs", "1", "--device", "cpu"]
             if script == "eval_robustness":
                 eval_robustness.main([*checkpoint, "--images-per-class", "1", "--passes", "1"])
