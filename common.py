@@ -1161,7 +1161,7 @@ def random_objects(labels, generator, turn=0.0):
 
 def blocks(split, size=32, seed=0):
     """`split` "train", 1,500 objects, or "test", 500 others; 8 views of each, next to each other; "hues" is the test split with
-    all paint of the opposite hue, so that it tells nothing any more.
+    all paint of the opposite hue, so that it misleads.
 
     Returns a dict of images (N, 3, size, size) uint8; labels (N,) int64, balanced; groups (N,)
     int64, the number of the object within the split; factors, a dict of rotation (N, 4) unit

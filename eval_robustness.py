@@ -414,22 +414,24 @@ def jpeg_compression(x, draws, quality):
     return jpeg(x, quality)
 
 
-def jpeg(x, quality, **options):
+def jpeg(x, quality):
     """uint8 (B, 3, S, S) -> what is left after JPEG, by Pillow on the CPU, one thread a core: exact where GPU encoders are not."""
 
-    def through(image):  # (S, S, 3)
-        file = io.BytesIO()
-        Image.fromarray(image).save(file, "JPEG", quality=quality, **options)
-        return torch.from_numpy(np.array(Image.open(file)))
-
     images = torch.stack(x.cpu().unbind(1), 3).numpy()  # (B, S, S, 3)
+
+    def through(i):
+        file = io.BytesIO()
+        Image.fromarray(images[i]).save(file, "JPEG", quality=quality)
+        images[i] = np.frombuffer(Image.open(file).tobytes(), np.uint8).reshape(images[i].shape)
+
     threads = 1 if x.device.type == "cpu" and torch.get_num_threads() == 1 else common.default_workers(None)
     if threads > 1:
         with ThreadPoolExecutor(threads) as pool:
-            out = list(pool.map(through, images))
+            list(pool.map(through, range(len(images))))
     else:
-        out = list(map(through, images))
-    return torch.stack(out).permute(0, 3, 1, 2).to(x.device)
+        for i in range(len(images)):
+            through(i)
+    return torch.from_numpy(images).permute(0, 3, 1, 2).to(x.device)
 
 
 def spatter(x, draws, mean, std, sigma, threshold, strength, mud):
@@ -544,14 +546,15 @@ def corrupt(x, name, severity, seeds, photographs=()):
     constants = (small if x.shape[-1] < 96 else large)[severity - 1]
     constants = constants if isinstance(constants, tuple) else (constants,)
     more = dict(photographs=photographs) if name == "frost" else {}
+    if function in CODECS:
+        return function(x, None, *constants)
     chunk = 8 if x.device.type == "cpu" and x.shape[-1] >= 96 else len(x)  # what stays in a CPU's caches is faster
-    x = x if function in CODECS else x.float()
-    return torch.cat([levels(function(part, Draws(s, x.device), *constants, **more)) for part, s in zip(x.split(chunk), seeds.split(chunk))])
+    return torch.cat([levels(function(part.float(), Draws(s, x.device), *constants, **more)) for part, s in zip(x.split(chunk), seeds.split(chunk))])
 
 
 def levels(x):
     """Float levels, which it overwrites, -> uint8, clipped and truncated."""
-    return x if x.dtype == torch.uint8 else x.clamp_(0, 255).to(torch.uint8)
+    return x.clamp_(0, 255).to(torch.uint8)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
