@@ -93,7 +93,7 @@ class Args:
     data: str | None = None
     """data set to probe on; default: the one the checkpoint was trained on"""
     data_dir: str | None = None
-    """where it lies; default: where it lay then"""
+    """where it lies; default, of the same data set: where it lay then"""
     knn_k: int = 20
     """neighbours that vote"""
     protocol: Literal["default", "ser", "clever", "ciper", "recon"] = "default"
@@ -766,7 +766,8 @@ def open_case(path, args, device):
     backbone, state = load(path)
     file = Path(path.partition("@")[2] if path.startswith("timm:") else path)  # timm:NAME alone has none
     state["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest() if file.name else path
-    name, root = args.data or state["args"]["data"], args.data_dir or state["args"]["data_dir"]
+    name = args.data or state["args"]["data"]
+    root = args.data_dir or (state["args"]["data_dir"] if name == state["args"]["data"] else None)  # another set lies elsewhere
     sessions, labelled = state["args"].get("sessions", (1, 2)), set(args.tasks) - {"r2", "layers", "equivariance"}
     train, test = (load_split(name, root, split, backbone.img_size, args.skip_corrupt, args.workers, tuple(sessions)) for split in ("train", "test"))
     if test is None:

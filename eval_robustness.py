@@ -68,7 +68,7 @@ class Args:
     data: str | None = None
     """data set; default: the one the checkpoint was trained on"""
     data_dir: str | None = None
-    """where it lies; default: where it lay then"""
+    """where it lies; default, of the same data set: where it lay then"""
     part: tuple[Literal["all", "inv", "equi"], ...] = ("all",)
     """what the probe looks at: the representation, and of the encoders of recon_xattn.py and clever.py its invariant and equivariant part"""
     jpeg85: bool = True

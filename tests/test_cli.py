@@ -126,6 +126,7 @@ def test_mistakes_of_probing(tiny, folder, tmp_path, capsys):
     expect_mistake(capsys, eval_probe.main, [checkpoint, "--tasks", "magic"], "magic")
     expect_mistake(capsys, eval_probe.main, [checkpoint, checkpoint], "twice")
     expect_mistake(capsys, eval_probe.main, [checkpoint, "--data-dir", str(tmp_path / "gone")], "gone")
+    expect_mistake(capsys, eval_probe.main, [checkpoint, "--data", "pets"], "--data-dir", "pets needs")
     expect_mistake(capsys, eval_probe.main, [checkpoint, "--knn-k", "0"], "--knn-k 0")
     expect_mistake(capsys, eval_probe.main, [checkpoint, "--tasks", "r2", "--r2-targets", "pose"], "--r2-targets pose", "rotation")
     flat = tmp_path / "flat"
