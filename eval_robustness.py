@@ -616,6 +616,7 @@ def warped(move, interpolation="bilinear", opencv=False):
     black around it, into which OpenCV blends the border. It looks at steps of 1/32 px and rounds where Pillow truncates."""
 
     def frames(x, y, draws, n, *constants):
+        """n frames (B, 3, S, S) of x (B, 3, H, W), S the side of y."""
         (H, W), S = x.shape[2:], y.shape[-1]
         top, left = round((H - S) / 2), round((W - S) / 2)
         v, u = torch.meshgrid(torch.arange(S) + top, torch.arange(S) + left, indexing="ij")
@@ -860,7 +861,8 @@ def corruptions(subjects, data, args):
     if drawn and common.rank() == 0:
         print("* with frost drawn by a procedure, not from photographs: not comparable with published figures; --frost-dir takes photographs", file=sys.stderr)
 
-    def row(n):  # (conditions, 3)
+    def row(n):
+        """Counts (conditions, 3): images, right, right among five -> results in percent, and the counts for the record."""
         top1, top5 = ({c: 100 * v for c, v in zip(conditions, (n[:, i].double() / n[:, 0]).tolist())} for i in (1, 2))
         mean = {name: sum(top1[name, s] for s in range(1, 6)) / 5 for name in names}
         values = dict(clean=top1["clean", 0])
