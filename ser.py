@@ -31,24 +31,33 @@ Where the paper is silent or at odds with itself, this file takes (source in bra
   * equi_ratio 0.01, lambda 1 (DINO: 0.3) [launch commands of the public code, github.com/aitrics-chris/SER]; at least
     8 images. tau is the paper's: 0.3, DINO 0.5.
   * scaling changes the grid of patches: one (h, w) a view and step, area 0.7 to 1.3 of the square grid, aspect 3/4 to
-    4/3, positions resampled bicubically [public code]; nothing leaves the image, so there is no mask.
+    4/3, positions resampled bicubically [public code]; nothing leaves the image, so there is no mask. Images are
+    resized with antialiasing, where the public code has none.
+  * pairs follow the paper's Algorithm 1: g1 and g2 are drawn independently, an image each; both views come from the
+    online encoder; negatives are the cells of both sides. The public two-view code shares one quarter turn a step,
+    makes the second view's flip and half-turn the complement of the first's, and takes momentum keys from one side.
   * x for b2 is one random resized crop, shared by both views, so that g is free of crops [public code]; `--equi-crop
     center` takes the centre of the image instead.
   * gradients flow through both sides and through the gather over processes. The public code gathers without gradient,
     by which L_equiv would train nothing; the paper's ablation (lambda = 0 differs from lambda > 0) rules that out.
   * a LayerNorm before the projector; the projector after rho_g [paper's Algorithm 1]; 6 heads in ViT-S [DINO, timm].
-  * MoCo-v3 itself follows github.com/facebookresearch/moco-v3: fixed sin-cos positions, frozen random patch projection,
-    weight decay on everything, no clipping. Base lr 3e-4 [SER's public code; the same peak as MoCo-v3's own recipe].
+  * MoCo-v3 itself follows github.com/facebookresearch/moco-v3: fixed sin-cos positions (SER's public code learns them),
+    frozen random patch projection, weight decay on everything, no clipping. Base lr 3e-4 [SER's public code; the same peak as MoCo-v3's own recipe].
   * DINO (github.com/facebookresearch/dino) and Barlow Twins (github.com/facebookresearch/barlowtwins), on AdamW, with the
     learning rates, clipping per tensor, teacher momentum and crops of SER's public code. DINO's teacher moves by the
-    momentum of the coming step, not of the past one.
+    momentum of the coming step, not of the past one. Its temperature rises by the step and arrives after
+    `teacher_temp_epochs`; DINO's table rises by the epoch and arrives one epoch earlier. The teacher is evaluated, as
+    in DINO; SER's public code loads the student.
   * 2+4 views: locals and all of b2's views have jitter and half of them blur, but neither grey nor solarisation; each pair
     of b2 is made of one crop; ten terms of MoCo-v3, summed (DINO: averaged) [public code]. L_equiv is the formula above,
     summed over one global and two local pairs; the public code's offset counts images where it should count tokens.
   * AugSelf (github.com/hankook/AugSelf): one head a parameter, 44.2 M parameters where SER's table has 43.7; gradient through
-    both views; each view mirrors the centre of its crop with its own flip; the crops of MoCo-v3.
+    both views; each view mirrors the centre of its crop with its own flip; the crops of MoCo-v3. Its ImageNet views keep
+    AugSelf's photometrics (saturation 0.4, blur 0.5, no solarisation), STL's keep STL's; all rows of the two small
+    recipes see the same ones.
   * STL (github.com/jaemyung-u/stl): partners have one box in fractions of their image. EquiMod (github.com/ADevillers/EquiMod):
-    its 18 parameters are standardised by a batch norm. E-SSL (github.com/rdangovs/essl): the weight for SimCLR, 0.4; Barlow
+    a batch norm over both views together standardises the 18 parameters, where EquiMod's code has constants of its data
+    set; a projector call a view, as in SER's code (EquiMod's has one for all three). E-SSL (github.com/rdangovs/essl): the weight for SimCLR, 0.4; Barlow
     Twins 8. Heads as wide as in SER's table.
 
 Recipes `blocks` and `cifar10` are ours; they raise equi_ratio to 0.125, because 1 % of a small batch is nothing.
@@ -169,7 +178,8 @@ EQUIS = dict(  # what an equivariance term needs, its own views among it
     essl=dict(equi_layer=0, equi_weight=0.4, local_scale=(0.05, 0.14)),
 )
 PAIRS = {("dino", "ser"): dict(equi_weight=0.3, equi_temp=0.5), ("barlow", "essl"): dict(equi_weight=8.0)}
-SMALL = dict(img_size=32, local_size=16, local_scale=(0.1, 0.5), blur=(0.0, 0.0), solarize=(0.0, 0.0), crop_scale=(0.2, 1.0), equi_ratio=0.125, drop_path=0.0)
+SMALL = dict(img_size=32, local_size=16, local_scale=(0.1, 0.5), jitter=(0.4, 0.4, 0.2, 0.1), blur=(0.0, 0.0), solarize=(0.0, 0.0), crop_scale=(0.2, 1.0),
+             equi_ratio=0.125, drop_path=0.0)  # the same views for every row, so that rows differ in their method alone
 RECIPES = dict(
     imagenet=dict(),  # the paper: ViT-S/16, 100 epochs, batch 2048 = 8 x 256, peak lr 2.4e-3 (DINO, Barlow Twins: 8e-4)
     imagenet100=dict(),  # not in the paper: its ImageNet values
@@ -579,10 +589,13 @@ class STL(Baseline):
     def forward(self, e, params):
         y1, y2 = self.cls(e["1"]), self.cls(e["2"])  # (n, D)
         t12, t21 = self.transformation(torch.cat([y1, y2], 1)), self.transformation(torch.cat([y2, y1], 1))  # (n, 128)
-        moved = torch.cat([self.apply_partners(t21, y2), self.apply_partners(t12, y1)])  # (2 n, D), close to [y1; y2]
-        z, z_hat = self.project(torch.cat([y1, y2])), self.project(moved)  # (2 n, 128)
-        t = self.project_t(torch.cat([t12, t21]))  # (2 n, 128)
-        L_trans = nt_xent(t[0::2, None], t[1::2, None], self.temp)
+        y1_hat, y2_hat = self.apply_partners(t21, y2), self.apply_partners(t12, y1)  # (n, D)
+        # each view, each prediction and each half of the pairs is a batch of its own to the batch norms [STL's code]
+        z = torch.cat([self.project(y1), self.project(y2)])  # (2 n, 128)
+        z_hat = torch.cat([self.project(y1_hat), self.project(y2_hat)])  # (2 n, 128)
+        t = torch.cat([t12, t21])  # (2 n, 128)
+        t_even, t_odd = self.project_t(t[0::2]), self.project_t(t[1::2])  # (n, 128)
+        L_trans = nt_xent(t_even[:, None], t_odd[:, None], self.temp)
         return dict(L_trans=L_trans, L_equiv=nt_xent(z[:, None], z_hat[:, None], self.temp) + self.trans_weight * L_trans)
 
     def apply_partners(self, t, y):
@@ -614,8 +627,9 @@ class EquiMod(Baseline):
 
     def forward(self, e, params):
         u0, u1, u2 = (self.project(self.cls(e[view])) for view in ("plain", "1", "2"))  # (n, 128)
-        a = [self.embed(self.describe(params[view]).to(u0)) for view in ("1", "2")]  # (n, 128)
-        u, u_hat = torch.cat([u1, u2]), torch.cat([self.predict(torch.cat([u0, v], 1)) for v in a])  # (2 n, 128)
+        # both views are one batch to the batch norms: standardised apart, "blur on" would be a constant of its view
+        a = self.embed(torch.cat([self.describe(params["1"]), self.describe(params["2"])]).to(u0))  # (2 n, 128)
+        u, u_hat = torch.cat([u1, u2]), self.predict(torch.cat([u0.repeat(2, 1), a], 1))  # (2 n, 128)
         with torch.no_grad():
             gain = F.cosine_similarity(u, u_hat) - F.cosine_similarity(u, u0.repeat(2, 1))  # above 0: better than the identity
         return dict(L_equiv=nt_xent(u[:, None], u_hat[:, None], self.temp), cosine_gain=gain.mean())

@@ -83,7 +83,7 @@ def test_augself_equals_the_loop():
     args, model, views, params = setup("augself", equi_params=ALL, blur=(0.5, 0.5), solarize=(0.5, 0.5))
     e = outputs(args, model, views)
     out = model.equi(e, params)
-    width = (0.8, 0.8, 0.8, 0.2)  # factors 0.6 to 1.4, hue -0.1 to 0.1
+    width = (0.8, 0.8, 0.4, 0.2)  # factors 0.6 to 1.4, of saturation 0.8 to 1.2, hue -0.1 to 0.1
 
     def crop(p, i):
         centre = float(p["left"][i] + p["width"][i] / 2)
@@ -138,7 +138,15 @@ def test_stl_cuts_the_same_box_out_of_images_of_any_size():
         assert all(torch.equal(box[key][0::2], box[key][1::2]) for key in ("top", "left", "height", "width"))
 
 
+def by_hand(project, x):
+    """Linear-BN-ReLU-Linear of a batch (n, D), the batch norm at its initial weight 1 and bias 0."""
+    h = x @ project[0].weight.T
+    h = (h - h.mean(0)) / ((h - h.mean(0)).square().mean(0) + 1e-5).sqrt()
+    return h.clamp(min=0) @ project[3].weight.T
+
+
 def test_stl_equals_the_loop():
+    """Its projectors see each view, each prediction, and the even and odd halves of t as batches of their own."""
     args, model, views, params = setup("stl")
     e, m = outputs(args, model, views), model.equi
     out = m(e, params)
@@ -149,9 +157,9 @@ def test_stl_equals_the_loop():
     assert all(partner[partner[i]] == i for i in partner)
     y1_hat = torch.stack([W(t21[partner[i]]) @ y2[i] for i in range(16)])
     y2_hat = torch.stack([W(t12[partner[i]]) @ y1[i] for i in range(16)])
-    z, z_hat = m.project(torch.cat([y1, y2])), m.project(torch.cat([y1_hat, y2_hat]))
-    t = m.project_t(torch.cat([t12, t21]))
-    L_trans = loop_nt_xent(t[0::2, None], t[1::2, None], 0.2)
+    z, z_hat = torch.cat([by_hand(m.project, y1), by_hand(m.project, y2)]), torch.cat([by_hand(m.project, y1_hat), by_hand(m.project, y2_hat)])
+    t = torch.cat([t12, t21])
+    L_trans = loop_nt_xent(by_hand(m.project_t, t[0::2])[:, None], by_hand(m.project_t, t[1::2])[:, None], 0.2)
     assert out["L_trans"].item() == pytest.approx(L_trans, rel=1e-6)
     assert out["L_equiv"].item() == pytest.approx(loop_nt_xent(z[:, None], z_hat[:, None], 0.2) + 0.1 * L_trans, rel=1e-6)
     twice = m.apply_partners(t12, y1)[[i ^ 1 for i in range(16)]]
@@ -171,21 +179,32 @@ def test_equimod_describes_a_view_in_18_numbers():
 
 
 def test_equimod_equals_the_loop():
-    args, model, views, params = setup("equimod", blur=(0.5, 0.5))
+    """On asymmetric views; the batch norms of parameters and predictor see both views as one batch."""
+    args, model, views, params = setup("equimod", blur=(1.0, 0.1), solarize=(0.0, 0.2))
     e, m = outputs(args, model, views), model.equi
     out = m(e, params)
     u0, u1, u2 = (m.project(e[view][:, 0]) for view in ("plain", "1", "2"))
-    predicted = []
-    for view in "12":
-        a = m.describe(params[view]).double()
-        a = (a - a.mean(0)) / (a.var(0, unbiased=False) + 1e-5).sqrt()
-        a = a @ m.embed[1].weight.T
-        a = (a - a.mean(0)) / (a.var(0, unbiased=False) + 1e-5).sqrt()  # batch norm, at its initial weight 1 and bias 0
-        predicted.append(m.predict(torch.cat([u0, a], 1)))
-    u, u_hat = torch.cat([u1, u2]), torch.cat(predicted)
-    assert out["L_equiv"].item() == pytest.approx(loop_nt_xent(u[:, None], u_hat[:, None], 0.2), rel=1e-5)
+    norm = lambda v: (v - v.mean(0)) / (v.var(0, unbiased=False) + 1e-5).sqrt()  # batch norm, at its initial weight 1 and bias 0
+    a = norm(norm(torch.cat([m.describe(params["1"]), m.describe(params["2"])]).double()) @ m.embed[1].weight.T)
+    u_hat = norm(torch.stack([m.predict[0].weight @ torch.cat([u0[i % 16], a[i]]) for i in range(32)]))
+    u = torch.cat([u1, u2])
+    assert len(m.predict) == 2 and out["L_equiv"].item() == pytest.approx(loop_nt_xent(u[:, None], u_hat[:, None], 0.2), rel=1e-5)
     gain = [float(F.cosine_similarity(u[i], u_hat[i], 0) - F.cosine_similarity(u[i], u0[i % 16], 0)) for i in range(32)]
     assert out["cosine_gain"].item() == pytest.approx(sum(gain) / 32, abs=1e-6)
+
+
+def test_equimod_s_18_numbers_keep_what_they_say_on_asymmetric_views():
+    """View 1 is always blurred, view 2 rarely: after the batch norm the numbers still tell blur, sigma and solarisation of each row."""
+    _, model, _, params = setup("equimod", blur=(1.0, 0.1), solarize=(0.0, 0.2), batch_size=32)
+    term, seen = model.equi, []
+    term.embed[0].register_forward_hook(lambda _, x, y: seen.append((x[0], y)))
+    e = {view: torch.randn(32, 1, 128, dtype=torch.float64) for view in ("plain", "1", "2")}
+    term(e, params)
+    said, kept = (torch.cat(v).double() for v in zip(*seen))  # (64, 18), of both views
+    kept = F.pad(kept, (0, 1), value=1.0)
+    for column in (15, 16, 17):  # blur on, sigma, solarise
+        left = said[:, column] - kept @ torch.linalg.lstsq(kept, said[:, column, None], driver="gelsd").solution[:, 0]
+        assert 1 - left.square().sum() / (said[:, column] - said[:, column].mean()).square().sum() > 0.999, column
 
 
 def test_equimods_third_view_is_not_augmented():
