@@ -15,18 +15,20 @@ Linear probes of ViTs see the [CLS] of the last four blocks, each through the fi
 
 Tasks
   knn          20 nearest neighbours by cosine, weights exp(cos / 0.07) [DINO, Caron et al. 2021].
-  linear       Softmax regression. --linear sgd: momentum 0.9, no weight decay, cosine to 0, ten rates trained together, of which the
-               best on a held-out tenth of the training images (or objects) is read on the test images, once, after the last epoch; centre
-               crops, or with --augment random ones, encoded anew each epoch. lbfgs: to the minimum, with the best of 45 ridge
-               weights [AugSelf, Lee et al. 2021, and RECON]. steps: CIPER's schedule, see latents.
-  mlp          The same with a 3-layer MLP (D-1024-1024-C, Adam), on centre crops.
+  linear       Softmax regression. --linear sgd: momentum 0.9, no weight decay, cosine to 0, ten rates trained together on nine tenths of
+               the training images (or objects); the one that is best on the other tenth is read on the test images, once, after the
+               last epoch. Centre crops, or with --augment random ones, encoded anew each epoch. lbfgs: to the minimum, with the best
+               of 45 ridge weights [AugSelf, Lee et al. 2021], then on all images. steps: CIPER's schedule, see latents.
+  mlp          A 3-layer MLP (D-1024-1024-C, Adam) on standardised features of centre crops.
   fewshot      Linear on 1 % and 10 % of each class, the rate chosen on the tenth above; or (--fewshot finetune) the encoder with it [CLeVER].
+               The images are drawn by --seed; CLeVER takes SimCLR's lists.
   finetune     The encoder trained on with a linear layer, SGD, random crops and flips [CLeVER, Song et al. 2024].
   r2           How well the features of two views tell what happened between them: a 3-layer MLP on both, squared error, Adam [SIE,
-               Garrido et al. 2023]. Images: the second view is the first under one family of transformations, a probe each,
-               targets standardised; SIE draws anew each epoch, for 300, here one draw per image is encoded once, for 50. Posed
+               Garrido et al. 2023]. Features are standardised by the training pairs; SIE's are raw and its MLP takes 25 times as many
+               steps. Images: the second view is the first under one family of transformations, a probe each, targets
+               standardised; SIE draws anew each epoch, for 300, here one draw per image is encoded once, for 50. Posed
                objects: two views of one; targets are the quaternion of q1^-1 q2 (pose), the differences of the hues (hues).
-  layers       Which quarter turn, and whether a flip, lies between two views, after several blocks [SER, Table 5].
+  layers       Which quarter turn, and whether a flip, lies between two views, after several blocks [SER, Table 5]; an MLP as in r2.
   equivariance Cosine of the turned, mirrored or rescaled token map of an image and the map of the turned, ... image [SER].
   rotation     The linear probe on turned test images; and one that tells quarter turns [CLeVER, Tables 6 and 7].
   latents      What a linear readout of one image tells [CIPER, Xu and Triesch 2023]: `object`, its class, learnt on train, read on
@@ -38,7 +40,10 @@ Tasks
                decay 1e-6, 100 epochs of batches of 256, rate 1, times 0.3 every 10; for views features are centred and divided by
                one number. "lstsq": the same by least squares.
 
---protocol takes a paper's own settings, as far as it or its code states them. Otherwise here: no classification by Adam on 3DIEBench [SIE];
+--protocol takes a paper's own settings, as far as it or its code states them. `clever` has two: linear probes of DINO and CLeVER learn at
+0.001 per 256 images for 100 epochs, those of SimSiam and DDCL at 30 for 200 [DDCL's code; CLeVER states 0.002 for batches of 512 and names no
+base]. Otherwise here: no classification by Adam on 3DIEBench [SIE]; DDCL's own rates of few-label and fine-tuning heads; SER's probes learn
+from all images, ours from nine tenths;
 the last epoch and not the best, a cosine that falls step by step, 100 epochs of linear transfer where it has 200, no stochastic depth [CLeVER];
 fine-tuning by SGD, not AdamW [SER]; one draw, not one an epoch, for r2 on images and for quarter turns.
 """
@@ -73,6 +78,7 @@ from common import FAMILIES, Affine, CenterCrop, Compose, GridResize, Horizontal
 
 POSES = ("pose", "hues")
 SHARES = (0.01, 0.1)  # of the labels, for fewshot
+MLP = dict(batch_size=256, lr=1e-3, hidden=1024, features="standardised per dimension by the training features")
 PROTOCOLS = dict(  # what the papers say, or their public code does, where it differs from the defaults
     default=dict(),
     ser=dict(augment=True, linear_epochs=50),  # rates are swept: neither says which
@@ -80,6 +86,7 @@ PROTOCOLS = dict(  # what the papers say, or their public code does, where it di
     ciper=dict(linear="steps"),
     recon=dict(linear="lbfgs", r2_epochs=300, r2_images=50_000),
 )
+SIMSIAM = dict(linear_lrs=(30.0,), linear_epochs=200)  # and what `clever` takes for encoders of SimSiam and DDCL [DDCL's code]
 
 
 @dataclasses.dataclass
@@ -288,25 +295,43 @@ def r2_scores(target, predicted):
     return dict(flat=flat.item(), uniform=uniform.item())
 
 
-def mlp_probe(sample, test, outputs, epochs, generator):
-    """A 3-layer MLP D-1024-1024-K, ReLU, Adam at a constant rate of 1e-3, batches of 256 [SIE]. sample(epoch) -> (features (N, D), targets: (N, K)
-    or (N,) int64), the same or others each epoch; test features (M, D) -> (M, K)."""
+class Standardise(nn.Module):
+    """Some `columns` of features (N, ..., D) less their mean, over their standard deviation, flattened: the first layer of an MLP.
+
+    Mean and deviation of each dimension are those of `x`, the training features (of pairs (N, 2, D): of both views together).
+    An MLP can represent the same functions without them, but Adam does not find them: trained encoders add a common offset
+    and leave what differs between two views a few percent of the variance. Dimensions that do not vary are left out.
+    """
+
+    def __init__(self, x, columns):
+        super().__init__()
+        std, mean = torch.std_mean(x[..., columns].flatten(0, -2), 0, correction=0)  # (D,)
+        self.columns, self.mean = columns, mean
+        self.std = torch.where(std > 1e-6 * mean.abs(), std, torch.inf)  # less is rounding
+
+    def forward(self, x):
+        return ((x[..., self.columns] - self.mean) / self.std).flatten(1)
+
+
+def mlp_probe(sample, outputs, epochs, generator, columns=slice(None)):
+    """A 3-layer MLP D-1024-1024-K, ReLU, Adam at a constant rate of 1e-3, batches of 256 [SIE], on `columns` of standardised features
+    (SIE's are raw; it takes 25 times as many steps). sample(epoch) -> (features (N, D) or pairs of them (N, 2, D), targets: (N, K)
+    numbers or (N,) int64 classes), the same or others each epoch -> the trained MLP: features (M, ...) -> (M, K)."""
+    x = sample(0)[0]
+    first = Standardise(x, columns)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator.initial_seed())
-        mlp = nn.Sequential(nn.Linear(test.shape[1], 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, outputs)).to(test.device)
-    return fit(mlp, sample, epochs, torch.optim.Adam(mlp.parameters(), lr=1e-3), generator)(test)
+        layers = nn.Linear(first(x[:1]).shape[1], 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, outputs)
+    mlp = nn.Sequential(first, *layers).to(x.device)
+    fit(mlp, sample, epochs, torch.optim.Adam(mlp.parameters(), lr=1e-3), generator)
+    return lambda x: torch.cat([mlp(rows) for rows in x.split(8192)])
 
 
-def regress(sample, test_pairs, columns, epochs, generator):
-    """From pairs of features to what happened between them: sample(epoch) -> (pairs (N, 2, D), targets (N, K)); test_pairs
-    (M, 2, D) -> (M, K). Only `columns`, a slice of the D features, are looked at."""
-    part = lambda pairs: pairs[..., columns].flatten(1)
-
-    def shown(epoch):
-        pairs, targets = sample(epoch)
-        return part(pairs), targets
-
-    return mlp_probe(shown, part(test_pairs), sample(0)[1].shape[1], epochs, generator)
+def warn_of_few_steps(flag, epochs, images):
+    """One line where an MLP takes so few steps that its score may tell of the optimiser and not of the features."""
+    steps = epochs * -(-images // 256)
+    if steps < 600 and common.rank() == 0:
+        print(f"{flag} {epochs}: {steps} steps of the MLP may be too few to converge; 600 or more are safe", file=sys.stderr)
 
 
 def stratified(labels, share, generator, allowed=None):
@@ -532,12 +557,13 @@ def linear(case):
 
 
 def mlp(case):
-    results, labels, (x, x_test) = {}, case.train.labels.to(case.device), case.x
+    results, on_train, labels, (x, x_test) = {}, {}, case.train.labels.to(case.device), case.x
+    warn_of_few_steps("--mlp-epochs", case.args.mlp_epochs, len(x))
     for suffix, columns in case.parts(x.shape[1]):
-        sample = lambda _, seen=x[:, columns]: (seen, labels)
-        scores = mlp_probe(sample, x_test[:, columns], len(case.train.classes), case.args.mlp_epochs, common.rng(case.args.seed, "mlp"))
-        results |= accuracies(f"mlp{suffix}", scores, case.test.labels)
-    return results, dict(epochs=case.args.mlp_epochs, batch_size=256, lr=1e-3, hidden=1024, feature=case.feature)
+        probe = mlp_probe(lambda _: (x, labels), len(case.train.classes), case.args.mlp_epochs, common.rng(case.args.seed, "mlp"), columns)
+        results |= accuracies(f"mlp{suffix}", probe(x_test), case.test.labels)
+        on_train |= accuracies(f"mlp{suffix}", probe(x), case.train.labels)
+    return results, dict(epochs=case.args.mlp_epochs, feature=case.feature, train=on_train) | MLP
 
 
 def fewshot(case):
@@ -553,19 +579,25 @@ def fewshot(case):
 
 
 def r2(case):
+    """R^2 of what lies between two views, on test pairs; beside it, in the protocol, on training pairs: near 0 in both is not fitted
+    or not there, high on training pairs alone is overfitted."""
     sides, scores, args = ((case.train, case.y[0]), (case.test, case.y[1])), {}, case.args
-    for target in args.r2_targets or (POSES if "rotation" in case.train.factors else FAMILIES):
+    targets = args.r2_targets or (POSES if "rotation" in case.train.factors else FAMILIES)
+    warn_of_few_steps("--r2-epochs", args.r2_epochs, min(len(case.train), 100_000 if set(targets) <= set(POSES) else args.r2_images))
+    for target in targets:
         sample, test_pairs, test_targets = (pairs_of_poses if target in POSES else pairs_of_images)(target, case.backbone, sides, args, case.how)
+        pairs, answers = sample(0)
         for suffix, columns in case.parts(case.backbone.dim):
-            predicted = regress(sample, test_pairs, columns, args.r2_epochs, common.rng(args.seed, "r2", target))
-            scores[target + suffix] = r2_scores(test_targets, predicted)
-    return {f"r2 {k}": v["flat"] for k, v in scores.items()}, dict(epochs=args.r2_epochs, batch_size=256, lr=1e-3, images=args.r2_images, both=scores)
+            probe = mlp_probe(sample, answers.shape[1], args.r2_epochs, common.rng(args.seed, "r2", target), columns)
+            scores[target + suffix] = r2_scores(test_targets, probe(test_pairs)) | dict(train=r2_scores(answers, probe(pairs))["flat"])
+    return {f"r2 {k}": v["flat"] for k, v in scores.items()}, dict(epochs=args.r2_epochs, images=args.r2_images, both=scores) | MLP
 
 
 def layers(case):
     """SER's Table 5: which quarter turn, and whether a flip, lies between two views, by an MLP on the pair of their mean tokens after
     a block, each token normalised. One draw for each image."""
-    args, backbone, results = case.args, case.backbone, {}
+    args, backbone, results, on_train = case.args, case.backbone, {}, {}
+    warn_of_few_steps("--r2-epochs", args.r2_epochs, min(len(case.train), args.r2_images))
     chosen = args.layers or tuple(k for k in range(1, backbone.depth + 1) if backbone.depth <= 5 or k == 1 or k % 3 == 0)
     mean_tokens = lambda z: F.layer_norm(z.float(), z.shape[-1:]).mean((1, 2))  # (n, h, w, D) -> (n, D)
     encode = lambda x: torch.cat([mean_tokens(z) for z in backbone.tokens(x, chosen)], 1)
@@ -578,16 +610,18 @@ def layers(case):
             views = [common.features(backbone, data, encode=encode, transform=t, rows=rows, name=f"{name} by layer", **case.how).to(case.device) for t in (None, view)]
             sides.append((torch.stack(views, 1), view.params[key][rows].long().to(case.device)))  # (n, 2, sum of D), (n,)
         for k, (pairs, answers), (test_pairs, test_answers) in zip(chosen, *([(z, t) for z in pairs.split(widths, 2)] for pairs, t in sides)):
-            scores = mlp_probe(lambda _, pairs=pairs, answers=answers: (pairs.flatten(1), answers), test_pairs.flatten(1), classes, args.r2_epochs, common.rng(args.seed, name, k))
-            results[f"{name} @{k}"] = 100 * (scores.argmax(1) == test_answers).float().mean().item()
-    return results, dict(layers=chosen, epochs=args.r2_epochs, batch_size=256, lr=1e-3, images=args.r2_images)
+            probe = mlp_probe(lambda _, side=(pairs, answers): side, classes, args.r2_epochs, common.rng(args.seed, name, k))
+            right = lambda x, y, probe=probe: 100 * (probe(x).argmax(1) == y).float().mean().item()
+            results[f"{name} @{k}"], on_train[f"{name} @{k}"] = right(test_pairs, test_answers), right(pairs, answers)
+    return results, dict(layers=chosen, epochs=args.r2_epochs, images=args.r2_images, train=on_train) | MLP
 
 
 def equivariance(case):
     """SER's score: the cosine of rho_g f(x) and f(g x), tokens after the last block and the final norm, mean over tokens, images
-    and g: quarter turns and flips other than the identity, and for ViTs other grids, to which rho_g resamples the map. Beside it,
-    with f of another image, and with the mean token taken off both sides: a map that is the same everywhere scores 1, and
-    these tell."""
+    and g: quarter turns and flips other than the identity, and for ViTs other grids (images resized with antialiasing), to which
+    rho_g resamples the map. The paper draws g1 and g2 at random; if its g = g2 g1^-1 may be the identity, which scores 1, a score s
+    here is (1 + 3 s) / 4 there under turns and (1 + s) / 2 under flips. Beside it, with f of another image, and with the mean token
+    taken off both sides: a map that is the same everywhere scores 1, and these tell."""
     args, backbone, results = case.args, case.backbone, {}
     rows, n, layer = evenly(len(case.test), 1000), len(case.test), backbone.depth
     generator, norm = common.rng(args.seed, "equivariance"), getattr(backbone, "norm", nn.Identity())
@@ -979,12 +1013,23 @@ def check(args):
     return states
 
 
+def arguments(argv, base=None):
+    """Command line -> Args: defaults <- the protocol's values <- those for the checkpoint's base <- flags given by hand."""
+
+    def values_in_force(first):
+        special = SIMSIAM if (first.protocol, base) == ("clever", "simsiam") else {}
+        return dict(protocol=first.protocol) | PROTOCOLS[first.protocol] | special
+
+    return common.parse(Args, values_in_force, argv, description=__doc__)
+
+
 def main(argv=None):
     """Probe every checkpoint, append its results to the eval.jsonl beside it, print one table; returns its rows."""
-    args = common.parse(Args, lambda first: dict(protocol=first.protocol) | PROTOCOLS[first.protocol], argv, description=__doc__)
+    args = arguments(argv)
     common.check_ranges(args, RANGES)
     states, device, results = check(args), common.start(args.device), []
-    for path, name in zip(args.checkpoints, row_names(args.checkpoints, states)):
+    for path, name, state in zip(args.checkpoints, row_names(args.checkpoints, states), states):
+        args = arguments(argv, state["args"].get("base"))
         values, protocol, state = probe(path, args, device)
         results.append((name, values))
         if common.rank() == 0:

@@ -34,11 +34,12 @@ lets a hypernetwork without bias represent the identity.
 
 Where the paper is silent this file takes (source in brackets; [F] is the same authors' arXiv-published follow-up at AAAI 2026,
 "SSL Based on Transformed Image Reconstruction for Equivariance-Coherent Feature Representation"):
-  * tokens are patches [F]; the encoder is ViT-S/16 with a linear neck to 512 [F]; no [CLS]: reconstruction reaches patches
+  * tokens are patches [F]; the encoder is ViT-S/16 with learned positions and a linear neck to 512 [F]; no [CLS]: reconstruction reaches patches
     only, so the mean of the tokens is what both losses shape and what is evaluated.
   * the cross-attention block has no residual from the query, or view 2, its own target, would pass through; fixed sin-cos
     positions are added behind it. What view 2 may say is where to look: a bottleneck, not a barrier.
   * lambda_ssl = lambda_recon = 1 [F]; VICReg's weights 10, 10, 1 [SIE's repository]; variance and covariance on Z_inv only.
+    As a baseline VICReg has an expander of three layers 2048 wide [SIE's repository].
   * the target is the normalised view 2, all pixels.
   * Adam with lr 1e-4 per 256 images and weight decay 1e-6 [paper]; 10 epochs of warm-up, half a cosine to 0 [F].
   * ranges of the transformations: 45 degrees, factors 0.6 to 1.4, hue 0.1, sigma 0.1 to 2, shifts of 10 px at 224 px [F],

@@ -50,7 +50,7 @@ def case_of(encoder, n=400, **changes):
     light = torch.linspace(255, 0, 16)[:, None] * torch.linspace(1, 0.3, 16) * torch.rand(n + n // 2, 3, 1, 1, generator=g)
     images = (light + 40 * torch.rand(len(light), 3, 16, 16, generator=g)).clamp(0, 255).to(torch.uint8)
     sets = [common.ImageSet(images=v, labels=torch.arange(len(v)) % 2, classes=("a", "b")) for v in images.split([n, n // 2])]
-    return eval_probe.Case(encoder, {}, *sets, eval_probe.Args(workers=0, r2_epochs=25, linear_epochs=10, **changes), torch.device("cpu"))
+    return eval_probe.Case(encoder, {}, *sets, eval_probe.Args(**dict(workers=0, r2_epochs=25, linear_epochs=10) | changes), torch.device("cpu"))
 
 
 def cells(x):
@@ -69,6 +69,59 @@ def test_layers_tell_what_their_tokens_hold():
     assert values["rotation @1"] > 90 and values["flip @1"] > 90 and protocol["layers"] == (1,)
     noise, _ = eval_probe.layers(case_of(Maps(lambda x: torch.randn(len(x), 2, 2, 8, generator=g)), n=200))
     assert abs(noise["rotation @1"] - 25) < 15 and abs(noise["flip @1"] - 50) < 18
+
+
+def shy(x):
+    """Features as of trained encoders: where the light is stands in a small share of the variance, under a common offset and beside
+    dimensions of large variance: (n, 3, 16, 16) -> (n, 16)."""
+    light, grid = x.mean(1) * 0.5 + 0.5, torch.linspace(-1, 1, 16)  # (n, 16, 16), the pixels again from 0 to 1
+    where = torch.stack([(light * grid).sum((1, 2)), (light * grid[:, None]).sum((1, 2))], 1) / light.sum((1, 2))[:, None]  # (n, 2)
+    a = x.flatten(1) @ torch.randn(768, 2, generator=common.rng("loud"))  # (n, 2), angles as different as images
+    loud = torch.cat([a.cos(), -a.cos(), a.sin(), -a.sin()], 1)  # (n, 8)
+    return torch.cat([3 + 0.005 * where, loud, torch.tensor([3.0, -3.0, -3.0] * 2).expand(len(x), -1)], 1)
+
+
+class Shy(Maps):
+    """Its representation, and every token of its map, is `shy`."""
+
+    def __init__(self):
+        super().__init__(lambda x: shy(x)[:, None, None].expand(-1, 2, 2, -1))
+        self.dim = 16
+
+    def forward(self, x):
+        return shy(x)
+
+    last_blocks = forward
+
+
+def test_mlp_probes_see_a_signal_of_small_variance(monkeypatch):
+    """Within 60 of the default's 2,000 steps; without standardising they do not see the rotation."""
+    case = case_of(Shy(), n=600, r2_epochs=20, r2_targets=("rotation", "flip"), layers=(1,))
+    values, protocol = eval_probe.r2(case)
+    std, mean = torch.std_mean(case.y[0], 0)
+    assert std[:2].max() < 2e-4 and std[2:10].min() > 0.5 and mean[:2].min() > 2.9  # as planted
+    assert values["r2 flip"] > 0.9 and values["r2 rotation"] > 0.9, values
+    assert protocol["both"]["flip"]["train"] > 0.9 and protocol["features"].startswith("standardised")
+    turns, protocol = eval_probe.layers(case)
+    assert turns["rotation @1"] > 95 and turns["flip @1"] > 95 and protocol["train"]["rotation @1"] > 95, turns
+    monkeypatch.setattr(eval_probe.Standardise, "forward", lambda self, x: x[..., self.columns].flatten(1))
+    case.args.r2_targets = ("rotation",)
+    assert eval_probe.r2(case)[0]["r2 rotation"] < 0.3
+
+
+def test_dimensions_that_do_not_vary_are_left_out():
+    x = torch.cat([torch.full((100, 1), 0.1), torch.zeros(100, 1), torch.randn(100, 2, generator=g) * 1e-4 + 5], 1)
+    first = eval_probe.Standardise(x, slice(None))
+    assert torch.equal(first(x + torch.tensor([1.0, 1.0, 0.0, 0.0]))[:, :2], torch.zeros(100, 2))
+    assert torch.allclose(first(x)[:, 2:].std(0, correction=0), torch.ones(2), atol=1e-3) and first(x)[:, 2:].mean(0).abs().max() < 1e-2
+    pairs = torch.stack([x, x + torch.tensor([0.0, 0.0, 1.0, 1.0])], 1)  # both views together: what differs between them stays
+    assert (eval_probe.Standardise(pairs, slice(2, 4))(pairs).view(100, 2, 2).diff(dim=1) > 1.9).all()
+
+
+@pytest.mark.parametrize("epochs, line", [(599, True), (600, False)])
+def test_a_line_warns_of_too_few_steps(epochs, line, capsys):
+    eval_probe.warn_of_few_steps("--r2-epochs", epochs, 256)
+    assert ("--r2-epochs 599: 599 steps" in capsys.readouterr().err) == line
 
 
 def test_equivariance_of_maps_that_turn_with_the_image():
@@ -235,6 +288,22 @@ def test_protocols_set_flags_that_help_shows(protocol, expected, capsys):
     assert {k: values[k] for k in expected} == expected and f"(default: {protocol})" in text
 
 
+def test_the_clever_protocol_depends_on_the_base(tmp_path, folder, monkeypatch):
+    """DDCL's code has another rate than CLeVER's; flags given by hand win for both."""
+    shared = ["--data", "imagefolder", "--data-dir", str(folder), "--recipe", "cifar10", "--arch", "resnet_pico", "--img-size", "16", "--epochs", "0", "--warmup-epochs", "0",
+              "--batch-size", "12", "--workers", "0", "--device", "cpu", "--head-dim", "8", "--head-dim-equi", "8"]
+    paths = [str(tmp_path / base / "checkpoint.pt") for base in ("dino", "simsiam")]
+    clever.main([*shared, "--base", "dino", "--local-size", "8", "--out", str(tmp_path / "dino")])
+    clever.main([*shared, "--base", "simsiam", "--out", str(tmp_path / "simsiam")])
+    seen = []
+    monkeypatch.setattr(eval_probe, "probe", lambda path, args, device: (seen.append((args.linear_lrs, args.linear_epochs)), exit())[1])
+    for flags in ([], ["--linear-epochs", "7"]):
+        for path in paths:
+            with pytest.raises(SystemExit):
+                eval_probe.main([path, "--protocol", "clever", "--device", "cpu", *flags])
+    assert seen == [((0.001,), 100), ((30.0,), 200), ((0.001,), 7), ((30.0,), 7)]
+
+
 def test_cached_features_are_used_and_belong_to_their_checkpoint_and_data(tiny, folder, tmp_path, monkeypatch):
     for seed in "01":
         ser.main([*tiny, "--epochs", "0", "--seed", seed, "--out", str(tmp_path / f"run-s{seed}")])
@@ -337,7 +406,7 @@ def test_class_means_stand_beside_unequal_classes():
 def test_the_mlp_separates_what_no_line_can_and_is_at_chance_on_noise():
     x = torch.randn(800, 2, generator=g)
     labels = (x[:, 0] * x[:, 1] > 0).long()  # quadrants
-    right = lambda x: (eval_probe.mlp_probe(lambda _: (x[:600], labels[:600]), x[600:], 2, 20, common.rng(0)).argmax(1) == labels[600:]).float().mean()
+    right = lambda x: (eval_probe.mlp_probe(lambda _: (x[:600], labels[:600]), 2, 20, common.rng(0))(x[600:]).argmax(1) == labels[600:]).float().mean()
     assert right(x) > 0.95 and abs(right(torch.randn(800, 2, generator=g)) - 0.5) < 0.12
 
 
@@ -429,7 +498,8 @@ class Blind(Planted):
 
 def r2(pairs_of, target, encoder, sides, args, how, columns=slice(None)):
     sample, test_pairs, test_targets = pairs_of(target, encoder, sides, args, how)
-    return eval_probe.r2_scores(test_targets, eval_probe.regress(sample, test_pairs, columns, args.r2_epochs, common.rng(args.seed, "r2", target)))["flat"]
+    probe = eval_probe.mlp_probe(sample, test_targets.shape[1], args.r2_epochs, common.rng(args.seed, "r2", target), columns)
+    return eval_probe.r2_scores(test_targets, probe(test_pairs))["flat"]
 
 
 @pytest.mark.parametrize("target", common.FAMILIES)
@@ -508,13 +578,13 @@ def test_parts_are_slices_of_the_last_block(folder, tmp_path, capsys, monkeypatc
               "--batch-size", "12", "--workers", "0", "--device", "cpu"]
     clever.main([*shared, "--local-size", "8", "--head-dim", "8", "--head-dim-equi", "8", "--out", str(tmp_path / "clever")])
     recon_xattn.main([*shared, "--neck", "16", "--embed-dim", "8", "--out", str(tmp_path / "recon")])
-    seen, linear, regress = [], eval_probe.LinearProbe.__init__, eval_probe.regress
+    seen, linear, standardise = [], eval_probe.LinearProbe.__init__, eval_probe.Standardise.__init__
     monkeypatch.setattr(eval_probe.LinearProbe, "__init__", lambda self, dim, *a: (seen.append(dim), linear(self, dim, *a))[1])
-    monkeypatch.setattr(eval_probe, "regress", lambda s, pairs, columns, *a: (seen.append(len(range(pairs.shape[2])[columns])), regress(s, pairs, columns, *a))[1])
+    monkeypatch.setattr(eval_probe.Standardise, "__init__", lambda self, x, columns: (seen.append(x[..., columns].shape[-1]), standardise(self, x, columns))[1])
     paths = [str(tmp_path / name / "checkpoint.pt") for name in ("clever", "recon")]
     run = [*paths, "--tasks", "knn", "linear", "mlp", "fewshot", "r2", "--mlp-epochs", "1", "--part", "all", "inv", "equi", "--known-fraction", "0.5", "--linear-epochs", "1", "--r2-epochs", "1", "--r2-targets", "flip", "--device", "cpu"]
     results = dict(eval_probe.main(run))
-    assert seen == [*[512, 512 - 26, 26] * 3, 128, 102, 26, *[16, 8, 8] * 4]  # linear and twice fewshot, r2; 128 dimensions: 102 + 26
+    assert seen == [*[512, 512 - 26, 26] * 4, 128, 102, 26, *[16, 8, 8] * 5]  # linear, twice fewshot, mlp; r2: 128 dimensions: 102 + 26
     assert {f"{k}{p}" for k in ("knn", "linear", "mlp", "fewshot 1%", "fewshot 10%", "r2 flip") for p in ("", " (inv)", " (equi)")} <= set(results["clever"]) == set(results["recon"])
     record = json.loads((tmp_path / "clever" / "eval.jsonl").read_text())
     assert record["protocol"]["train_images"] == 12 and record["protocol"]["known_fraction"] == 0.5
@@ -537,7 +607,7 @@ def test_one_call_from_checkpoints_to_table(tiny, folder, tmp_path, capsys):
     assert len(table) == 3 and table[1].split()[:2] == ["run", "2"] and "±" in table[1] and table[2].split()[:2] == ["untrained", "1"]
     assert all(0 <= v["knn"] <= 100 and 0 <= v["linear"] <= 100 for _, v in results)
     record = json.loads((tmp_path / "run-s0" / "eval.jsonl").read_text())
-    assert record["results"] == results[0][1] and record["protocol"]["knn"]["k"] == 20 and set(record["protocol"]["r2"]["both"]["flip"]) == {"flat", "uniform"}
+    assert record["results"] == results[0][1] and record["protocol"]["knn"]["k"] == 20 and set(record["protocol"]["r2"]["both"]["flip"]) == {"flat", "uniform", "train"}
     again = eval_probe.main([str(paths[0]), "--tasks", "knn", "linear", "--linear-epochs", "2", "--device", "cpu"])
     assert again[0][1] == {k: v for k, v in results[0][1].items() if not k.startswith("r2")}  # a second run: the same numbers
     assert len((tmp_path / "run-s0" / "eval.jsonl").read_text().splitlines()) == 2
