@@ -448,7 +448,7 @@ class Case:
             x = None
             with contextlib.suppress(Exception):  # not there, or damaged: extracted anew
                 x = common.read_tensors(path)["x"] if path else None
-            if common.Run._agree(None, int(x is None)):  # on all ranks if on one
+            if common.any_rank(int(x is None)):  # on all ranks if on one
                 x = common.features(self.backbone, data, encode=self.backbone.last_blocks, **self.how)
                 if path and common.rank() == 0:
                     common.save_checkpoint(path, dict(x=x))
