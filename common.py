@@ -134,7 +134,12 @@ def command(main):
         line = one_line(e)
         if line is None:
             raise
+        if line.startswith(GONE):
+            time.sleep(5)  # the process that ended has a better line, and torchrun ends this one
         die(line, 1, alone=True)
+
+
+GONE = "another process of the group"
 
 
 class Unfailing:
@@ -174,7 +179,9 @@ def one_line(error):
     if "DataLoader" in text:
         return f"a loader process ended or hangs: lower --workers (0 reads in the main process), or give it more memory ({text[:200]})"
     if any(words in text for words in ("Connection closed by peer", "Connection reset by peer", "gloo", "NCCL")):
-        return f"another process of the group ended or does not answer ({text[:160]})"
+        return f"{GONE} ended or does not answer ({text[:160]})"
+    if "InvalidCxxCompiler" in text or "Cannot find a working triton" in text:
+        return "--compile: torch found no working compiler (a C++ compiler such as g++ on CPUs, Triton on GPUs); install it, or leave the flag out"
     if isinstance(error, OSError) and error.errno is not None:
         return f"{error.filename or 'a file'}: {error.strerror}"
     return None
@@ -1509,7 +1516,7 @@ class Loader(torch.utils.data.Dataset):
         self.items = len(data if sampler is None else sampler)
         self.steps_per_epoch = self.items // args.batch_size  # the incomplete last batch is dropped
         self.total_steps = args.epochs * self.steps_per_epoch
-        if self.items < args.batch_size:
+        if self.items < args.batch_size and args.epochs:
             die(f"--batch-size {args.batch_size}: larger than the data set ({self.items} {'objects' if self.items < len(data) else 'images'}); lower it")
         if args.batch_size % world_size():
             die(f"--batch-size {args.batch_size}: not divisible by the {world_size()} processes; the nearest that is: {max(1, args.batch_size // world_size()) * world_size()}")

@@ -470,6 +470,7 @@ def test_F11_shared_memory_that_is_too_small_is_found_before_workers_start(tiny,
     (KeyboardInterrupt(), "SIGINT"), (MemoryError(), "--batch-size"), (torch.OutOfMemoryError("CUDA out of memory"), "--batch-size"),
     (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"), "--batch-size"),
     (RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc] Connection closed by peer [127.0.0.1]"), "another process"),
+    (RuntimeError("InvalidCxxCompiler: No working C++ compiler found in torch._inductor.config.cpp.cxx"), "--compile"),
     (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error."), "--workers"), (OSError(28, "No space left on device", "x/y"), "x/y")])
 def test_S13_what_the_machine_does_is_one_line(error, words, capsys, monkeypatch):
     def main():
@@ -477,6 +478,7 @@ def test_S13_what_the_machine_does_is_one_line(error, words, capsys, monkeypatch
 
     monkeypatch.setattr(sys, "stdout", sys.stdout)
     monkeypatch.setattr(sys, "stderr", sys.stderr)
+    monkeypatch.setattr(time, "sleep", lambda s: None)
     with pytest.raises(SystemExit) as end:
         common.command(main)
     lines = capsys.readouterr().err.strip().splitlines()
@@ -500,6 +502,42 @@ def test_R7_nobody_needs_to_read_what_a_run_prints(sink, tiny, tmp_path):
         sys.stdout.flush()
 
     assert in_child(act) == 0 and common.load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 2
+
+
+def traced(argv, flags):
+    """One rank of ser.py -> the collectives that it took part in, in order."""
+    import torch.distributed as dist
+
+    calls = []
+    for name in ("all_reduce", "all_gather", "broadcast_object_list", "all_gather_object", "barrier", "broadcast"):
+        def record(*a, f=getattr(dist, name), name=name, **k):
+            calls.append((name, *(tuple(v.shape) for v in a if isinstance(v, torch.Tensor))))
+            return f(*a, **k)
+
+        setattr(dist, name, record)
+    code, lines = with_own(argv, flags)
+    return code, lines, calls
+
+
+def test_S7_all_ranks_take_part_in_the_same_collectives(tiny, tmp_path):
+    """Through start, steps, saves, logs and the score at the end; also where one rank alone fails to save."""
+    argv = [*tiny, "--max-steps", "3", "--save-every", "1", "--log-every", "2"]
+    (code, _, first), (_, _, second) = on_ranks(2, tmp_path, traced, [*argv, "--out", str(tmp_path / "run")], [[], []])
+    assert code == 0 and first == second and len(first) > 50
+
+
+def test_a_damaged_image_on_one_rank_is_one_line(folder, tiny, tmp_path):
+    shutil.copytree(folder, tmp_path / "data")
+    (tmp_path / "data" / "train" / "left" / "03.png").write_bytes(b"\x89PNG nothing more")
+    argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "ser.py", *with_data(tiny, tmp_path / "data"), "--out", str(tmp_path / "run")]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    lines = [line for line in done.stderr.splitlines() if "ser.py: error:" in line]
+    assert done.returncode == 1 and len(lines) == 1 and "03.png" in lines[0] and 'common.py", line' not in done.stderr, done.stderr
+
+
+def test_an_untrained_encoder_needs_no_full_batch(tiny, tmp_path):
+    ser.main([*tiny, "--epochs", "0", "--warmup-epochs", "0", "--batch-size", "2048", "--out", str(tmp_path)])
+    assert common.load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 0
 
 
 # ---- the environment --------------------------------------------------------------------------------
