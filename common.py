@@ -19,6 +19,7 @@ import copy
 import dataclasses
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -28,6 +29,8 @@ import sys
 import time
 import weakref
 import zipfile
+from array import array
+from collections.abc import Sequence
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -241,6 +244,22 @@ def gather(x):
 def all_reduce(x):
     """Sum over ranks; the gradient is summed over ranks too."""
     return _AllReduce.apply(x) if world_size() > 1 else x
+
+
+def any_rank(flag):
+    """The largest of all ranks' whole numbers `flag`: the one way in which ranks agree on what each has seen for itself, such as
+    a signal, a full disk or a file that only one machine has. Every rank must come here, whatever it has seen."""
+    if world_size() == 1:
+        return flag
+    flag = torch.tensor(flag)
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return int(flag)
+
+
+def same_on_ranks(value):
+    """Whether all ranks hold the same plain value (compared by its repr)."""
+    number = int.from_bytes(hashlib.blake2b(repr(value).encode(errors="surrogateescape"), digest_size=7).digest(), "big")
+    return any_rank(number) == -any_rank(-number)
 
 
 @torch.no_grad()
@@ -506,11 +525,7 @@ class Run:
 
     def _agree(self, flag):
         """The largest flag of all ranks: the one place where ranks decide to stop."""
-        if world_size() == 1:
-            return flag
-        flag = torch.tensor(flag)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return int(flag)
+        return any_rank(flag)
 
     def log(self, step, features=None, lr=0.0, epoch=0.0, **values):
         """Note scalars (tensors or numbers, this rank's means) of a step; `features` (b, D) feed the collapse monitors.
@@ -673,12 +688,56 @@ IMAGENET100 = """01558993 01692333 01729322 01735189 01749939 01773797 01820546 
     04485082 04493381 04517823 04589890 04592741 07714571 07715103 07753275 07831146 07836838 13037406 13040303"""  # wnids [CMC]
 
 
+class Paths(Sequence):
+    """File names below one folder, as two tensors: the relative names in one uint8 `text`, a NUL after each, and the int64 places
+    `ends` (N,) of these. That is a name's own length and 9 bytes, of which forked workers copy no page and spawned ones share all."""
+
+    def __init__(self, root, names):
+        """root: the folder; names: an iterable of relative names, "/" between their parts, in the order to keep."""
+        names, text = iter(names), bytearray()
+        while some := list(itertools.islice(names, 4096)):
+            text += os.fsencode("\0".join(some)) + b"\0"
+        self.root = str(root)
+        self._hold(torch.frombuffer(text, dtype=torch.uint8) if text else torch.empty(0, dtype=torch.uint8))
+
+    def _hold(self, text):
+        self.text, self.ends = text, (text == 0).nonzero()[:, 0]  # (bytes,), (N,)
+
+    def __len__(self):
+        return len(self.ends)
+
+    def __getitem__(self, i):
+        i = range(len(self))[i]
+        begin = int(self.ends[i - 1]) + 1 if i else 0
+        return os.path.join(self.root, os.fsdecode(self.text[begin : self.ends[i]].numpy().tobytes()))
+
+    def __iter__(self):
+        text, begin = memoryview(self.text.numpy()), 0
+        for end in self.ends.numpy():
+            yield os.path.join(self.root, os.fsdecode(bytes(text[begin:end])))
+            begin = end + 1
+
+    def subset(self, rows):
+        """The names of some rows (n,), in their order."""
+        begin, text, other = F.pad(self.ends[:-1] + 1, (1, 0)), [], copy.copy(self)  # (N,)
+        for some in rows.cpu().split(1 << 16):
+            length = self.ends[some] + 1 - begin[some]  # (m,)
+            shift = begin[some] - (length.cumsum(0) - length)  # (m,) from a byte's place there to its place here
+            text.append(self.text[torch.arange(int(length.sum())) + shift.repeat_interleave(length)])
+        other._hold(torch.cat(text))
+        return other
+
+    def digest(self):
+        """A hash of all relative names and their order, wherever the folder lies."""
+        return hashlib.blake2b(self.text.numpy(), digest_size=16).hexdigest()
+
+
 @dataclasses.dataclass
 class ImageSet:
     """One split of a data set. Small sets hold all their pixels; folders hold paths and decode on request."""
 
     images: torch.Tensor | None = None  # uint8 (N, 3, H, W), or
-    paths: list | None = None  # N files
+    paths: Paths | None = None  # N files
     labels: torch.Tensor | None = None  # int64 (N,)
     classes: tuple = ()
     factors: dict = dataclasses.field(default_factory=dict)  # name -> (N,) or (N, d): how each image was made
@@ -686,6 +745,7 @@ class ImageSet:
     masks: torch.Tensor | None = None  # bool (N, H, W), where the object is
     skipped: tuple = ()  # files that could not be read and are left out
     boxes: torch.Tensor | None = None  # (N, 4): its top, left, height, width in fractions of the image
+    note: str = ""  # why labels or a test split are missing, for whoever misses them
 
     def __len__(self):
         return len(self.paths) if self.images is None else len(self.images)
@@ -699,11 +759,18 @@ class ImageSet:
     def subset(self, rows):
         """The set of some of its images, rows (n,)."""
         pick = lambda v: v if v is None else v[rows.to(v.device)]
-        return dataclasses.replace(self, images=pick(self.images), paths=self.paths and [self.paths[i] for i in rows.tolist()], labels=pick(self.labels), groups=pick(self.groups),
+        return dataclasses.replace(self, images=pick(self.images), paths=self.paths and self.paths.subset(rows), labels=pick(self.labels), groups=pick(self.groups),
                                    factors={k: pick(v) for k, v in self.factors.items()}, masks=pick(self.masks), boxes=pick(self.boxes))
 
     def to(self, device):
         return self if self.images is None else dataclasses.replace(self, images=self.images.to(device))
+
+    def fingerprint(self):
+        """What a run remembers of its data, wherever it lies: dict(images=their number, classes=their names, hash=str), the hash of
+        labels and relative paths, or of labels and image shape (not of pixels: rendering rounds as the processor does)."""
+        what = tuple(self.images.shape[1:]) if self.paths is None else self.paths.digest()
+        labels = b"" if self.labels is None else self.labels.cpu().numpy().tobytes()
+        return dict(images=len(self), classes=list(self.classes), hash=hashlib.blake2b(repr(what).encode() + labels, digest_size=16).hexdigest())
 
 
 def open_image(path):
@@ -722,14 +789,35 @@ def open_image(path):
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
+def visible(folder):
+    """(names of the folders, names of the image files) in a folder, without hidden ones. The pictures in a directory of one of our
+    runs are no data."""
+    try:
+        with os.scandir(folder) as entries:
+            there = {e.name: e.is_dir(follow_symlinks=False) or e.is_symlink() and os.path.isdir(e.path) for e in entries if e.name[0] != "."}
+    except OSError as e:
+        die(f"--data-dir {folder}: cannot be listed ({e.strerror or e})")
+    run = "args.json" in there and ("checkpoint.pt" in there or "log.jsonl" in there)
+    return [n for n, is_dir in there.items() if is_dir], [n for n, is_dir in there.items() if not (is_dir or run) and n[n.rfind("."):].lower() in SUFFIXES]
+
+
+def image_names(root, below="", above=()):
+    """Yield the image files below `root` relative to it, whatever the depth, in the order of their whole paths. Links are followed,
+    but not back to a folder that they lie in."""
+    here = os.path.realpath(f"{root}/{below}")
+    if here in above:
+        return
+    folders, files = visible(f"{root}/{below}"[:-1])
+    for name in sorted([*(f"{f}/" for f in folders), *files]):
+        if name[-1] == "/":
+            yield from image_names(root, below + name, (*above, here))
+        else:
+            yield below + name
+
+
 def list_images(root):
-    """All image files below `root`, sorted by path, whatever the depth; hidden ones are left out."""
-    found, seen = [], set()
-    for folder, folders, files in os.walk(root, followlinks=True):
-        seen.add(os.path.realpath(folder))
-        folders[:] = [f for f in folders if not f.startswith(".") and os.path.realpath(os.path.join(folder, f)) not in seen]  # no loops
-        found += [Path(folder) / f for f in files if Path(f).suffix.lower() in SUFFIXES and not f.startswith(".")]
-    return sorted(found, key=lambda p: p.relative_to(root).as_posix())
+    """All image files below `root`, sorted by path: Paths."""
+    return Paths(root, image_names(root))
 
 
 def imagefolder(root, split, classes=None):
@@ -739,7 +827,7 @@ def imagefolder(root, split, classes=None):
     leave the set without labels. Returns None when the split does not exist.
     """
     root = Path(root)
-    if not root.is_dir():
+    if not os.path.isdir(root):
         die(f"--data-dir {root}: no such directory; an image folder is train/<class>/*.jpg with val/ or test/, or any tree of images")
     if (root / "train").is_dir():
         folder = next((f for f in (root / s for s in ([split] if split == "train" else ["val", "test"])) if f.is_dir()), None)
@@ -747,20 +835,23 @@ def imagefolder(root, split, classes=None):
         folder = root if split == "train" else None
     if folder is None:
         return None
-    names, paths = [], []
-    for path in list_images(folder):
-        parts = path.relative_to(folder).parts
-        name = parts[0] if len(parts) > 1 else None
-        if classes is None or name in classes:
-            names.append(name)
-            paths.append(path)
+    index, labels = {}, array("q")  # class -> its number in the order of paths; of each image
+
+    def noted(names):
+        for name in names:
+            c = name.partition("/")[0] if "/" in name else None
+            if classes is None or c in classes:
+                labels.append(index.setdefault(c, len(index)))
+                yield name
+
+    paths = Paths(folder, noted(image_names(folder)))
     if not paths:
         die(f"--data-dir {folder}: holds no images ({', '.join(sorted(SUFFIXES))})")
-    found = sorted(set(names) - {None})
-    if None in names or len(found) < 2:
+    if None in index or len(index) < 2:
         return ImageSet(paths=paths)
-    index = {c: i for i, c in enumerate(found)}
-    return ImageSet(paths=paths, labels=torch.tensor([index[n] for n in names]), classes=tuple(found))
+    found = sorted(index)
+    number = torch.tensor([found.index(c) for c in index])  # paths and classes are not sorted alike: a-b/1.png comes before a/1.png
+    return ImageSet(paths=paths, labels=number[torch.frombuffer(labels, dtype=torch.int64)], classes=tuple(found))
 
 
 def cifar(name, root, split):
@@ -804,7 +895,7 @@ def threediebench(root, split, workers=None):
 
     key = hashlib.blake2b(repr((str(root.resolve()), objects)).encode(), digest_size=8).hexdigest()
     z = cached(f"3diebench-{key}", latents)["latents"].flatten(0, 1)  # (N, 7)
-    return ImageSet(paths=[f"{root}/{name}/image_{v}.jpg" for name in objects for v in range(50)], labels=labels.repeat_interleave(50),
+    return ImageSet(paths=Paths(root, (f"{name}/image_{v}.jpg" for name in objects for v in range(50))), labels=labels.repeat_interleave(50),
                     classes=tuple(f"{i:02d}" for i in range(int(labels.max()) + 1)), groups=torch.arange(len(objects)).repeat_interleave(50),
                     factors=dict(rotation=quaternion_from_angles(z[:, :3]), floor_hue=z[:, 3], light_hue=z[:, 6]))
 
@@ -861,7 +952,7 @@ def transfer_set(name, root, split):
         if set(paths) - set(of):
             die(f"{found}: lists {sorted(set(paths) - set(of))[0]}, which is not there")
         labels = [of[p] for p in paths]
-    return ImageSet(paths=paths, labels=torch.tensor(labels), classes=tuple(parts[0].classes))
+    return ImageSet(paths=Paths(root, (os.path.relpath(p, root) for p in paths)), labels=torch.tensor(labels), classes=tuple(parts[0].classes))
 
 
 def cub200(root, split):
@@ -877,7 +968,7 @@ def cub200(root, split):
         die(f"--data-dir {root}: cub200 needs {Path(e.filename).name} there")
     label, part = dict(labels), dict(train)
     chosen = [(path, int(label[i]) - 1) for i, path in images if (part[i] == "1") == (split == "train")]
-    return ImageSet(paths=[str(root / "images" / path) for path, _ in chosen], labels=torch.tensor([y for _, y in chosen]), classes=tuple(c for _, c in classes))
+    return ImageSet(paths=Paths(root / "images", (path for path, _ in chosen)), labels=torch.tensor([y for _, y in chosen]), classes=tuple(c for _, c in classes))
 
 
 CORE50_CLASSES = ("plug adapter", "mobile phone", "scissors", "light bulb", "can", "glasses", "ball", "marker", "cup", "remote control")
@@ -905,7 +996,7 @@ def core50(root, split, sessions):
         die(f"--data-dir {root}: no frames o1/C_*_01_*.png in {', '.join(f's{s}' for s in sorted(empty))}; unpack it again")
     session, thing, frame, paths = zip(*sorted(found))
     session, thing, frame = (torch.tensor(v) for v in (session, thing, frame))  # (N,) each
-    return ImageSet(paths=list(map(str, paths)), labels=(thing - 1) // 5, classes=CORE50_CLASSES, groups=thing - 1, factors=dict(session=session - 1, frame=frame))
+    return ImageSet(paths=Paths(root, (p.relative_to(root).as_posix() for p in paths)), labels=(thing - 1) // 5, classes=CORE50_CLASSES, groups=thing - 1, factors=dict(session=session - 1, frame=frame))
 
 
 TDW_CLASSES = ("cup", "comb", "scissor", "hammer", "book", "calculator", "goblet", "candle", "headphones", "screwdriver", "cassette", "bottle")

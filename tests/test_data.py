@@ -1,5 +1,10 @@
 """Image folders as people have them, and images of every kind."""
 
+import os
+import pickle
+import random
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -18,7 +23,7 @@ def test_layouts(tmp_path):
         touch(tmp_path / "usual" / name)
     train, val = (common.imagefolder(tmp_path / "usual", split) for split in ("train", "test"))
     assert train.classes == val.classes == ("a", "b") and train.labels.tolist() == [0, 0, 1] and len(val) == 2
-    assert [p.name for p in train.paths] == ["0.png", "2.JPG", "1.png"]  # by path, the same everywhere
+    assert [Path(p).name for p in train.paths] == ["0.png", "2.JPG", "1.png"]  # by path, the same everywhere
     for name in ("x/1.png", "y/z/2.png", "3.png"):
         touch(tmp_path / "tree" / name)
     tree = common.imagefolder(tmp_path / "tree", "train")
@@ -32,7 +37,79 @@ def test_hidden_files_and_loops_of_links(tmp_path):
     (tmp_path / "train" / "a" / "._1.png").write_bytes(b"not an image")
     (tmp_path / "train" / "a" / "loop").symlink_to(tmp_path / "train")
     data = common.imagefolder(tmp_path, "train")
-    assert [p.name for p in data.paths] == ["1.png", "2.png"] and data.classes == ("a", "b")
+    assert [Path(p).name for p in data.paths] == ["1.png", "2.png"] and data.classes == ("a", "b")
+
+
+def test_paths_are_two_tensors():
+    """What a list of names does, in a name's own length and 9 bytes; a pickle for a worker holds no more."""
+    names = [f"class {i % 7}/å{i:05d}.png" for i in range(5000)] + ["not utf-8 \udcff.png", "new\nline.png"]
+    paths = common.Paths("root", names)
+    whole = ["root/" + name for name in names]
+    assert list(paths) == whole and [paths[i] for i in (0, 17, -1)] == [whole[0], whole[17], whole[-1]] and paths.index(whole[4000]) == 4000
+    assert sum(t.numel() * t.element_size() for t in (paths.text, paths.ends)) == sum(len(os.fsencode(name)) + 9 for name in names)
+    assert len(pickle.dumps(paths)) < sum(len(os.fsencode(name)) + 9 for name in names) + 1000
+    rows = torch.randint(0, len(names), (300,), generator=common.rng(0))
+    assert list(paths.subset(rows)) == [whole[i] for i in rows] and len(paths.subset(rows[:0])) == 0
+    assert not common.Paths("root", []) and len(common.Paths("root", [""] * 3)) == 3
+    for wrong in (len(names), -len(names) - 1):
+        with pytest.raises(IndexError):
+            paths[wrong]
+
+
+def test_a_million_paths_take_less_than_150_mb():
+    """Listed, labelled and packed, as a generator hands them over: 1.28 million names of ImageNet's length."""
+    import tracemalloc
+
+    tracemalloc.start()
+    paths = common.Paths("root", (f"n{i % 997:08d}/n{i % 997:08d}_{i}.JPEG" for i in range(50_000)))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    held = sum(t.numel() * t.element_size() for t in (paths.text, paths.ends))
+    assert 1_281_167 * held / len(paths) < 60e6 and 1_281_167 / len(paths) * peak < 150e6
+
+
+def test_order_is_that_of_sorted_relative_paths(tmp_path):
+    """Of names that sort otherwise with and without a slash behind them; labels count sorted class names."""
+    draw, parts = random.Random(0), ["a", "b", "A", "a-b", "a.b", "a b", "é", "z\udcff", "日本", "-", "_", "~"]
+    for _ in range(200):
+        folder = tmp_path.joinpath(*draw.choices(parts, k=draw.randint(1, 3)))
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / (draw.choice(parts) + draw.choice([".png", ".JPG"]))).touch()
+    data = common.imagefolder(tmp_path, "train")
+    names = sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*.[pJ]*"))
+    assert list(data.paths) == [f"{tmp_path}/{name}" for name in names] and data.classes == tuple(sorted({name.split("/")[0] for name in names}))
+    assert [data.classes[y] for y in data.labels] == [name.split("/")[0] for name in names]
+
+
+def test_D10_directory_order_does_not_matter(tmp_path, monkeypatch):
+    """Not even to which of two links to one folder is followed: both are."""
+    for name in ("train/b/1.png", "train/a/0.png", "train/a/x/2.png", "shared/3.png"):
+        touch(tmp_path / name)
+    (tmp_path / "val").mkdir()
+    for c in "ab":
+        (tmp_path / "train" / c / "link").symlink_to(tmp_path / "shared")
+    want, scandir = common.imagefolder(tmp_path, "train"), os.scandir
+    assert [p.removeprefix(f"{tmp_path}/train/") for p in want.paths] == ["a/0.png", "a/link/3.png", "a/x/2.png", "b/1.png", "b/link/3.png"]
+
+    class Backwards(list):
+        __enter__, __exit__ = lambda self: self, lambda *_: None
+
+    monkeypatch.setattr(os, "scandir", lambda folder: Backwards(reversed(list(scandir(folder)))))
+    data = common.imagefolder(tmp_path, "train")
+    assert list(data.paths) == list(want.paths) and torch.equal(data.labels, want.labels) and data.classes == want.classes == ("a", "b")
+
+
+def test_a_fingerprint_knows_the_images_and_not_where_they_lie(tmp_path):
+    for name in ("a/1.png", "a/2.png", "b/3.png"):
+        touch(tmp_path / "here" / name)
+        touch(tmp_path / "there" / name)
+    of = lambda where: common.imagefolder(tmp_path / where, "train").fingerprint()
+    assert of("here") == of("there") and of("here")["images"] == 3 and of("here")["classes"] == ["a", "b"]
+    (tmp_path / "there" / "a" / "2.png").rename(tmp_path / "there" / "a" / "4.png")
+    assert of("here")["hash"] != of("there")["hash"]
+    pixels = common.ImageSet(images=torch.zeros(4, 3, 2, 2, dtype=torch.uint8), labels=torch.tensor([0, 1, 0, 1]), classes=("a", "b"))
+    other = common.ImageSet(images=torch.ones(4, 3, 2, 2, dtype=torch.uint8), labels=torch.tensor([0, 1, 1, 0]), classes=("a", "b"))
+    assert pixels.fingerprint()["hash"] != other.fingerprint()["hash"] and pixels.fingerprint() == pixels.subset(torch.arange(4)).fingerprint()
 
 
 @pytest.mark.parametrize("mode, value, expected", [
