@@ -19,16 +19,22 @@ import copy
 import dataclasses
 import errno
 import hashlib
+import inspect
 import io
+import itertools
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
 import sys
 import time
+import types
 import zipfile
+from array import array
+from collections.abc import Sequence
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -281,7 +287,8 @@ def start(device="auto"):
 
 
 def any_rank(flag):
-    """The largest flag (int) of all ranks: the one way in which ranks decide to stop."""
+    """The largest of all ranks' whole numbers `flag`: the one way in which ranks agree on what each has seen for itself, such as
+    a signal, a full disk or a file that only one machine has. Every rank must come here, whatever it has seen."""
     if world_size() == 1:
         return flag
     flag = torch.tensor(flag)
@@ -363,6 +370,12 @@ def gather(x):
 def all_reduce(x):
     """Sum over ranks; the gradient is summed over ranks too."""
     return _AllReduce.apply(x) if world_size() > 1 else x
+
+
+def same_on_ranks(value):
+    """Whether all ranks hold the same plain value (compared by its repr)."""
+    number = int.from_bytes(hashlib.blake2b(repr(value).encode(errors="surrogateescape"), digest_size=7).digest(), "big")
+    return any_rank(number) == -any_rank(-number)
 
 
 @torch.no_grad()
@@ -783,7 +796,7 @@ class Run:
         count = sum(p.numel() for p in model.parameters() if p.requires_grad)
         scaled = "" if peak == self.args.lr else f"{self.args.lr:g} x {self.args.batch_size}/256 = "
         if rank() == 0 and data.skipped:
-            (self.out / "skipped.txt").write_text("".join(f"{path}\n" for path in data.skipped))
+            (self.out / "skipped.txt").write_bytes(os.fsencode("".join(f"{path}\n" for path in data.skipped)))
         self.say(
             f"{self.method}: {len(data):,} images of {self.args.data}, {self.args.epochs} epochs of {loader.steps_per_epoch} steps, on {world_size()} x {self.device.type}, into {self.out}",
             f"  {recipe}",
@@ -922,12 +935,56 @@ IMAGENET100 = """01558993 01692333 01729322 01735189 01749939 01773797 01820546 
     04485082 04493381 04517823 04589890 04592741 07714571 07715103 07753275 07831146 07836838 13037406 13040303"""  # wnids [CMC]
 
 
+class Paths(Sequence):
+    """File names below one folder, as two tensors: the relative names in one uint8 `text`, a NUL after each, and the int64 places
+    `ends` (N,) of these. That is a name's own length and 9 bytes, of which forked workers copy no page and spawned ones share all."""
+
+    def __init__(self, root, names):
+        """root: the folder; names: an iterable of relative names, "/" between their parts, in the order to keep."""
+        names, text = iter(names), bytearray()
+        while some := list(itertools.islice(names, 4096)):
+            text += os.fsencode("\0".join(some)) + b"\0"
+        self.root = str(root)
+        self._hold(torch.frombuffer(text, dtype=torch.uint8) if text else torch.empty(0, dtype=torch.uint8))
+
+    def _hold(self, text):
+        self.text, self.ends = text, (text == 0).nonzero()[:, 0]  # (bytes,), (N,)
+
+    def __len__(self):
+        return len(self.ends)
+
+    def __getitem__(self, i):
+        i = range(len(self))[i]
+        begin = int(self.ends[i - 1]) + 1 if i else 0
+        return os.path.join(self.root, os.fsdecode(self.text[begin : self.ends[i]].numpy().tobytes()))
+
+    def __iter__(self):
+        text, begin = memoryview(self.text.numpy()), 0
+        for end in self.ends.numpy():
+            yield os.path.join(self.root, os.fsdecode(bytes(text[begin:end])))
+            begin = end + 1
+
+    def subset(self, rows):
+        """The names of some rows (n,), in their order."""
+        begin, text, other = F.pad(self.ends[:-1] + 1, (1, 0)), [], copy.copy(self)  # (N,)
+        for some in rows.cpu().split(1 << 16):
+            length = self.ends[some] + 1 - begin[some]  # (m,)
+            shift = begin[some] - (length.cumsum(0) - length)  # (m,) from a byte's place there to its place here
+            text.append(self.text[torch.arange(int(length.sum())) + shift.repeat_interleave(length)])
+        other._hold(torch.cat(text))
+        return other
+
+    def digest(self):
+        """A hash of all relative names and their order, wherever the folder lies."""
+        return hashlib.blake2b(self.text.numpy(), digest_size=16).hexdigest()
+
+
 @dataclasses.dataclass
 class ImageSet:
     """One split of a data set. Small sets hold all their pixels; folders hold paths and decode on request."""
 
     images: torch.Tensor | None = None  # uint8 (N, 3, H, W), or
-    paths: list | None = None  # N files
+    paths: Paths | None = None  # N files
     labels: torch.Tensor | None = None  # int64 (N,)
     classes: tuple = ()
     factors: dict = dataclasses.field(default_factory=dict)  # name -> (N,) or (N, d): how each image was made
@@ -935,6 +992,7 @@ class ImageSet:
     masks: torch.Tensor | None = None  # bool (N, H, W), where the object is
     skipped: tuple = ()  # files that could not be read and are left out
     boxes: torch.Tensor | None = None  # (N, 4): its top, left, height, width in fractions of the image
+    note: str = ""  # why labels or a test split are missing, for whoever misses them
 
     def __len__(self):
         return len(self.paths) if self.images is None else len(self.images)
@@ -945,149 +1003,262 @@ class ImageSet:
             return [open_image(self.paths[i]) for i in rows.tolist()]
         return self.images[rows.to(self.images.device)]
 
-    def fingerprint(self):
-        if self.images is None:
-            paths = [str(p) for p in self.paths]
-            root = os.path.commonpath([paths[0], paths[-1]])
-            names = repr([p.removeprefix(root) for p in paths])
-        else:
-            names = repr((tuple(self.images.shape), None if self.labels is None else self.labels.tolist()))
-        return dict(images=len(self), classes=list(self.classes), hash=hashlib.blake2b(names.encode(), digest_size=16).hexdigest())
-
     def subset(self, rows):
         """The set of some of its images, rows (n,)."""
         pick = lambda v: v if v is None else v[rows.to(v.device)]
-        return dataclasses.replace(self, images=pick(self.images), paths=self.paths and [self.paths[i] for i in rows.tolist()], labels=pick(self.labels), groups=pick(self.groups),
+        return dataclasses.replace(self, images=pick(self.images), paths=self.paths and self.paths.subset(rows), labels=pick(self.labels), groups=pick(self.groups),
                                    factors={k: pick(v) for k, v in self.factors.items()}, masks=pick(self.masks), boxes=pick(self.boxes))
 
     def to(self, device):
         return self if self.images is None else dataclasses.replace(self, images=self.images.to(device))
 
+    def fingerprint(self):
+        """What a run remembers of its data, wherever it lies: dict(images=their number, classes=their names, hash=str), the hash of
+        labels and relative paths, or of labels and image shape (not of pixels: rendering rounds as the processor does)."""
+        what = tuple(self.images.shape[1:]) if self.paths is None else self.paths.digest()
+        labels = b"" if self.labels is None else self.labels.cpu().numpy().tobytes()
+        return dict(images=len(self), classes=list(self.classes), hash=hashlib.blake2b(repr(what).encode() + labels, digest_size=16).hexdigest())
+
+
+def printable(text):
+    """A file name as one line that any terminal takes: what is not printable or not UTF-8 is escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
 
 def open_image(path):
-    """File -> uint8 (3, H, W), RGB. Orientation tags are applied, 16-bit greys rescaled, transparency laid over black."""
+    """File -> uint8 (3, H, W), RGB. Orientation tags are applied, 16-bit greys rescaled, transparency laid over black. Greys of
+    another range (floats, signed, 12 or 32 bits) are refused, because no file says which value is white."""
     try:
         with Image.open(path) as image:
+            tags = getattr(image, "tag_v2", {})  # of a TIFF: bits per sample (258) and sample format (339; 1 is unsigned)
+            narrow = image.mode.startswith("I;16") or image.mode == "I" and image.format in ("PNG", "PPM")  # 0 to 65535
+            if image.mode[0] in "IF" and not narrow or 12 in tags.get(258, ()) or {2, 3} & set(tags.get(339, ())):
+                raise ValueError("its pixels are neither 8-bit nor 16-bit greys of 0 to 65535; scale and convert them to one of these")
             image = ImageOps.exif_transpose(image)
-            if image.mode.startswith(("I", "F")):
+            if narrow:
                 image = Image.fromarray((np.asarray(image, np.float64) / 257).round().clip(0, 255).astype(np.uint8))
             if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA"):
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
             pixels = np.array(image.convert("RGB"))  # (H, W, 3)
     except Exception as e:  # Pillow raises whatever a damaged file makes it raise
-        raise OSError(f"{path}: cannot be read as an image ({e})") from None
+        raise OSError(f"{printable(path)}: cannot be read as an image ({printable(e)})") from None
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
+def visible(folder):
+    """(sorted names of the folders, names of the image files) in a folder, without hidden ones. The pictures in the directory of a
+    run are no data."""
+    try:
+        with os.scandir(folder) as entries:
+            there = {n: e.is_dir(follow_symlinks=False) or e.is_symlink() and os.path.isdir(e.path) for e in entries if (n := e.name)[0] != "."}
+    except OSError as e:
+        die(f"--data-dir {printable(folder)}: cannot be listed ({e.strerror or e}); mend its permissions")
+    images = [n for n, is_dir in there.items() if not is_dir and n[n.rfind(".") :].lower() in SUFFIXES]
+    return sorted(n for n, is_dir in there.items() if is_dir), [] if of_a_run(there) else images
+
+
+def of_a_run(names):
+    """Whether these are the names in the directory of one of our runs."""
+    return "args.json" in names and ("checkpoint.pt" in names or "log.jsonl" in names)
+
+
+def image_names(root, below="", above=()):
+    """Yield the image files below `root` relative to it, whatever the depth, in the order of their whole paths. Links are followed,
+    but not back to a folder that they lie in."""
+    here = os.path.realpath(f"{root}/{below}")
+    if here in above:
+        return
+    folders, files = visible(f"{root}/{below}"[:-1])
+    for name in sorted([*(f"{f}/" for f in folders), *files]):
+        if name[-1] == "/":
+            yield from image_names(root, below + name, (*above, here))
+        else:
+            yield below + name
+
+
 def list_images(root):
-    """All image files below `root`, sorted by path, whatever the depth; hidden ones are left out."""
-    found, seen = [], set()
-    for folder, folders, files in os.walk(root, followlinks=True):
-        seen.add(os.path.realpath(folder))
-        folders[:] = [f for f in folders if not f.startswith(".") and os.path.realpath(os.path.join(folder, f)) not in seen]  # no loops
-        found += [Path(folder) / f for f in files if Path(f).suffix.lower() in SUFFIXES and not f.startswith(".")]
-    return sorted(found, key=lambda p: p.relative_to(root).as_posix())
+    """All image files below `root`, sorted by path: Paths."""
+    return Paths(root, image_names(root))
+
+
+SPLITS = dict(train=("train", "training"), val=("val", "valid", "validation"), test=("test", "testing"))
+LAYOUT = "train/<class>/*.jpg with val/ or test/ beside train/, or any tree of images"
+
+
+def split_folders(root):
+    """The splits directly below `root`, such as dict(train="Train", val="validation"); {} where all of it is one tree of images.
+
+    A split is a folder with a name of SPLITS, in letters of any case. One such folder without another may as well be a class that
+    is called so (CIFAR-100 has a train). It is a split where no other images are, or where it alone holds folders of images; it
+    is a class where it holds none and images lie right beside it or right in another folder. Else the tree is refused.
+    """
+    folders, loose = visible(root)
+    named = {kind: [f for f in folders if f.lower() in names] for kind, names in SPLITS.items()}
+    found = {kind: some[0] for kind, some in named.items() if some}
+    if twice := next((some for some in named.values() if len(some) > 1), None):
+        die(f"--data-dir {root}: {twice[0]}/ and {twice[1]}/ name the same split; keep one of them")
+    if len(found) != 1:
+        return found
+    ((kind, name),) = found.items()
+    below = lambda f: image_names(root, f"{f}/")  # "f/1.png" or "f/deeper/2.png"
+    nested = lambda f: any(n.count("/") > 1 for n in below(f))
+    others = [f for f in folders if f != name and next(below(f), None)]
+    if not others and not loose:
+        return found if kind == "train" or nested(name) else {}
+    if nested(name) and not any(map(nested, others)):
+        return found
+    if not nested(name) and (loose or any(visible(f"{root}/{f}")[1] for f in others)):
+        return {}
+    die(f"--data-dir {root}: {name}/ may be a split or a class, beside {printable(others[0])}/; an image folder is {LAYOUT}: rename or move one of them")
 
 
 def imagefolder(root, split, classes=None):
-    """A folder of images: root/train/<class>/... with root/val or root/test, or any tree (then all of it is "train").
+    """A folder of images: root/train/<class>/... with root/val or root/test (`split_folders` says which names these may have), or
+    any tree (then all of it is "train").
 
     A class is a folder directly below the split's, `classes` the only ones to take (default: all); images that lie in none
-    leave the set without labels. Returns None when the split does not exist.
+    leave the set without labels, and its `note` says so. A class folder without images is refused. Returns None when the split
+    does not exist; the note of "train" says what was looked for.
     """
     root = Path(root)
-    if not root.is_dir():
-        die(f"--data-dir {root}: no such directory; an image folder is train/<class>/*.jpg with val/ or test/, or any tree of images")
-    if (root / "train").is_dir():
-        folder = next((f for f in (root / s for s in ([split] if split == "train" else ["val", "test"])) if f.is_dir()), None)
-    else:
-        folder = root if split == "train" else None
-    if folder is None:
+    if not os.path.isdir(root):
+        die(f"--data-dir {root}: no such directory, or none that may be entered; an image folder is {LAYOUT}")
+    splits = split_folders(root)
+    holds = f"{root} holds {', '.join(f'{printable(f)}/' for f in visible(root)[0][:8]) or 'no folders'}"
+    if splits and "train" not in splits:
+        die(f"--data-dir {root}: has no train/; {holds}; an image folder is {LAYOUT}")
+    name = splits.get("val", splits.get("test")) if split == "test" else splits.get("train", "")
+    if name is None:
         return None
-    names, paths = [], []
-    for path in list_images(folder):
-        parts = path.relative_to(folder).parts
-        name = parts[0] if len(parts) > 1 else None
-        if classes is None or name in classes:
-            names.append(name)
-            paths.append(path)
+    folder, index, labels = root / name, {}, array("q")  # class, None for none -> its number in the order of paths; that of each image
+
+    def noted(names):
+        for name in names:
+            c, inside, _ = name.partition("/")
+            if classes is None or inside and c in classes:
+                labels.append(index.setdefault(c if inside else None, len(index)))
+                yield name
+
+    paths = Paths(folder, noted(image_names(folder)))
     if not paths:
         die(f"--data-dir {folder}: holds no images ({', '.join(sorted(SUFFIXES))})")
-    found = sorted(set(names) - {None})
-    if None in names or len(found) < 2:
-        return ImageSet(paths=paths)
-    index = {c: i for i, c in enumerate(found)}
-    return ImageSet(paths=paths, labels=torch.tensor([index[n] for n in names]), classes=tuple(found))
+    notes = [f"no test split: {holds}; val/ or test/ is expected beside train/"] * (split == "train" and len(splits) < 2)
+    if None in index:
+        loose = labels.count(index[None]), printable(paths[labels.index(index[None])])
+        notes.append(f"no labels: {loose[0]} of {len(paths)} images lie in no class folder, such as {loose[1]}; move them into {folder}/<class>/")
+    elif len(index) < 2:
+        notes.append(f"no labels: {folder} holds images in one class folder, {printable(next(iter(index)))}/; two are needed")
+    if None not in index and (splits or len(index) > 1):  # a tree of one folder of images may hold other folders
+        for c in visible(folder)[0]:
+            if c not in index and (classes is None or c in classes) and not any(of_a_run(files) for _, _, files in os.walk(folder / c)):
+                die(f"--data-dir {printable(folder / c)}: a class folder without images ({', '.join(sorted(SUFFIXES))}); fill it, remove it or move it away")
+    if None in index or len(index) < 2:
+        return ImageSet(paths=paths, note="; ".join(notes))
+    found = sorted(index)
+    number = torch.tensor([found.index(c) for c in index])  # paths and classes are not sorted alike: a-b/1.png comes before a/1.png
+    return ImageSet(paths=paths, labels=number[torch.frombuffer(labels, dtype=torch.int64)], classes=tuple(found), note="; ".join(notes))
 
 
 def cifar(name, root, split):
     """CIFAR-10 or -100 as torchvision keeps it: 50,000 and 10,000 images of 32 x 32 px."""
     try:
         data = getattr(torchvision.datasets, name.upper())(root, train=split == "train")
-    except RuntimeError:
+    except (RuntimeError, OSError):
         die(f"--data-dir {root}: holds no {name.upper()}; torchvision.datasets.{name.upper()}({str(root)!r}, download=True) would fetch it")
     return ImageSet(images=torch.from_numpy(data.data).permute(0, 3, 1, 2), labels=torch.tensor(data.targets), classes=tuple(data.classes))
 
 
-def threediebench(root, split, workers=None):
+def threediebench(root, split, workers=None, complete=True):
     """3DIEBench (Garrido et al. 2023) as published: root/<synset>/<object>/image_0..49.jpg and latent_0..49.npy, and beside
     them (or in root/data) the split's train_ or val_images.npy and _labels.npy. A latent is three angles (extrinsic xyz,
-    radians), floor hue, two angles of the light, its hue. All are read once and kept in the cache directory.
+    radians), floor hue, two angles of the light, its hue. All are read once and kept in the cache directory, until a file
+    changes. `complete`: no view may be missing.
     """
     root, part = Path(root), dict(train="train", test="val")[split]
 
-    def load(name):
-        path = next((p for p in (root / name, root / "data" / name) if p.is_file()), None)
+    def load(name, kinds, what):
+        path = next((p for p in (root / name, root / "data" / name) if os.path.isfile(p)), None)
         if path is None:
             die(f"--data-dir {root}: 3diebench needs {name} there, from the data folder of SIE's repository (github.com/facebookresearch/SIE)")
         try:
-            return np.load(path)
-        except (OSError, ValueError, EOFError) as e:
-            die(f"{path}: cannot be read ({e}); copy it again")
+            values = np.array(np.load(path, mmap_mode="r", allow_pickle=False))
+        except Exception as e:  # numpy raises whatever a damaged file makes it raise
+            die(f"{path}: cannot be read ({printable(e)}); copy it again")
+        if values.ndim != 1 or values.dtype.kind not in kinds or not len(values):
+            die(f"{path}: holds {values.dtype} of shape {values.shape}; a list of {what} is expected")
+        return values
 
-    objects, labels = [str(o).strip("/") for o in load(f"{part}_images.npy")], torch.from_numpy(load(f"{part}_labels.npy")).long()
+    objects = [str(o).strip("/") for o in load(f"{part}_images.npy", "U", "names")]
+    labels = torch.from_numpy(load(f"{part}_labels.npy", "iu", "whole numbers").astype(np.int64))
     if len(objects) != len(labels):
         die(f"--data-dir {root}: {part}_images.npy names {len(objects)} objects, {part}_labels.npy has {len(labels)} labels")
+    for i in ((labels < 0) | (labels > 54)).nonzero()[:1, 0].tolist():
+        die(f"--data-dir {root}: {part}_labels.npy says {labels[i]} at index {i} ({objects[i]}); 3DIEBench has the classes 0 to 54")
+    if not same_on_ranks((objects, labels.tolist())):
+        die(f"--data-dir {root}: {part}_images.npy or {part}_labels.npy is another on another machine; copy the data set anew")
 
-    def latents():
-        mine = _Latents(root, objects[rank() :: world_size()])
-        loader = torch.utils.data.DataLoader(mine, batch_size=None, num_workers=default_workers(workers), worker_init_fn=detach_worker)
-        out = torch.zeros(math.ceil(len(objects) / world_size()), 50, 7)  # of this rank's objects
+    def of_objects(look, like):
+        """look(object's folder) of every object, each rank its share: (objects, ...) of the shape and type of `like`."""
+        mine = [root / name for name in objects[rank() :: world_size()]]
+        loader = torch.utils.data.DataLoader(_Each(look, mine), batch_size=None, num_workers=default_workers(workers), worker_init_fn=detach_worker)
+        out = like.new_zeros(math.ceil(len(objects) / world_size()), *like.shape)
         for i, z in enumerate(progress(loader, desc=f"latents of {split}", unit="object")):
             if isinstance(z, str):
-                die(f"{z}: missing, or not 7 numbers; 3DIEBench has latent_0..49.npy beside the images of each object", alone=True)
+                die(z, alone=True)
             out[i] = z
-        return dict(latents=gather(out).unflatten(0, (world_size(), -1)).transpose(0, 1).flatten(0, 1)[: len(objects)].clone())
+        return gather(out).unflatten(0, (world_size(), -1)).transpose(0, 1).flatten(0, 1)[: len(objects)].clone()
 
-    key = hashlib.blake2b(repr((str(root.resolve()), objects)).encode(), digest_size=8).hexdigest()
-    z = cached(f"3diebench-{key}", latents)["latents"].flatten(0, 1)  # (N, 7)
-    return ImageSet(paths=[f"{root}/{name}/image_{v}.jpg" for name in objects for v in range(50)], labels=labels.repeat_interleave(50),
+    stamps = of_objects(partial(stamp_of, complete=complete), torch.tensor(0))  # (objects,)
+    key = hashlib.blake2b(repr((str(root.resolve()), objects, code_of(latents_of))).encode(), digest_size=8).hexdigest()
+    z = cached(f"3diebench-{key}", lambda: dict(stamps=stamps, latents=of_objects(latents_of, torch.zeros(50, 7))), lambda kept: torch.equal(kept["stamps"], stamps))
+    z = z["latents"].flatten(0, 1)  # (N, 7)
+    return ImageSet(paths=Paths(root, (f"{name}/image_{v}.jpg" for name in objects for v in range(50))), labels=labels.repeat_interleave(50),
                     classes=tuple(f"{i:02d}" for i in range(int(labels.max()) + 1)), groups=torch.arange(len(objects)).repeat_interleave(50),
                     factors=dict(rotation=quaternion_from_angles(z[:, :3]), floor_hue=z[:, 3], light_hue=z[:, 6]))
 
 
-class _Latents(torch.utils.data.Dataset):
-    """i -> the latents (50, 7) of object i, or the first file that does not hold one."""
+class _Each(torch.utils.data.Dataset):
+    """i -> function(items[i]), for loader workers."""
 
-    def __init__(self, root, objects):
-        self.root, self.objects = root, objects
+    def __init__(self, function, items):
+        self.function, self.items = function, items
 
     def __len__(self):
-        return len(self.objects)
+        return len(self.items)
 
     def __getitem__(self, i):
-        out = torch.empty(50, 7)
-        for v in range(50):
-            path = f"{self.root}/{self.objects[i]}/latent_{v}.npy"
-            try:
-                z = torch.from_numpy(np.load(path))
-            except (OSError, ValueError, EOFError):
-                return path
-            if z.shape != (7,) or not z.isfinite().all():
-                return path
-            out[v] = z
-        return out
+        return self.function(self.items[i])
+
+
+def stamp_of(folder, complete):
+    """A number () that changes with the latents in the folder of an object of 3DIEBench; or what is wrong there."""
+    latents = [f"latent_{v}.npy" for v in range(50)]
+    try:
+        there = set(os.listdir(folder))
+        for name in latents + [f"image_{v}.jpg" for v in range(50)] * complete:
+            if name not in there:
+                return f"{folder}/{name}: missing; 3DIEBench has image_0..49.jpg and latent_0..49.npy of each object"
+        stamp = [(file.st_size, file.st_mtime_ns) for file in (os.stat(f"{folder}/{name}") for name in latents)]
+    except OSError as e:
+        return f"{folder}: cannot be listed ({e.strerror or e}); 3DIEBench has a folder there, copy it again"
+    return torch.tensor(int.from_bytes(hashlib.blake2b(repr(stamp).encode(), digest_size=7).digest(), "big"))
+
+
+def latents_of(folder):
+    """The latents (50, 7) in the folder of an object of 3DIEBench, or what is wrong with the first that is none."""
+    out = torch.empty(50, 7)
+    for v in range(50):
+        try:
+            z = np.load(f"{folder}/latent_{v}.npy", mmap_mode="r", allow_pickle=False)
+            out[v] = torch.from_numpy(np.array(z, np.float64)) if z.shape == (7,) and z.dtype.kind in "fiu" else math.nan
+        except Exception:  # numpy raises whatever a damaged file makes it raise
+            out[v] = math.nan
+        if not out[v].isfinite().all():
+            return f"{folder}/latent_{v}.npy: not 7 numbers, all finite; copy it again"
+        if out[v, :3].abs().max() > math.pi / 2 + 1e-3 or (out[v, [3, 6]] - 0.5).abs().max() > 0.5 + 1e-3:
+            return f"{folder}/latent_{v}.npy: expected are three angles from -pi/2 to pi/2 (radians, no degrees), and hues from 0 to 1 as numbers 3 and 6"
+    return out
 
 
 TRANSFER = dict(  # torchvision's class; its train and test splits
@@ -1098,7 +1269,7 @@ TRANSFER = dict(  # torchvision's class; its train and test splits
 def transfer_set(name, root, split):
     """A data set of TRANSFER as torchvision keeps it, or prepared as an image folder with train/ and val/ or test/. sun397 needs the
     authors' Training_01.txt and Testing_01.txt (19,850 images each) beside its folder or in it."""
-    if (Path(root) / "train").is_dir():
+    if os.path.isdir(root) and "train" in split_folders(root):
         return imagefolder(root, split)
     kind, *splits = TRANSFER[name]
     build = getattr(torchvision.datasets, kind)
@@ -1106,36 +1277,39 @@ def transfer_set(name, root, split):
         parts = [build(root)] if name == "sun397" else [build(root, split=s) for s in splits[split == "test"]]
     except ModuleNotFoundError as e:
         die(f"--data {name}: torchvision reads its lists with {e.name}; pip install {e.name}, or prepare train/<class>/ and test/<class>/")
-    except (RuntimeError, FileNotFoundError):
+    except (RuntimeError, OSError):
         die(f"--data-dir {root}: holds no {name}; torchvision.datasets.{kind}({str(root)!r}, download=True) would fetch it")
     paths, labels = [str(p) for d in parts for p in (d._images if name == "pets" else d._image_files)], [y for d in parts for y in d._labels]
     if name == "sun397":
         folder, listing = Path(root) / "SUN397", f"{dict(train='Training', test='Testing')[split]}_01.txt"
-        found = next((p for p in (Path(root) / listing, folder / listing) if p.is_file()), None)
+        found = next((p for p in (Path(root) / listing, folder / listing) if os.path.isfile(p)), None)
         if found is None:
             die(f"--data-dir {root}: sun397 needs {listing}, from the authors' Partitions.zip")
         of = dict(zip(paths, labels))
-        paths = [str(folder / line.strip().lstrip("/")) for line in found.read_text().splitlines() if line.strip()]
+        paths = [str(folder / line.strip().lstrip("/")) for line in os.fsdecode(found.read_bytes()).split("\n") if line.strip()]
         if set(paths) - set(of):
-            die(f"{found}: lists {sorted(set(paths) - set(of))[0]}, which is not there")
+            die(f"{found}: lists {printable(min(set(paths) - set(of)))}, which is not there")
         labels = [of[p] for p in paths]
-    return ImageSet(paths=paths, labels=torch.tensor(labels), classes=tuple(parts[0].classes))
+    return ImageSet(paths=Paths(root, (os.path.relpath(p, root) for p in paths)), labels=torch.tensor(labels), classes=tuple(parts[0].classes))
 
 
 def cub200(root, split):
     """CUB-200-2011 as published: [CUB_200_2011/]images.txt, image_class_labels.txt, train_test_split.txt, classes.txt, images/; or
     prepared as an image folder."""
-    if (Path(root) / "train").is_dir():
+    if os.path.isdir(root) and "train" in split_folders(root):
         return imagefolder(root, split)
-    root = Path(root) / "CUB_200_2011" if (Path(root) / "CUB_200_2011").is_dir() else Path(root)
+    root = next((d for d in (Path(root) / "CUB_200_2011",) if os.path.isdir(d)), Path(root))
     try:
         images, labels, train, classes = (
-            [line.split() for line in (root / f"{name}.txt").read_text().splitlines()] for name in ("images", "image_class_labels", "train_test_split", "classes"))
-    except FileNotFoundError as e:
-        die(f"--data-dir {root}: cub200 needs {Path(e.filename).name} there")
-    label, part = dict(labels), dict(train)
-    chosen = [(path, int(label[i]) - 1) for i, path in images if (part[i] == "1") == (split == "train")]
-    return ImageSet(paths=[str(root / "images" / path) for path, _ in chosen], labels=torch.tensor([y for _, y in chosen]), classes=tuple(c for _, c in classes))
+            [line.split() for line in os.fsdecode((root / f"{name}.txt").read_bytes()).splitlines()] for name in ("images", "image_class_labels", "train_test_split", "classes"))
+        label, part = dict(labels), dict(train)
+        chosen = [(path, int(label[i]) - 1) for i, path in images if (part[i] == "1") == (split == "train")]
+        classes = tuple(c for _, c in classes)
+    except OSError as e:
+        die(f"--data-dir {root}: cub200 needs {Path(e.filename).name} there ({e.strerror})")
+    except (ValueError, KeyError) as e:
+        die(f"--data-dir {root}: the lists of cub200 do not fit each other ({e}); copy images, image_class_labels, train_test_split and classes.txt again")
+    return ImageSet(paths=Paths(root / "images", (path for path, _ in chosen)), labels=torch.tensor([y for _, y in chosen]), classes=classes)
 
 
 CORE50_CLASSES = ("plug adapter", "mobile phone", "scissors", "light bulb", "can", "glasses", "ball", "marker", "cup", "remote control")
@@ -1147,23 +1321,31 @@ def core50(root, split, sessions):
     "train" are the frames of `sessions` (numbers from 1), "test" those of all others. Labels are the 10 categories of five objects
     each, groups the objects, factors session and frame (N,) int64; sessions count from 0 there.
     """
-    root = Path(root) / "core50_128x128" if (Path(root) / "core50_128x128").is_dir() else Path(root)
-    there = {int(d.name[1:]): d for d in root.glob("s*") if d.is_dir() and d.name[1:].isdecimal()}
+    root = Path(root) / "core50_128x128" if os.path.isdir(Path(root) / "core50_128x128") else Path(root)
+    there = {int(f[1:]): f for f in (visible(root)[0] if os.path.isdir(root) else ()) if f[0] == "s" and f[1:].isdecimal()}
     missing = [s for s in sessions if s not in there]
     if missing or not set(there) - set(sessions):
         die(f"--data-dir {root}: core50 is s1/o1/C_01_01_000.png ... s11/; found the sessions {' '.join(map(str, sorted(there))) or 'none'}, to train on {' '.join(map(str, sessions))}, test on the rest")
     found = []
-    for s, path in ((s, p) for s, d in there.items() if (s in sessions) == (split == "train") for p in d.glob("o*/C_*_*_*.png")):
-        number = path.stem.split("_")[1:]
-        if len(number) != 3 or not all(n.isdecimal() for n in number) or int(number[0]) != s or path.parent.name != f"o{int(number[1])}" or not 1 <= int(number[1]) <= 50:
-            die(f"{path}: not a frame of CORe50, s<session>/o<object>/C_<session>_<object>_<frame>.png with objects 1 to 50")
-        found.append((*map(int, number), path))
+    for s, folder in there.items():
+        if (s in sessions) == (split == "train"):
+            for name in image_names(root, f"{folder}/"):
+                if not re.fullmatch(r"[^/]+/o[^/]*/C_[^/]*_[^/]*_[^/]*\.png", name):
+                    continue
+                number = re.fullmatch(r"[^/]+/o(\d+)/C_(\d+)_(\d+)_(\d+)\.png", name)
+                place, *number = map(int, number.groups()) if number else (0, 0)
+                if not 1 <= place <= 50 or number[:2] != [s, place]:
+                    die(f"{printable(root / name)}: not a frame of CORe50, s<session>/o<object>/C_<session>_<object>_<frame>.png with objects 1 to 50")
+                found.append((*number, name))
+            bare = [f for f in visible(root / folder)[0] if re.fullmatch(r"o\d+", f) and (s, int(f[1:])) not in {n[:2] for n in found}]
+            if bare:
+                die(f"--data-dir {root / folder / bare[0]}: no frames C_*_*_*.png in it; unpack it again")
     empty = set(sessions) - {f[0] for f in found} if split == "train" else {} if found else set(there) - set(sessions)
     if empty:
         die(f"--data-dir {root}: no frames o1/C_*_01_*.png in {', '.join(f's{s}' for s in sorted(empty))}; unpack it again")
-    session, thing, frame, paths = zip(*sorted(found))
+    session, thing, frame, names = zip(*sorted(found))
     session, thing, frame = (torch.tensor(v) for v in (session, thing, frame))  # (N,) each
-    return ImageSet(paths=list(map(str, paths)), labels=(thing - 1) // 5, classes=CORE50_CLASSES, groups=thing - 1, factors=dict(session=session - 1, frame=frame))
+    return ImageSet(paths=Paths(root, names), labels=(thing - 1) // 5, classes=CORE50_CLASSES, groups=thing - 1, factors=dict(session=session - 1, frame=frame))
 
 
 TDW_CLASSES = ("cup", "comb", "scissor", "hammer", "book", "calculator", "goblet", "candle", "headphones", "screwdriver", "cassette", "bottle")
@@ -1172,8 +1354,8 @@ TDW_CLASSES = ("cup", "comb", "scissor", "hammer", "book", "calculator", "goblet
 def tdw(root, split):
     """The toys of CLTT (Schneider et al. 2021) as published: train/ and test/ with 12,096 images each, whose sorted names count
     12 objects x 4 distances x 7 elevations x 36 azimuths. Factor view (N, 3): azimuth, elevation in degrees, distance in metres."""
-    folder = next((d for d in (Path(root) / split, Path(root) / "spherical_photoreal_64x64_DoF" / split) if d.is_dir()), Path(root) / split)
-    paths = sorted((p for p in folder.glob("*") if p.suffix.lower() in SUFFIXES), key=lambda p: p.name)
+    folder = next((d for d in (Path(root) / split, Path(root) / "spherical_photoreal_64x64_DoF" / split) if os.path.isdir(d)), Path(root) / split)
+    paths = [folder / name for name in sorted(visible(folder)[1])] if os.path.isdir(folder) else []
     if len(paths) != 12_096:
         die(f"--data-dir {folder}: tdw has 12,096 images in train/ and in test/, numbered by the order of their names; found {len(paths):,}")
     try:
@@ -1210,9 +1392,11 @@ def load_data(name, root, split, size, skip_corrupt=False, workers=None, session
     check_data(name)
     if name.startswith("blocks"):
         render = blocks if name == "blocks" else blocks_views
-        return ImageSet(**cached(f"{name}-v3-{size}-{split}", lambda: render(split, size)))
+        return ImageSet(**cached(f"{name}-{size}-{split}-{code_of(render)}", lambda: render(split, size)))
     if root is None:
         die(f"--data-dir: {name} needs the directory of its images")
+    if os.path.isdir(root):
+        visible(root)  # one that cannot be listed ends here, whatever the set
     if name.startswith("cifar"):
         return cifar(name, root, split)
     if name == "tdw":
@@ -1220,13 +1404,15 @@ def load_data(name, root, split, size, skip_corrupt=False, workers=None, session
             die("--skip-corrupt: tdw tells its images by their number, so none can be left out; leave the flag out")
         return tdw(root, split)
     if name in ("3diebench", "core50", "cub200", *TRANSFER):
-        read = {"3diebench": partial(threediebench, workers=workers), "core50": partial(core50, sessions=sessions), "cub200": cub200}
+        read = {"3diebench": partial(threediebench, workers=workers, complete=not skip_corrupt), "core50": partial(core50, sessions=sessions), "cub200": cub200}
         data = read.get(name, partial(transfer_set, name))(root, split)
-        return without_unreadable(data, workers) if skip_corrupt and data is not None else data
-    data = imagefolder(root, split, {f"n{wnid}" for wnid in IMAGENET100.split()} if name == "imagenet100" else None)
-    expected = dict(imagenet=1000, imagenet100=100).get(name)
-    if expected and (data is None or len(data.classes) != expected):
-        die(f"--data-dir {root}: {name} is train/<wnid>/*.JPEG and val/<wnid>/*.JPEG with {expected} classes, found {len(data.classes) if data else 'no ' + split}; or use --data imagefolder")
+    else:
+        data = imagefolder(root, split, {f"n{wnid}" for wnid in IMAGENET100.split()} if name == "imagenet100" else None)
+        expected = dict(imagenet=1000, imagenet100=100).get(name)
+        if expected and (data is None or len(data.classes) != expected):
+            die(f"--data-dir {root}: {name} is train/<wnid>/*.JPEG and val/<wnid>/*.JPEG with {expected} classes, found {len(data.classes) if data else 'no ' + split}; or use --data imagefolder")
+    if any_rank(int(data is None)) != -any_rank(-int(data is None)):
+        die(f"--data-dir {root}: some machines have a {split} split there, others have none; copy the data set anew")
     return without_unreadable(data, workers) if skip_corrupt and data is not None else data
 
 
@@ -1260,21 +1446,49 @@ def without_unreadable(data, workers):
         bad = set().union(*every)
     keep = torch.tensor([i for i in range(len(data)) if i not in bad], dtype=torch.long)
     if not len(keep):
-        die(f"{Path(data.paths[0]).parent}: none of the {len(data)} images can be read")
+        die(f"--data-dir {data.paths.root}: none of the {len(data)} images can be read")
     return dataclasses.replace(data.subset(keep), skipped=tuple(data.paths[i] for i in sorted(bad)))
 
 
-def cached(name, make):
-    """make(), a dict of tensors and plain values, kept as a file in the user's cache directory."""
-    path = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "equivariant-ssl" / f"{name}.pt"
-    with contextlib.suppress(Exception):  # no such file yet, or a damaged one: made again
-        return read_tensors(path)
-    value = make()
-    with contextlib.suppress(OSError):  # nowhere to keep it
-        if rank() == 0:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_checkpoint(path, value)
+def cached(name, make, current=lambda kept: True):
+    """make(), a dict of tensors and plain values, kept as a file in the user's cache directory, where there is one. What is read
+    there must be what was written, by its digest, and `current`. One rank that finds it otherwise has all make it: make() may gather."""
+    home, value = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), None
+    path = Path(home) / "equivariant-ssl" / f"{name}.pt"
+    with contextlib.suppress(Exception):  # no such file yet, or a damaged one
+        kept = read_tensors(path)
+        value = kept if kept.pop("digest") == digest_of(kept) and current(kept) else None
+    if any_rank(int(value is None)):
+        value = make()
+        with contextlib.suppress(OSError):  # nowhere to keep it
+            if rank() == 0 and os.path.isabs(home):  # a "~" stays where nobody knows the user's home
+                path.parent.mkdir(parents=True, exist_ok=True)
+                save_checkpoint(path, value | dict(digest=digest_of(value)))
     return value
+
+
+def digest_of(value):
+    """A hash of a (nested) dict of tensors and plain values: of names, types, shapes and contents."""
+    out = hashlib.blake2b(digest_size=16)
+    for name, v in value.items():
+        out.update(repr((name, (v.dtype, v.shape) if isinstance(v, torch.Tensor) else digest_of(v) if isinstance(v, dict) else v)).encode())
+        out.update(v.contiguous().numpy() if isinstance(v, torch.Tensor) else b"")
+    return out.hexdigest()
+
+
+def code_of(function):
+    """A hash of the source of one of our functions, and of the functions and constants of this file that it uses, however far down."""
+    names, text = [function.__name__], {}
+    for name in names:  # grows as it goes
+        value = globals().get(name)
+        if name not in text and inspect.isfunction(value):
+            text[name], codes = inspect.getsource(value), [value.__code__]
+            for code in codes:
+                names += code.co_names
+                codes += [c for c in code.co_consts if isinstance(c, types.CodeType)]
+        elif isinstance(value, (int, float, str, tuple, dict, range)):
+            text[name] = repr(value)
+    return hashlib.blake2b(repr(sorted(text.items())).encode(), digest_size=8).hexdigest()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1725,7 +1939,8 @@ class CenterCrop:
     """The evaluation view: short side to `resize`, then the central size x size: torchvision's Resize and CenterCrop.
 
     No parameters. Images that are size x size already come back unchanged. `resize`, the short side, defaults to 256/224
-    of the size, as usual on ImageNet; below 96 px to the size itself, so that nothing is cut off.
+    of the size, as usual on ImageNet; below 96 px to the size itself, so that nothing is cut off. A strip more than 64 times
+    as long as wide is cut to its middle first, because enlarged whole it might fill the memory.
     """
     draws = ()
 
@@ -1746,6 +1961,9 @@ class CenterCrop:
         """uint8 (n, 3, H, W), or a list of uint8 (3, H_i, W_i) -> uint8 (n, 3, size, size)."""
         crops, size = [], self.size
         for x in [images] if isinstance(images, torch.Tensor) else [image[None] for image in images]:
+            for axis in (2, 3):
+                cut = max(0, x.shape[axis] - 64 * min(x.shape[2:])) // 2
+                x = x.narrow(axis, cut, x.shape[axis] - 2 * cut)
             H, W = x.shape[2:]
             if (H, W) != (size, size):
                 h, w = self.resize * H // min(H, W), self.resize * W // min(H, W)

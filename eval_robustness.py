@@ -1025,7 +1025,7 @@ def load_frost(folder, size):
     if folder is None:
         return ()
     try:
-        images = [common.open_image(p) for p in common.list_images(Path(folder)) if p.stem != "frost6"]
+        images = [common.open_image(p) for p in common.list_images(folder) if Path(p).stem != "frost6"]
     except OSError as e:
         common.die(f"--frost-dir {folder}: {e}")
     if size < 96:

@@ -8,6 +8,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
@@ -49,4 +50,21 @@ def core50(tmp_path_factory):
             for frame in (0, 5, 21):
                 x = torch.randint(0, 120, (16, 16, 3), generator=g, dtype=torch.uint8) + 12 * o
                 Image.fromarray(x.numpy()).save(root / f"s{s}" / f"o{o}" / f"C_{s:02d}_{o:02d}_{frame:03d}.png")
+    return root
+
+
+@pytest.fixture
+def bench3die(tmp_path, monkeypatch):
+    """2 synsets x 2 objects x 50 views, as published."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    root, g = tmp_path / "3DIEBench", np.random.default_rng(0)
+    objects = [f"{s}/{o}" for s in ("02691156", "04379243") for o in ("a1", "b2")]
+    for name in objects:
+        (root / name).mkdir(parents=True)
+        for v in range(50):
+            Image.fromarray(g.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(root / name / f"image_{v}.jpg")
+            np.save(root / name / f"latent_{v}.npy", g.random(7))
+    for part in ("train", "val"):
+        np.save(root / f"{part}_images.npy", np.array([f"/{name}/" for name in objects]))
+        np.save(root / f"{part}_labels.npy", np.array([0, 0, 1, 1]))
     return root

@@ -207,3 +207,13 @@ def test_a_view_turns_the_object_about_its_vertical_and_tilts_it_to_the_camera()
     R = B.rotation_matrix(B.multiply(tilt(30), turn(90)))[0]
     assert torch.allclose(R @ torch.tensor([0.0, 1, 0]), torch.tensor([0, math.cos(math.pi / 6), 0.5]), atol=1e-6)  # up leans to the camera
     assert torch.allclose(R @ torch.tensor([0.0, 0, 1]), torch.tensor([1.0, 0, 0]), atol=1e-6)  # its front looks to the right
+
+
+def test_D15_quaternions_are_unit_and_keep_the_sign_of_the_formula():
+    """Of 1,000 rotations: norm 1, so never 0; along a turn the target moves by small steps and passes w < 0 without a jump."""
+    draw = torch.Generator().manual_seed(0)
+    q = B.quaternion_from_angles((torch.rand(1000, 3, generator=draw) - 0.5) * math.pi)
+    pose = B.pose_target("pose", dict(rotation=q), torch.arange(500), torch.arange(500, 1000))
+    assert (q.norm(dim=1) - 1).abs().max() < 1e-6 and (pose.norm(dim=1) - 1).abs().max() < 1e-6 and (pose[:, 3] < 0).any()
+    turn = B.quaternion_from_angles(torch.linspace(0, 2 * math.pi, 1001)[:, None] * torch.tensor([[0.0, 0.0, 1.0]]))
+    assert turn.diff(dim=0).norm(dim=1).max() < 0.01 and turn[-1, 3] < -0.999

@@ -150,3 +150,13 @@ def test_a_mistake_under_torchrun_is_one_line(tmp_path):
     run = launch("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "ser.py", "--data", "imagefolder", "--recipe", "cifar10",
                  "--data-dir", str(tmp_path / "nowhere"), "--device", "cpu")
     assert run.returncode == 1 and run.stderr.count("no such directory") == 1
+
+
+def seen_by_each(values):
+    mine = values[dist.get_rank()]
+    return common.any_rank(mine), common.same_on_ranks(mine), common.same_on_ranks(["a", 1])
+
+
+def test_S7_ranks_agree_on_what_each_has_seen(tmp_path):
+    assert on_ranks(2, tmp_path, seen_by_each, (0, 3)) == [(3, False, True)] * 2
+    assert common.any_rank(7) == 7 and common.same_on_ranks("alone")

@@ -176,7 +176,7 @@ def posed(m, sessions):
     """(a set without images of m objects of 4 classes in some sessions, features that hold class, session and view linearly)."""
     of = torch.cartesian_prod(torch.arange(m), torch.tensor(sessions), torch.arange(24))
     view = torch.stack([of[:, 2] % 6 * 60.0, of[:, 2] // 6 * 10.0, torch.rand(len(of), generator=g)], 1)
-    data = common.ImageSet(paths=[""] * len(of), labels=of[:, 0] % 4, classes=tuple("abcd"), groups=of[:, 0], factors=dict(session=of[:, 1], view=view))
+    data = common.ImageSet(paths=common.Paths("", [""] * len(of)), labels=of[:, 0] % 4, classes=tuple("abcd"), groups=of[:, 0], factors=dict(session=of[:, 1], view=view))
     return data, torch.cat([F.one_hot(data.labels, 4), F.one_hot(of[:, 1], 11), view / torch.tensor([100.0, 10.0, 1.0])], 1).float()
 
 
@@ -411,10 +411,10 @@ def test_the_mlp_separates_what_no_line_can_and_is_at_chance_on_noise():
 
 
 def test_settings_are_chosen_on_whole_objects():
-    data = common.ImageSet(paths=[""] * 80, groups=torch.arange(80) // 8)
+    data = common.ImageSet(paths=common.Paths("", [""] * 80), groups=torch.arange(80) // 8)
     held = eval_probe.hold_out(data, common.rng(0), 0.2)
     assert held.sum() == 16 and len(data.groups[held].unique()) == 2
-    assert eval_probe.hold_out(common.ImageSet(paths=[""] * 80), common.rng(0)).sum() == 8
+    assert eval_probe.hold_out(common.ImageSet(paths=common.Paths("", [""] * 80)), common.rng(0)).sum() == 8
 
 
 def test_few_images_are_a_share_of_each_class_and_at_least_one():

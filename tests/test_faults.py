@@ -510,11 +510,11 @@ def traced(argv, flags):
 
     calls = []
     for name in ("all_reduce", "all_gather", "broadcast_object_list", "all_gather_object", "barrier", "broadcast"):
-        def record(*a, f=getattr(dist, name), name=name, **k):
+        def record(call, name, *a, **k):
             calls.append((name, *(tuple(v.shape) for v in a if isinstance(v, torch.Tensor))))
-            return f(*a, **k)
+            return call(*a, **k)
 
-        setattr(dist, name, record)
+        setattr(dist, name, common.partial(record, getattr(dist, name), name))
     code, lines = with_own(argv, flags)
     return code, lines, calls
 

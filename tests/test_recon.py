@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from test_distributed import on_ranks
 from test_run import content, same
 
@@ -376,23 +375,6 @@ def test_the_known_part_of_objects_is_whole_objects():
 
 
 # ---- 3DIEBench ------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def bench3die(tmp_path, monkeypatch):
-    """2 synsets x 2 objects x 50 views, as published."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    root, g = tmp_path / "3DIEBench", np.random.default_rng(0)
-    objects = [f"{s}/{o}" for s in ("02691156", "04379243") for o in ("a1", "b2")]
-    for name in objects:
-        (root / name).mkdir(parents=True)
-        for v in range(50):
-            Image.fromarray(g.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(root / name / f"image_{v}.jpg")
-            np.save(root / name / f"latent_{v}.npy", g.random(7))
-    for part in ("train", "val"):
-        np.save(root / f"{part}_images.npy", np.array([f"/{name}/" for name in objects]))
-        np.save(root / f"{part}_labels.npy", np.array([0, 0, 1, 1]))
-    return root
 
 
 def test_3diebench_as_published(bench3die, tmp_path, capsys):
