@@ -344,7 +344,7 @@ class Heads(nn.Module):
 def losses(model, views, r=None, session=None, encode=None):
     """All of a step's mathematics. views {"1", "2", ...} (b, 3, H, W); r (2 b, M) raw parameters and session (2 b,), or None, of
     view 1 and then view 2; `encode` is the compiled encoder -> ({"loss", ...}, h of view 1 (b, d))."""
-    args, encode = model.args, encode or model.backbone
+    args, encode = model.args, model.backbone if encode is None else encode
     h = {name: encode(view) for name, view in views.items() if name != "3"}  # (b, d) each
     out, loss = {}, 0.0
     if model.projector is not None:
@@ -445,7 +445,7 @@ def main(argv=None):
         model.load_state_dict(train_state["heads"] | {f"backbone.{k}": v for k, v in backbone_state.items()})
         optimizer.load_state_dict(train_state["optimizer"])
 
-    begin = run.restore(restore)
+    begin = run.restore(restore, train)
     B = args.batch_size
     chance = [f"L_c {math.log(2 * B - 1 if args.negatives == 'both' else B):.2f}"] * (model.projector is not None)
     chance += [f"L_p about {(numbers > 0) + (math.log(sessions) if sessions else 0):.2f}"] * (model.predictor is not None)
@@ -474,4 +474,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    common.command(main)

@@ -278,7 +278,8 @@ class DINO(nn.Module):
     def losses(self, views, epoch=0.0, encode=(None, None)):
         """views {"1", "2", ...} (b, 3, H, W) -> ({"loss", "L_CL", ...}, representation of view 1 (b, D)). Moves the centres. `encode`
         holds the compiled student and teacher."""
-        args, b, student, teacher = self.args, len(views["1"]), encode[0] or self.backbone, encode[1] or self.teacher["backbone"]
+        args, b = self.args, len(views["1"])
+        student, teacher = (m if e is None else e for m, e in zip((self.backbone, self.teacher["backbone"]), encode))
         first, last = args.teacher_temp
         teacher_temp = last if epoch >= args.teacher_temp_epochs else first + (last - first) * epoch / args.teacher_temp_epochs
         both = torch.cat([views["1"], views["2"]])
@@ -343,7 +344,8 @@ class SimSiam(nn.Module):
     def losses(self, views, epoch=0.0, encode=(None, None)):
         """views {"1", "2"} (b, 3, H, W) -> ({"loss", "L_CL", ...}, representation of view 1 (b, D))."""
         args, out = self.args, {}
-        o1, o2 = ((encode[0] or self.backbone)(views[v]) for v in "12")  # (b, D) each
+        student = self.backbone if encode[0] is None else encode[0]
+        o1, o2 = (student(views[v]) for v in "12")  # (b, D) each
         for name, projector in self.projectors.items():
             part = slice(None, self.inv) if name == "inv" else slice(self.inv, None)
             z1, z2 = projector(o1[:, part]), projector(o2[:, part])  # (b, d) each
@@ -452,7 +454,7 @@ def main(argv=None):
         model.load_state_dict(train_state["heads"] | {f"{model.evaluated}.{k}": v for k, v in backbone_state.items()})
         optimizer.load_state_dict(train_state["optimizer"])
 
-    begin = run.restore(load)
+    begin = run.restore(load, train)
     chance = f"L_CL {math.log(args.head_dim):.2f}" if args.base == "dino" else "L_CL 0"
     run.introduce(train, loader, model, args.lr * args.batch_size / 256, chance)
     run.say(*[f"  {args.warmup_epochs:g} epochs of warm-up come before these; the log counts them below 0"] * (extra > 0))
@@ -490,4 +492,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    common.command(main)

@@ -17,16 +17,17 @@ import atexit
 import contextlib
 import copy
 import dataclasses
+import errno
 import hashlib
 import io
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import sys
 import time
-import weakref
 import zipfile
 from datetime import timedelta
 from functools import partial
@@ -109,21 +110,88 @@ RANGES = dict(img_size="[1, inf)", patch_size="[1, inf)", epochs="[0, inf)", bat
 def die(message, code=2, alone=False):
     """End the program with one line on stderr and exit code `code` (2: a user's mistake, 1: a run that failed).
 
-    Every rank may call it for the same mistake: rank 0 prints, the others give it the time to, because torchrun kills
-    all processes as soon as one ends. What befalls one rank `alone`, that rank prints.
+    Every rank may call it for the same mistake: rank 0 prints, and the others wait. torchrun kills all processes as soon
+    as one ends, so a rank that is still there after the wait made the mistake by itself, and prints. `alone`: it knows.
     """
-    if alone or int(os.environ.get("RANK", 0)) == 0:
+    if not alone and os.environ.get("RANK", "0") != "0":
+        time.sleep(5)
+    with contextlib.suppress(OSError):  # nobody may be reading
+        for bar in list(getattr(tqdm, "_instances", ())):
+            bar.close()  # or the line would be glued to it
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
-    else:
-        time.sleep(3)
     raise SystemExit(code)
+
+
+def command(main):
+    """Run a script's main() so that whatever ends it ends in one line: Ctrl-C anywhere (130), memory or disk that ran out, a
+    process of the group that is gone (1). A reader that leaves (`| head`) or a full disk behind stdout ends nothing."""
+    sys.stdout, sys.stderr = Unfailing(sys.stdout), Unfailing(sys.stderr)
+    try:
+        main()
+    except KeyboardInterrupt:
+        die("stopped by SIGINT", 130)
+    except (MemoryError, RuntimeError, OSError) as e:
+        line = one_line(e)
+        if line is None:
+            raise
+        if line.startswith(GONE):
+            time.sleep(5)  # the process that ended has a better line, and torchrun ends this one
+        die(line, 1, alone=True)
+
+
+GONE = "another process of the group"
+
+
+class Unfailing:
+    """A text stream that turns silent when it can no longer be written."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        try:
+            return self.stream.write(text)
+        except OSError:
+            self.silence()
+            return len(text)
+
+    def flush(self):
+        try:
+            self.stream.flush()
+        except OSError:
+            self.silence()
+
+    def silence(self):
+        """Send the file descriptor to nowhere, so that what is still buffered can be flushed."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.stream.fileno())
+        os.close(nowhere)
+
+
+def one_line(error):
+    """What an error means that comes from the machine and not from the code, in one line; None for all others."""
+    text = " ".join(str(error).split())
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in text or "out of memory" in text:
+        return f"out of memory: lower --batch-size, --img-size or --workers ({text[:120] or 'MemoryError'})"
+    if "DataLoader" in text:
+        return f"a loader process ended or hangs: lower --workers (0 reads in the main process), or give it more memory ({text[:200]})"
+    if any(words in text for words in ("Connection closed by peer", "Connection reset by peer", "gloo", "NCCL")):
+        return f"{GONE} ended or does not answer ({text[:160]})"
+    if "InvalidCxxCompiler" in text or "Cannot find a working triton" in text:
+        return "--compile: torch found no working compiler (a C++ compiler such as g++ on CPUs, Triton on GPUs); install it, or leave the flag out"
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"{error.filename or 'a file'}: {error.strerror}"
+    return None
 
 
 def parse(Args, values_in_force, argv=None, description=None):
     """Command line -> Args, in two passes: the first reads the choices (--base, --data, --recipe ...), from which
     `values_in_force(first) -> dict` looks up defaults; the second parses over those, so `--help` shows what would run."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    speak = int(os.environ.get("RANK", 0)) == 0  # tyro's own error box comes from one rank
+    speak = os.environ.get("RANK", "0") == "0"  # tyro's own error box comes from one rank
     try:
         first, _ = tyro.cli(Args, args=argv, return_unknown_args=True, add_help=False, console_outputs=speak)
         args = tyro.cli(Args, args=argv, default=Args(**values_in_force(first)), description=description, console_outputs=speak)
@@ -134,6 +202,8 @@ def parse(Args, values_in_force, argv=None, description=None):
     for name, value in vars(args).items():
         if value == "":
             die(f"--{name.replace('_', '-')}: is empty (an unset shell variable?); give a value or leave the flag out")
+    if getattr(args, "data_dir", None):
+        args.data_dir = os.path.abspath(os.path.expanduser(args.data_dir))  # a checkpoint is probed from other directories
     return args
 
 
@@ -171,18 +241,34 @@ def rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def from_torchrun():
+    """RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE as torchrun sets them, or those of one process where it did not."""
+    names = "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"
+    there = {name: os.environ[name] for name in names if name in os.environ}
+    for name, value in there.items():
+        if not value.isdecimal():
+            die(f"{name}={value!r} in the environment is not a number; start with torchrun, or unset it", alone=True)
+    rank, local_rank, world, local_world = (int(there.get(name, default)) for name, default in zip(names, (0, 0, 1, 1)))
+    missing = [name for name in (*names[:2], "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if world > 1 and missing:
+        die(f"WORLD_SIZE={world} is in the environment and {missing[0]} is not; start with torchrun, or unset WORLD_SIZE", alone=True)
+    if rank >= world or local_rank >= max(world, local_world):
+        name, value = ("RANK", rank) if rank >= world else ("LOCAL_RANK", local_rank)
+        die(f"{name}={value} is in the environment of {world} processes; start with torchrun, or unset it", alone=True)
+    return rank, local_rank, world, local_world
+
+
 def start(device="auto"):
     """Join the process group when torchrun started us; return the torch.device of this process. Gloo carries CPU
     tensors (flags, float64 tests), NCCL those on GPUs."""
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    _, local_rank, world, local = from_torchrun()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available() or device == "mps" and not torch.backends.mps.is_available():
         die(f"--device {device}: this machine has none; use --device auto")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+    if world > 1 and not dist.is_initialized():
         if device == "mps":
             die("--device mps: several processes need CUDA or the CPU; use --device cpu")
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         if device == "cuda" and local > torch.cuda.device_count():
             die(f"--nproc_per_node {local}: this machine has {torch.cuda.device_count()} GPUs; start as many processes")
         dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=timedelta(minutes=10))
@@ -192,6 +278,42 @@ def start(device="auto"):
         return torch.device("cuda", local_rank)
     torch.empty(31 << 20, dtype=torch.uint8)  # freed at once, and from now on glibc keeps freed blocks up to this size: half the page faults
     return torch.device(device)
+
+
+def any_rank(flag):
+    """The largest flag (int) of all ranks: the one way in which ranks decide to stop."""
+    if world_size() == 1:
+        return flag
+    flag = torch.tensor(flag)
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return int(flag)
+
+
+def by_rank_0(act):
+    """What act() gives on rank 0, on every rank: for all that one rank finds on its own disk. If act() dies there, all end."""
+    if world_size() == 1:
+        return act()
+    box = [None, None]  # the value; an exit code
+    if rank() == 0:
+        try:
+            box[0] = act()
+        except SystemExit as e:
+            box[1] = e.code
+    dist.broadcast_object_list(box, device=torch.device("cpu"))
+    if box[1] is not None:
+        raise SystemExit(box[1])
+    return box[0]
+
+
+def same_on_all_ranks(value, complaint):
+    """End the program where ranks hold different values: complaint(value of rank 0, the rank that differs, its value)."""
+    every = [value]
+    if world_size() > 1:
+        every = [None] * world_size()
+        dist.all_gather_object(every, value)
+    for other, theirs in enumerate(every):
+        if theirs != every[0]:
+            die(complaint(every[0], other, theirs))
 
 
 def rng(*key):
@@ -325,46 +447,82 @@ def clip_each_(parameters, most):
 # ----------------------------------------------------------------------------------------------------------------------
 
 FORMAT = 1
+LOCKS = {}  # run directory -> file descriptor of this process's lock on it
 KEYS = {"format", "method", "args", "step", "backbone", "backbone_state", "train_state"}
 
 
-def save_checkpoint(path, state):
-    """Write `state` so that a kill at any moment leaves either the old or the new file: a temporary file in the same
+def write(path, content):
+    """Write bytes so that a kill at any moment leaves either the old or the new file: a temporary file in the same
     directory, flushed to the disk, then renamed over the old one (over its target, if `path` is a link)."""
     path = Path(path).resolve()
-    tmp = path.with_name(path.name + ".tmp")
-    buffer = io.BytesIO()  # so that a full disk raises a plain OSError
-    torch.save(state, buffer)
+    tmp = path.with_name(f"{path.name}.tmp")
     try:
         with open(tmp, "wb") as f:
-            f.write(buffer.getbuffer())
+            f.write(content)
             f.flush()
-            os.fsync(f.fileno())
+            sync(f.fileno())
         os.replace(tmp, path)
     except OSError:
         tmp.unlink(missing_ok=True)
         raise
     if os.name == "posix":
-        fd = os.open(path.parent, os.O_RDONLY)
+        with contextlib.suppress(OSError):  # the file is in place; not all file systems open or flush directories
+            fd = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+
+
+def sync(fd):
+    """fsync, where the file system has one."""
+    try:
         os.fsync(fd)
-        os.close(fd)
+    except OSError as e:
+        if e.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+            raise
+
+
+def save_checkpoint(path, state):
+    """`write` tensors and plain values, such that `read_tensors` reads them."""
+    buffer = io.BytesIO()  # so that a full disk raises a plain OSError
+    torch.save(state, buffer)
+    write(path, buffer.getbuffer())
 
 
 def read_tensors(path, file=None):
-    """What `save_checkpoint` wrote to `path`, or what an open file holds. torch.load does not look at the checksums of the zip file,
-    so they are checked first; nothing compressed is inflated and no pickled code is run. Raises whatever a damaged file makes the readers raise."""
+    """What `save_checkpoint` wrote, or what an open `file` holds. torch.load does not look at the checksums of the zip file, so they are checked first;
+    nothing compressed is inflated, no pickled code is run, and no tensor is larger than the file that claims it. Raises
+    whatever a damaged file makes the readers raise."""
     with zipfile.ZipFile(file or path) as z:
         if any(i.compress_type != zipfile.ZIP_STORED for i in z.infolist()) or z.testzip():
             raise ValueError(f"{path}: damaged")
-    if file:
-        file.seek(0)
-    return torch.load(file or path, map_location="cpu", weights_only=True)
+    read = lambda where: torch.load(file.seek(0) or file if file else path, map_location=where, weights_only=True)
+    size = file.seek(0, os.SEEK_END) if file else os.path.getsize(path)
+    for t in tensors(read("meta")):  # allocates nothing
+        if max(t.numel() * t.element_size(), t.untyped_storage().nbytes()) > size:
+            raise ValueError(f"{path}: claims a tensor larger than itself")
+    return read("cpu")
+
+
+def tensors(state):
+    """All tensors in dicts, lists and tuples."""
+    if isinstance(state, torch.Tensor):
+        yield state
+    elif isinstance(state, (dict, list, tuple)):
+        for value in state.values() if isinstance(state, dict) else state:
+            yield from tensors(value)
+
+
+def finite(state):
+    """Whether no tensor of dicts, lists and tuples holds NaN or infinity."""
+    return all(torch.isfinite(t).all() for t in tensors(state) if t.is_floating_point())
 
 
 def load_checkpoint(path, file=None):
     """Read a checkpoint, from `file` where it is open: a dict of tensors and plain values (KEYS). Anything else ends with one line, exit 2."""
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):
         die(f"{path}: no such checkpoint file")
     try:
         state = read_tensors(path, file)
@@ -374,7 +532,7 @@ def load_checkpoint(path, file=None):
         die(f"{path}: not a checkpoint of this project (expected the keys {', '.join(sorted(KEYS))})")
     if state["format"] != FORMAT:
         die(f"{path}: checkpoint format {state['format']}, this version reads {FORMAT}")
-    if not all(torch.isfinite(v).all() for v in state["backbone_state"].values()):
+    if not finite(state["backbone_state"]):
         die(f"{path}: the encoder holds NaN or infinity; take an earlier checkpoint")
     return state
 
@@ -388,7 +546,7 @@ class Run:
     """A training run in its directory: log, progress bar, periodic saving, signals, resuming.
 
         run = Run("ser", args, "mocov3-ser", device)
-        begin = run.restore(load)                           # 0, or where the checkpoint stands
+        begin = run.restore(load, train)                    # 0, or where the checkpoint stands
         for step, batch in run.steps(loader, dump, begin):  # saves every --save-every steps, on a signal, at the end
             ...
             run.log(step, loss=loss, L_inv=L_inv, lr=lr, features=y)
@@ -397,101 +555,144 @@ class Run:
 
     # Arguments that a resumed run may change: where and how it runs, never what it computes.
     FREE = {"data_dir", "out", "resume", "overwrite", "workers", "device", "compile", "max_steps", "save_every", "log_every"}
+    # Of these, what may differ between the machines of one run.
+    LOCAL = {"data_dir", "out", "workers"}
 
     def __init__(self, method, args, variant, device):
         self.method, self.args, self.device = method, args, device
         self.out = Path(args.out or f"runs/{method}-{variant}-{args.data}-s{args.seed}")
         self.path = self.out / "checkpoint.pt"
         self.signal = self.bar = None
-        self.resumed = False
+        self.resumed = self.waiting = self.torn = False
+        self.parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None  # torchrun's agent
         if args.resume and args.overwrite:
             die("--resume and --overwrite: contradict each other; give one of them")
-        if self.path.exists() and not (args.resume or args.overwrite):
-            die(f"--out {self.out}: already holds a checkpoint; add --resume to continue, --overwrite to start afresh, or choose another --out")
-        if rank() == 0:
-            self._claim()
+        shared = {k: v for k, v in dataclasses.asdict(args).items() if k not in self.LOCAL}
+        same_on_all_ranks(shared, lambda a, r, b: next(
+            f"--{k.replace('_', '-')}: {a[k]} on rank 0 and {b[k]} on rank {r}; give all processes the same" for k in a if a[k] != b.get(k)))
+        by_rank_0(self._claim)
         self.pending, self.first_pending = [], 0  # values noted since they were last looked at, and their first step
         self.logged, self.waited, self.clock = 0, 0.0, 0.0  # steps in the log, seconds waited for data since, and since when
 
     def _claim(self):
-        """Make the directory, prove that it can be written, and lock it against a second run."""
+        """Make the directory, lock it against a second run, and prove that it can be written."""
         try:
             self.out.mkdir(parents=True, exist_ok=True)
+            if os.name == "posix":
+                self._lock()
             probe = self.out / "checkpoint.pt.tmp"
             probe.touch()
             probe.unlink()
         except OSError as e:
             die(f"--out {self.out}: cannot be written ({e.strerror}); choose another directory")
-        if os.name == "posix":
-            import fcntl
+        if self.path.exists() and not (self.args.resume or self.args.overwrite):
+            die(f"--out {self.out}: already holds a checkpoint; add --resume to continue, --overwrite to start afresh, or choose another --out")
 
-            lock = os.open(self.out, os.O_RDONLY)
-            weakref.finalize(self, os.close, lock)  # the lock lasts as long as this object, whatever ends the process
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                die(f"--out {self.out}: in use by a running process; wait for it or choose another --out")
+    def _lock(self):
+        """Lock the directory until `finish`, or the end of the process. File systems without locks do without."""
+        import fcntl
+
+        path = self.out.resolve()
+        if path in LOCKS:  # an earlier run of this process, which was refused or failed
+            return
+        LOCKS[path] = os.open(path, os.O_RDONLY)
+        try:
+            fcntl.flock(LOCKS[path], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._unlock()
+            die(f"--out {self.out}: in use by a running process; wait for it or choose another --out")
+        except OSError as e:
+            self.say(f"--out {self.out}: cannot be locked there ({e.strerror}); do not start a second run in it")
+
+    def _unlock(self):
+        lock = LOCKS.pop(self.out.resolve(), None)
+        if lock is not None:
+            os.close(lock)
 
     def say(self, *lines):
         if rank() == 0:
             tqdm.write("\n".join(lines), file=sys.stdout)
             sys.stdout.flush()
 
-    def restore(self, load):
+    def restore(self, load, data):
         """Under --resume hand (train_state, backbone_state) of the checkpoint to `load` and return its step; else 0. Then
-        note in the directory what runs: args.json, the script and this file, a fresh log.jsonl for a fresh run."""
-        step = 0
-        if self.args.resume and self.path.exists():
-            state = load_checkpoint(self.path)
-            saved, now = state["args"], dataclasses.asdict(self.args)
-            if state["method"] != self.method:
-                die(f"--out {self.out}: its checkpoint is of {state['method']}.py; choose another --out")
-            for name in now.keys() & saved.keys() - self.FREE:
-                if now[name] != saved[name]:
-                    die(f"--{name.replace('_', '-')} {now[name]}: the checkpoint in {self.out} was made with {saved[name]}; resume with that or choose another --out")
-            load(state["train_state"], state["backbone_state"])
-            step, self.resumed = state["step"], True
-            self.say(f"resuming {self.path} at step {step}")
-        if rank() == 0:
+        note in the directory what runs: args.json, the script and this file, a fresh log.jsonl for a fresh run.
+
+        Rank 0 reads the checkpoint for all. `data` is the training set: all ranks must see the same, and a run goes on
+        with nothing else than it began with."""
+        self.data = data.fingerprint()
+        same_on_all_ranks(self.data, lambda a, r, b: f"--data-dir: rank {r} sees other images than rank 0 ({difference(a, b)}); give all machines the same")
+        state = by_rank_0(lambda: self._read() if self.args.resume and self.path.exists() else None)
+        if state is not None:
+            try:
+                load(state["train_state"], state["backbone_state"])
+            except (KeyError, ValueError, RuntimeError, TypeError) as e:
+                die(f"{self.path}: its training state does not fit this run ({' '.join(str(e).split())[:200]}); take the script that wrote it, or start afresh with --overwrite")
+            self.resumed = True
+            self.say(f"resuming {self.path} at step {state['step']}")
+        step = state["step"] if self.resumed else 0
+        by_rank_0(lambda: self._prepare(step))
+        return step
+
+    def _read(self):
+        """The checkpoint to resume, if it is of this method, these arguments and these images."""
+        state = load_checkpoint(self.path)
+        saved, now = state["args"], dataclasses.asdict(self.args)
+        if state["method"] != self.method:
+            die(f"--out {self.out}: its checkpoint is of {state['method']}.py; choose another --out")
+        for name in sorted(now.keys() & saved.keys() - self.FREE):
+            if now[name] != saved[name]:
+                die(f"--{name.replace('_', '-')} {now[name]}: the checkpoint in {self.out} was made with {saved[name]}; resume with that or choose another --out")
+        seen = state["train_state"].get("data", self.data)
+        if seen != self.data:
+            die(f"--data-dir {self.args.data_dir}: holds other images than {self.path} has seen ({difference(seen, self.data)}); resume with those or choose another --out")
+        return state
+
+    def _prepare(self, step):
+        """What stands in the directory before the first step."""
+        try:
             if not self.resumed:  # what an overwritten run has left must not pass for this one's
                 for name in ("checkpoint.pt", "log.jsonl", "backbone.safetensors", "eval.jsonl", "views.png", "reconstruction.png"):
-                    (self.out / name).unlink(missing_ok=True)
-            (self.out / "args.json").write_text(json.dumps(dataclasses.asdict(self.args), indent=1) + "\n")
-            for source in (Path(__file__).with_name(f"{self.method}.py"), Path(__file__)):
+                    (self.out / name).resolve().unlink(missing_ok=True)
+            write(self.out / "args.json", (json.dumps(dataclasses.asdict(self.args), indent=1) + "\n").encode())
+            for source in {Path(sys.modules[type(self.args).__module__].__file__), Path(__file__)}:  # a copied script is archived as such
                 if source.resolve() != (self.out / source.name).resolve():
                     shutil.copy(source, self.out)
             log = self.out / "log.jsonl"
-            lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-            whole = [line for line in lines if line.endswith("}\n")]  # a kill may have torn the last one
-            log.write_text("".join(line for line in whole if json.loads(line)["step"] < step))  # what was not saved is done again
-        return step
+            lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
+            write(log, "".join(f"{line}\n" for line in lines if -1 < step_of(line) < step).encode())  # what was not saved is done again
+        except OSError as e:
+            die(f"--out {self.out}: cannot be written ({e.strerror}); make room, or choose another directory", 1)
 
     def steps(self, loader, dump, begin=0):
         """Yield (step, batch) from `begin`, counting from 0, until the epochs (or --max-steps) are done.
 
         Before each step the global generators are reseeded from (seed, step, rank). `dump() -> (backbone, train_state)`
-        is asked for whenever a checkpoint is due. SIGTERM and SIGINT save at the next step boundary, on all ranks at the
-        same one, and exit with 143 and 130; a second SIGINT ends at once.
+        is asked for whenever a checkpoint is due. SIGTERM, SIGHUP and SIGINT, and the end of torchrun, save at the next
+        step boundary, on all ranks at the same one, and exit with 128 + the signal's number; a second SIGINT ends at once.
         """
         total = min(loader.total_steps, self.args.max_steps or loader.total_steps)
-        handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
+        # A signal that the shell has switched off (nohup, a job in the background) stays off.
+        names = [s for s in (signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGHUP", None)) if s and signal.getsignal(s) is not signal.SIG_IGN]
+        handlers = {s: signal.signal(s, self._on_signal) for s in names}
         self.bar = progress(total=total, initial=min(begin, total), unit="step", leave=True)
         self.first_pending = self.logged = begin
         self.clock = time.monotonic()
         batches = iter(loader.batches(range(begin, total)))
         try:
             for step in range(begin, total):
-                waiting = time.monotonic()
-                batch = next(batches)
-                self.waited += time.monotonic() - waiting
+                batch = self._wait(batches)
+                if batch is None:
+                    self._stop(step, dump, self.signal)
                 seed_everything(self.args.seed, step, rank())
                 yield step, batch
                 self.bar.update()
-                stop = self._agree(self.signal or 0)
-                if stop or (step + 1) % self.args.save_every == 0 and step + 1 < total:
-                    self.save(step + 1, *dump())
+                orphan = self.parent is not None and os.getppid() != self.parent
+                stop = any_rank(self.signal or (signal.SIGTERM if orphan else 0))
                 if stop:
-                    die(f"stopped by {signal.Signals(stop).name} after step {step + 1}; {self.path} is saved, continue with --resume", 128 + stop)
+                    self._stop(step + 1, dump, stop)
+                if (step + 1) % self.args.save_every == 0 and step + 1 < total:
+                    self.save(step + 1, *dump())
             if begin < total or not self.resumed:
                 self.save(total, *dump(), last=True)
             else:
@@ -501,18 +702,31 @@ class Run:
             for s, handler in handlers.items():
                 signal.signal(s, handler)
 
+    def _wait(self, batches):
+        """The next batch. A signal need not wait for a loader that hangs: then None (a group of processes must stay in step)."""
+        begin = time.monotonic()
+        try:
+            self.waiting = world_size() == 1
+            return next(batches)
+        except _Stop:
+            return None
+        finally:
+            self.waiting = False
+            self.waited += time.monotonic() - begin
+
+    def _stop(self, step, dump, number):
+        """Save what stands after `step` steps and end as the signal asks."""
+        saved = self.save(step, *dump())
+        self.bar.close()
+        what = f"{self.path} is saved, continue with --resume" if saved else f"step {step} could not be saved"
+        die(f"stopped by {signal.Signals(number).name} after step {step}; {what}", 128 + number)
+
     def _on_signal(self, number, frame):
         if self.signal == number == signal.SIGINT:
             raise SystemExit(130)
         self.signal = number
-
-    def _agree(self, flag):
-        """The largest flag of all ranks: the one place where ranks decide to stop."""
-        if world_size() == 1:
-            return flag
-        flag = torch.tensor(flag)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return int(flag)
+        if self.waiting:
+            raise _Stop
 
     def log(self, step, features=None, lr=0.0, epoch=0.0, **values):
         """Note scalars (tensors or numbers, this rank's means) of a step; `features` (b, D) feed the collapse monitors.
@@ -536,9 +750,11 @@ class Run:
             self.logged, self.clock, self.waited = step + 1, now, 0.0
             if rank() == 0:
                 try:
-                    with open(self.out / "log.jsonl", "a") as f:
-                        f.write(json.dumps(line) + "\n")
+                    with open(self.out / "log.jsonl", "a", encoding="utf-8") as f:
+                        f.write("\n" * self.torn + json.dumps(line) + "\n")
+                    self.torn = False
                 except OSError as e:
+                    self.torn = True  # half a line may stand there
                     tqdm.write(f"--out {self.out}: could not log step {step} ({e.strerror})", file=sys.stderr)
                 self.bar.set_postfix_str(" ".join(f"{k} {v:.3f}" for k, v in row.items()), refresh=False)
 
@@ -554,10 +770,13 @@ class Run:
         for i, row in enumerate(values):
             if not all(map(math.isfinite, row)):
                 what = ", ".join(f"{k} {v:.4g}" for k, v in zip(self.names, row))
-                die(f"the loss is not finite at step {self.first_pending + i} ({what}); lower --lr; the last good state is in {self.out}", 1)
+                die(f"the loss is not finite at step {self.first_pending + i} ({what}); lower --lr; {self._last_good()}", 1)
         self.first_pending += len(values)
         self.pending = []
         return dict(zip(self.names, values[-1]))
+
+    def _last_good(self):
+        return f"the last good state is in {self.out}" if by_rank_0(self.path.exists) else "nothing was saved yet"
 
     def introduce(self, data, loader, model, peak, chance):
         """Print what is about to run: data, recipe in force, learning rate after scaling, the loss of pure chance."""
@@ -591,16 +810,17 @@ class Run:
         else:
             score = lambda b: knn_accuracy(b, train, test, self.device, self.args)
             self.say(f"k-NN accuracy on test images: {score(backbone):.3f} (the untrained encoder: {score(untrained):.3f}; chance: {1 / len(train.classes):.3f})")
-        self.say(f"next: python eval_probe.py {self.path}")
+        self.say(f"next: python eval_probe.py {shlex.quote(str(self.path))}")
+        self._unlock()
 
     def save(self, step, backbone, train_state, last=False):
-        """Write checkpoint.pt from rank 0, never one that is not finite over one that is. A disk that is full costs one line,
-        and the run its exit code only at the end."""
+        """Write checkpoint.pt from rank 0, never one that is not finite over one that is; return whether it was written. A disk
+        that is full costs one line, and the run its exit code only at the end."""
         self.flush()
-        if self._agree(int(not all(torch.isfinite(v).all() for v in backbone.state_dict().values()))):
-            die(f"the weights are not finite after step {step - 1}; lower --lr; the last good state is in {self.out}", 1)
-        state = dict(format=FORMAT, method=self.method, args=dataclasses.asdict(self.args), step=step,
-                     backbone=backbone.description, backbone_state=backbone.state_dict(), train_state=train_state)
+        if any_rank(int(not finite([backbone.state_dict(), train_state]))):
+            die(f"the weights are not finite after step {step - 1}; lower --lr; {self._last_good()}", 1)
+        state = dict(format=FORMAT, method=self.method, args=dataclasses.asdict(self.args), step=step, backbone=backbone.description,
+                     backbone_state=backbone.state_dict(), train_state=train_state | dict(data=self.data))
         error = 0
         if rank() == 0:
             try:
@@ -608,8 +828,32 @@ class Run:
             except OSError as e:
                 error = 1
                 tqdm.write(f"--out {self.out}: could not save step {step} ({e.strerror}); the older checkpoint stands", file=sys.stderr)
-        if self._agree(error) and last:
+        error = any_rank(error)
+        if error and last:
             raise SystemExit(1)
+        return not error
+
+
+class _Stop(Exception):
+    """A signal came while the run waited for data."""
+
+
+def step_of(line):
+    """The step of a line of log.jsonl; -1 where a kill or a full disk has torn it."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return -1
+
+
+def difference(a, b):
+    """In what two fingerprints of image sets differ, in words."""
+    if a["images"] != b["images"]:
+        return f"{a['images']:,} and {b['images']:,} images"
+    if a["classes"] != b["classes"]:
+        odd = sorted(set(a["classes"]) ^ set(b["classes"]))
+        return f"other classes: {odd[0]}" if odd else "classes in another order"
+    return "other file names or labels"
 
 
 def collapse_monitors(y):
@@ -617,9 +861,13 @@ def collapse_monitors(y):
     effective rank: the exponential of the entropy of the covariance's eigenvalues (1 is collapse, D the most)."""
     y = F.normalize(y.float(), dim=1)
     y = y - y.mean(0)
-    p = torch.linalg.eigvalsh((y.T @ y).cpu()).clamp(min=0)  # (D,)
+    std = float((y * y).mean(0).sqrt().mean())
+    try:
+        p = torch.linalg.eigvalsh((y.T @ y).cpu()).clamp(min=0)  # (D,)
+    except torch.linalg.LinAlgError:  # all features alike, or not finite: a monitor ends no run
+        return dict(feature_std=std if math.isfinite(std) else None, effective_rank=None)
     p = p / p.sum().clamp(min=1e-12)
-    return dict(feature_std=float((y * y).mean(0).sqrt().mean()), effective_rank=float(torch.exp(-(p * torch.log(p.clamp(min=1e-12))).sum())))
+    return dict(feature_std=std, effective_rank=float(torch.exp(-(p * torch.log(p.clamp(min=1e-12))).sum())))
 
 
 def memory_gb(device):
@@ -697,6 +945,15 @@ class ImageSet:
         if self.images is None:
             return [open_image(self.paths[i]) for i in rows.tolist()]
         return self.images[rows.to(self.images.device)]
+
+    def fingerprint(self):
+        if self.images is None:
+            paths = [str(p) for p in self.paths]
+            root = os.path.commonpath([paths[0], paths[-1]])
+            names = repr([p.removeprefix(root) for p in paths])
+        else:
+            names = repr((tuple(self.images.shape), None if self.labels is None else self.labels.tolist()))
+        return dict(images=len(self), classes=list(self.classes), hash=hashlib.blake2b(names.encode(), digest_size=16).hexdigest())
 
     def subset(self, rows):
         """The set of some of its images, rows (n,)."""
@@ -1260,7 +1517,7 @@ class Loader(torch.utils.data.Dataset):
         self.items = len(data if sampler is None else sampler)
         self.steps_per_epoch = self.items // args.batch_size  # the incomplete last batch is dropped
         self.total_steps = args.epochs * self.steps_per_epoch
-        if self.items < args.batch_size:
+        if self.items < args.batch_size and args.epochs:
             die(f"--batch-size {args.batch_size}: larger than the data set ({self.items} {'objects' if self.items < len(data) else 'images'}); lower it")
         if args.batch_size % world_size():
             die(f"--batch-size {args.batch_size}: not divisible by the {world_size()} processes; the nearest that is: {max(1, args.batch_size // world_size()) * world_size()}")
@@ -1288,6 +1545,8 @@ class Loader(torch.utils.data.Dataset):
     def batches(self, steps):
         """Iterate over the batches of `steps`, for `finish`; crops arrive on the device, parameters stay on the CPU."""
         workers = default_workers(self.workers) if self.data.images is None else 0
+        pixels = [len(at) // world_size() * 3 * self.policies[name].crop.size ** 2 for name, (at, _) in self.draw(rng(self.seed, "views", 0)).items()]
+        check_shared_memory(workers, 1.5 * sum(pixels) * (4 if self.whole else 1))  # grids may be larger, and there are parameters
         loader = torch.utils.data.DataLoader(self, batch_size=None, sampler=steps, num_workers=workers, worker_init_fn=detach_worker,
                                              pin_memory=self.device.type == "cuda" and self.data.images is None, timeout=600 if workers else 0)
         for batch in unbroken(loader):
@@ -1304,6 +1563,10 @@ def unbroken(loader):
     """What a loader yields; an image that cannot be read ends the run with one line that names it, exit code 1."""
     try:
         yield from loader
+    except RuntimeError as e:  # a worker was killed, or hangs
+        if "DataLoader" not in str(e):
+            raise
+        die(one_line(e), 1, alone=True)
     except OSError as e:  # from a worker the last line is ours, the others are a traceback
         die(f"{str(e).splitlines()[-1].removeprefix('OSError: ')}; mend or remove the file, or add --skip-corrupt", 1, alone=True)
 
@@ -1316,9 +1579,22 @@ def default_workers(workers):
     return min(8, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
+def check_shared_memory(workers, batch):
+    """Refuse to start loader processes of all ranks of this machine whose prefetched batches, of `batch` bytes each, do not fit
+    into /dev/shm: they would hang, or die of a bus error."""
+    if workers and os.path.isdir("/dev/shm"):
+        disk, local_world = os.statvfs("/dev/shm"), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        free, need = disk.f_bavail * disk.f_frsize, 2 * workers * local_world * batch
+        if need > free:
+            die(f"--workers {workers}: their batches need {need / 2**20:.0f} MB of shared memory and /dev/shm has {free / 2**20:.0f} MB; give --workers 0, or docker run --shm-size=8g")
+
+
 def detach_worker(_):
-    """A loader worker leaves the process group, so that a SIGTERM to all of it lets the main process save first."""
+    """A loader worker leaves the process group, so that a SIGTERM to all of it lets the main process save first. It lets go
+    of the run's lock, which would outlive a killed main process in it."""
     torch.set_num_threads(1)
+    while LOCKS:
+        os.close(LOCKS.popitem()[1])
     if os.name == "posix":
         os.setsid()
 
@@ -2148,7 +2424,7 @@ def export_backbone(path, backbone):
     """Write backbone.safetensors with timm's keys where timm's model gives the same features (to 1e-5); return a line that
     says so, or why not. `timm.create_model(**json.loads(metadata["timm"]), checkpoint_path=path)` loads it."""
     import timm
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     d = backbone.description
     if d["arch"] in VMAMBAS:
@@ -2170,7 +2446,11 @@ def export_backbone(path, backbone):
         difference = (twin(x) - backbone(x)).abs().max().item()
     if not difference <= 1e-5:
         return f"{path.name}: not written, timm's features differ by {difference:.1e}"
-    save_file({k: v.contiguous() for k, v in backbone.state_dict().items()}, path, metadata=dict(timm=json.dumps(arguments), img_size=json.dumps(d["img_size"]), mean=json.dumps(d["mean"]), std=json.dumps(d["std"])))
+    metadata = dict(timm=json.dumps(arguments), img_size=json.dumps(d["img_size"]), mean=json.dumps(d["mean"]), std=json.dumps(d["std"]))
+    try:
+        write(path, save({k: v.contiguous() for k, v in backbone.state_dict().items()}, metadata))
+    except OSError as e:
+        return f"{path.name}: not written ({e.strerror})"
     return f"{path}: the encoder for timm.create_model, whose arguments stand in its metadata"
 
 
@@ -2201,8 +2481,9 @@ class Reader:
 
     def batches(self, op, rows, params=None, batch_size=256, name="images"):
         """Yield (rows (b,), op(their images, their parameters)) in the order of `rows` (n,), behind a progress bar. op can be
-        pickled; params: a dict of (N, ...) for the whole set."""
+        pickled and makes images of `op.size` px; params: a dict of (N, ...) for the whole set."""
         if self.loader is None:
+            check_shared_memory(self.workers, 1.5 * batch_size * 3 * op.size**2)
             self.loader = torch.utils.data.DataLoader(_Views(self.data), batch_size=None, sampler=self.items, num_workers=self.workers, worker_init_fn=detach_worker,
                                                       persistent_workers=self.workers > 0, timeout=600 if self.workers else 0)
         chunks = rows.split(batch_size) if len(rows) else ()
@@ -2229,7 +2510,7 @@ def features(backbone, data, device, transform=None, params=None, encode=None, r
     """
     reader = data if isinstance(data, Reader) else Reader(data, workers)
     centre, normalise = CenterCrop(backbone.img_size, interpolation="bicubic"), Normalize(backbone.mean, backbone.std)
-    transform, encode, world = transform or centre, encode or backbone, world_size()
+    transform, encode, world = transform or centre, backbone if encode is None else encode, world_size()
     rows = torch.arange(len(reader.data)) if rows is None else rows
     even = math.ceil(len(rows) / world) * world  # every rank encodes as many; what is too much is cut off
     mine = rows[torch.arange(even) % len(rows)][rank() :: world]
@@ -2252,23 +2533,6 @@ def features(backbone, data, device, transform=None, params=None, encode=None, r
     return out
 
 
-def any_rank(flag):
-    """The largest flag of all ranks."""
-    return Run._agree(None, flag)
-
-
-def share(value):
-    """What rank 0 has, for all ranks: a tensor, of a shape that all know, or something small and plain."""
-    if world_size() == 1:
-        return value
-    if isinstance(value, torch.Tensor):
-        dist.broadcast(value, 0)
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, device=torch.device("cpu"))
-    return box[0]
-
-
 @torch.no_grad()
 def knn(train, train_labels, test, k=20, temperature=0.07, classes=None):
     """Weighted k-nearest-neighbour vote of DINO: cosine similarity, weights exp(sim / T). Features (N, D) and (M, D),
@@ -2287,7 +2551,5 @@ def knn_accuracy(backbone, train, test, device, args, most=(8_000, 2_000)):
     """The score at the end of a run: 20-NN on test images; sets larger than `most` are thinned evenly, to stay quick."""
     rows = [torch.arange(min(n, len(d))) * len(d) // min(n, len(d)) for n, d in zip(most, (train, test))]
     f = [features(backbone, d, device, rows=r, amp=args.amp, workers=args.workers, name="k-NN") for r, d in zip(rows, (train, test))]
-    right = None
-    if rank() == 0:
-        right = knn(f[0], train.labels[rows[0]], f[1], classes=len(train.classes)).argmax(1) == test.labels[rows[1]]
-    return share(right is not None and right.float().mean().item())
+    right = lambda: knn(f[0], train.labels[rows[0]], f[1], classes=len(train.classes)).argmax(1) == test.labels[rows[1]]
+    return by_rank_0(lambda: right().float().mean().item())

@@ -65,6 +65,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 import uuid
 from functools import partial
 from pathlib import Path
@@ -168,11 +169,11 @@ RANGES = dict(known_fraction="(0, 1]", knn_k="[1, inf)", linear_epochs="[1, inf)
 
 
 class Shared:
-    """A linear probe: rank 0 trains it, all ranks may read it then. `learnt` names what it is that they are given."""
+    """A linear probe: rank 0 trains it, all ranks may read it then. `learnt` names the tensors that they are given."""
 
     def share(self):
-        for name in self.learnt:
-            setattr(self, name, common.share(getattr(self, name)))
+        for value in (getattr(self, name) for name in self.learnt if common.world_size() > 1):
+            common.dist.broadcast(value, 0)
 
 
 class LinearProbe(Shared):
@@ -181,7 +182,7 @@ class LinearProbe(Shared):
     gradient of the mean cross-entropy over a batch is (softmax - onehot) / batch. It learns from `rows`, and `choose` finds the rate
     that is best on the rows `held`."""
 
-    learnt = ("W", "b", "best", "chosen")
+    learnt = ("W", "b", "best")
 
     def __init__(self, dim, classes, rows, held, lrs, epochs, generator, device, batch_size=256):
         self.held, self.rows, self.classes, self.lrs, self.generator, self.batch_size, self.device = held, rows, classes, lrs, generator, batch_size, device
@@ -189,7 +190,7 @@ class LinearProbe(Shared):
         self.b = torch.zeros(len(lrs) * classes, device=device)
         self.mW, self.mb = torch.zeros_like(self.W), torch.zeros_like(self.b)
         self.rate = torch.tensor(lrs, device=device).repeat_interleave(classes) * batch_size / 256  # (L C,)
-        self.steps, self.step, self.best, self.chosen = epochs * -(-len(self.rows) // batch_size), 0, 0, None
+        self.steps, self.step, self.best = epochs * -(-len(self.rows) // batch_size), 0, torch.zeros((), dtype=torch.int64, device=device)
 
     def epoch(self, x, labels):
         """One pass over its rows of x (N, D), labels (N,)."""
@@ -213,9 +214,12 @@ class LinearProbe(Shared):
         """The rate that is best on the held-out rows of x (N, D), labels (N,); of equal ones the lowest. A single one is taken."""
         held = self.held.to(self.device)
         if len(self.lrs) > 1:
-            self.best = int((self.logits(x[held]).argmax(2) == labels[held][:, None]).float().mean(0).argmax())
-        self.chosen = self.lrs[self.best]
+            self.best = (self.logits(x[held]).argmax(2) == labels[held][:, None]).float().mean(0).argmax()
         return self.chosen
+
+    @property
+    def chosen(self):
+        return self.lrs[int(self.best)]
 
     def scores(self, x):  # (M, D) -> (M, C)
         return self.logits(x)[:, self.best]
@@ -237,7 +241,7 @@ class RidgeProbe(Shared):
     none). Of 45 weights w between 1e-6 and 1e5, from the strongest down and each started where the last ended, the one that is
     best on the rows `held` is taken; then these train too."""
 
-    learnt = ("weights", "chosen")
+    learnt = ("weights",)
 
     def __init__(self, dim, classes, rows, held, device, iterations=1000):
         self.device = torch.device("cpu") if device.type == "mps" else device
@@ -416,7 +420,7 @@ class RandomView:
     """An op: a random crop and flip of each image, the usual augmentation of linear probes."""
 
     def __init__(self, size):
-        self.view = Compose([RandomResizedCrop(size), HorizontalFlip()])
+        self.size, self.view = size, Compose([RandomResizedCrop(size), HorizontalFlip()])
 
     def __call__(self, images, draws):
         params = self.view.resolve(draws, torch.tensor([image.shape[1:] for image in images]))
@@ -500,7 +504,7 @@ class Case:
             with contextlib.suppress(Exception):  # not there, or damaged: extracted anew
                 kept = common.read_tensors(path)["x"]
                 x = kept if len(kept) == len(data) else None
-        width = common.share(None if x is None else x.shape[1])
+        width = common.by_rank_0(lambda: None if x is None else x.shape[1])
         if width is not None:
             return torch.empty(0, width) if x is None else x
         x = self.features(data, encode=self.backbone.last_blocks)
@@ -891,7 +895,7 @@ def load_timm(path, name, file, content):
             model.load_state_dict({k: v for k, v in weights.items() if not k.startswith(classifier) or k in model.state_dict()})
     except Exception as e:  # no network, no such weights, or weights that do not fit: timm and torch differ
         common.die(f"{path}: {'its weights cannot be read safely' if 'weights_only' in str(e) else one_line(e)}")
-    if not all(v.isfinite().all() for v in model.state_dict().values()):
+    if not common.finite(model.state_dict()):
         common.die(f"{path}: its weights hold NaN or infinity")
     return Timm(model).eval().requires_grad_(False)
 
@@ -941,15 +945,6 @@ def same_files(train, test, most=1000):
     return []
 
 
-def check_images(path, saw, train, root):
-    """Refuse to score a checkpoint on other images than those that it was trained on, where it knows them."""
-    there = train.fingerprint()
-    words = dict(images="number of images ({} then, {} now)", classes="classes ({} then, {} now)", hash="names of the files")
-    short = lambda v: v if isinstance(v, (int, str)) else len(v)
-    if other := [words[k].format(short(saw[k]), short(there[k])) for k in words if saw[k] != there[k]]:
-        common.die(f"{path}: the images in {root or 'its data set'} are not those that it was trained on: other {', other '.join(other)}; --data-dir, given by hand, probes on other images")
-
-
 def open_case(path, encoder, state, args, device):
     """A loaded checkpoint, or timm model, and its data, checked for what the tasks need -> Case."""
     name = args.data or state["args"]["data"]
@@ -963,8 +958,8 @@ def open_case(path, encoder, state, args, device):
     elif labelled and train.classes != test.classes:
         odd = sorted(set(train.classes) ^ set(test.classes))[0]
         common.die(f"--data-dir {root}: its train and test folders have different classes ({len(train.classes)} and {len(test.classes)}; {odd} is in one of them only)")
-    if state["saw"] and not args.data and not args.data_dir:
-        check_images(path, state["saw"], train, root)
+    if state["saw"] and not args.data and not args.data_dir and state["saw"] != (there := train.fingerprint()):
+        common.die(f"{path}: was trained on other images than {root or name} holds now ({common.difference(state['saw'], there)}); --data-dir, given by hand, probes on others")
     if args.known_fraction < 1:
         if train.labels is None:
             common.die(f"--known-fraction {args.known_fraction}: a share of every class, but {root} has no classes")
@@ -978,6 +973,12 @@ def open_case(path, encoder, state, args, device):
     return Case(encoder.to(device), state | dict(data=name, data_dir=root), train.to(device), test.to(device), args, device)
 
 
+def run_task(name, case):
+    """What rank 0 finds, on every rank: (results, what the protocol says)."""
+    found = TASKS[name](case)
+    return common.by_rank_0(lambda: found)
+
+
 def probe(path, case, evaluation, row):
     """All tasks on one checkpoint: each adds to its `row` of the table, and leaves a record, as soon as it is finished."""
     backbone, state, args, seconds = case.backbone, case.state, case.args, case.seconds
@@ -987,7 +988,7 @@ def probe(path, case, evaluation, row):
     protocol |= dict(known_fraction=args.known_fraction, known_seed=state["args"]["seed"]) if args.known_fraction < 1 else {}
     for task in args.tasks:
         begin, before = time.monotonic(), seconds.get("features", 0.0)
-        finished = evaluation.attempt(f"{path}: {task}", lambda task=task: common.share(TASKS[task](case)))
+        finished = evaluation.attempt(f"{path}: {task}", partial(run_task, task, case))
         if finished is None:
             continue
         values, details = finished
@@ -1103,11 +1104,12 @@ def say(line):
 
 
 def one_line(error):
-    """An exception in one line; one that tells of memory says what to lower."""
-    text = " ".join(str(error).split())[:300]
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in text or "allocate memory" in text:
+    """An exception in one line: what the machine lacks, and what to lower; or where it was raised."""
+    known = common.one_line(error)
+    if known and known.startswith("out of memory"):
         return "out of memory; take fewer --workers or another --device, or an encoder of smaller images"
-    return text if isinstance(error, OSError) and text else f"{type(error).__name__}: {text}"
+    frame = traceback.extract_tb(error.__traceback__)[-1:]
+    return known or " ".join([f"{type(error).__name__}:", *str(error).split()])[:300] + "".join(f" ({Path(f.filename).name}, line {f.lineno})" for f in frame)
 
 
 class Evaluation:
@@ -1115,10 +1117,10 @@ class Evaluation:
     signal ends everything in one line, code 128 + its number. `at_end` is called in any case: there the table is printed."""
 
     def __init__(self):
-        self.codes, self.printed, self.at_end = [], False, lambda: None
+        self.codes, self.printed, self.at_end, self.handlers = [], False, lambda: None, {}
 
     def __enter__(self):
-        self.handlers = {s: signal.signal(s, stop) for s in STOPPING if signal.getsignal(s) != signal.SIG_IGN}  # nohup ignores one
+        self.handlers = {s: signal.signal(s, stop) for s in STOPPING if signal.getsignal(s) != signal.SIG_IGN}  # nohup switches one off
         return self
 
     def __exit__(self, kind, error, trace):
@@ -1151,18 +1153,11 @@ class Evaluation:
         return None if code else out
 
     def table(self, rows, form):
-        """Print what there is; where stdout is closed or full, eval.jsonl has it all the same."""
+        """Print what there is."""
         rows = [(name, values) for name, values in rows if values]
         self.printed |= bool(rows)
-        if not rows or common.rank():
-            return
-        try:
-            print(table(rows, form, getattr(sys.stdout, "encoding", None) or "utf-8"), flush=True)
-        except OSError as e:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what waits to be written goes nowhere
-            if not isinstance(e, BrokenPipeError):  # | head has read enough
-                self.codes.append(1)
-                say(f"stdout: the table cannot be written ({e.strerror}); what it shows is in eval.jsonl beside the checkpoints")
+        if rows and common.rank() == 0:
+            print(table(rows, form, sys.stdout.encoding or "utf-8"), flush=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1327,4 +1322,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    common.command(main)

@@ -1238,4 +1238,4 @@ def evaluate(subjects, args, evaluation):
 
 
 if __name__ == "__main__":
-    main()
+    common.command(main)

@@ -386,7 +386,7 @@ class Supervised(nn.Module):
 def losses(model, views, z=None, labels=None, patches=None):
     """All of a step's mathematics: views {"1", "2"} (B, 3, H, W), z (B, K) for sie, labels (B,) -> ({"loss", ...}, y of view 1).
     `patches` is the compiled encoder."""
-    encode = patches or model.backbone.patches
+    encode = model.backbone.patches if patches is None else patches
     t1, t2 = encode(views["1"]), encode(views["2"])  # (B, N, 512)
     return model(t1, t2, x2=views["2"], z=z, labels=labels), t1.mean(1)
 
@@ -474,7 +474,7 @@ def main(argv=None):
         model.load_state_dict(train_state["heads"] | {f"backbone.{k}": v for k, v in backbone_state.items()})
         optimizer.load_state_dict(train_state["optimizer"])
 
-    begin = run.restore(load)
+    begin = run.restore(load, train)
     chance = dict(recon="L_recon about 1 (the mean colour)", supervised=f"loss {math.log(max(outputs, 1)):.2f}").get(args.objective, f"L_var {1 - 0.01:.2f} (collapse)")
     run.introduce(seen, loader, model, peak, chance)
     patches = torch.compile(model.backbone.patches, dynamic=False) if args.compile else None
@@ -500,4 +500,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    common.command(main)

@@ -774,7 +774,7 @@ def main(argv=None):
         model.load_state_dict(train_state["heads"] | {f"{model.evaluated}.{k}": v for k, v in backbone_state.items()})
         optimizer.load_state_dict(train_state["optimizer"])
 
-    begin = run.restore(load)
+    begin = run.restore(load, train)
     chance = f"L_inv {model.chance(args):.2f}"
     if model.equi is not None and model.equi.chance is not None:
         chance += f", L_equiv {model.equi.chance:.2f}"
@@ -809,4 +809,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    common.command(main)

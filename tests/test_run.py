@@ -405,9 +405,6 @@ def test_compile_trains_the_same(tiny, tmp_path, monkeypatch):
 def test_an_overwritten_run_leaves_nothing(tiny, tmp_path, capsys):
     ser.main([*tiny, "--equi", "none", "--max-steps", "1", "--out", str(tmp_path)])
     trained = content(tmp_path / "checkpoint.pt")
-    import gc
-
-    gc.collect()
     ser.main([*tiny, "--epochs", "0", "--overwrite", "--out", str(tmp_path)])  # the untrained encoder, in its place
     assert content(tmp_path / "checkpoint.pt")["step"] == 0 and trained["step"] == 1
     assert not (tmp_path / "backbone.safetensors").exists() and (tmp_path / "log.jsonl").read_text() == ""
