@@ -1255,6 +1255,7 @@ def append_record(path, state, args, results, protocol):
 
 def check(args):
     """Refuse what cannot work, before anything is computed."""
+    load_splits.cache_clear()  # images may have changed since another call of this process
     if not args.checkpoints:
         common.die("no checkpoint given; name at least one, such as runs/ser-mocov3-ser-blocks-s0/checkpoint.pt")
     for name in ("tasks", "part", "linear_lrs"):

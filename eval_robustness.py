@@ -835,9 +835,14 @@ class Suite:
     notes: list = dataclasses.field(default_factory=list)
 
 
+def zeros(suite, subjects):
+    """No counts yet: {path of a subject: {part: (conditions, k) int64}}."""
+    return {subject.path: {part: torch.zeros(len(suite.conditions), suite.k, dtype=torch.int64, device=subject.case.device) for part, _ in subject.case.parts(0)} for subject in subjects}
+
+
 def measure(suite, sums, args):
-    """Do a suite's jobs, each condition made once for all subjects. What is counted is added to sums, {path of a subject: {part: (conditions, k)
-    int64}}, as it comes, and summed over ranks at the end."""
+    """Do a suite's jobs, each condition made once for all subjects. What is counted is added to `sums` as it comes, and summed over ranks
+    at the end."""
     reader = None
     for job in suite.jobs:
         data = job.read()
@@ -1073,8 +1078,8 @@ def finished(root, name, severity, classes):
 
 def find_finished(root, name, severity):
     """Where a condition of a published set lies."""
-    places = (root / f"{name}.npy", root / name / f"{severity}", *sorted(root.glob(f"*/{name}/{severity}")))
-    found = next((place for place in places if place.exists()), None)
+    places = (root / name / f"{severity}", *sorted(root.glob(f"*/{name}/{severity}")))
+    found = root / f"{name}.npy" if (root / f"{name}.npy").is_file() else next((place for place in places if place.is_dir()), None)
     return found or common.die(f"--suite-dir {root}: has neither {name}/{severity}/ nor {name}.npy; --types names the corruptions that are there")
 
 
@@ -1126,6 +1131,8 @@ SUITES = dict(corruptions=corruptions, perturbations=perturbations, augmentation
 
 def check(args):
     """Refuse what cannot work, before checkpoints are read."""
+    for known in (labelled, load_frost):
+        known.cache_clear()  # images may have changed since another call of this process
     types = {"corruptions": CORRUPTIONS, "perturbations": PERTURBATIONS}
     if not args.suite:
         common.die(f"--suite: is empty; name at least one of {', '.join(SUITES)}")
@@ -1165,7 +1172,7 @@ def check_sets(args, classes):
 def run(name, subjects, data, args, evaluation, protocol):
     """A suite -> the rows of its table, which is printed; a record for each checkpoint. What breaks off prints what there is."""
     begin, suite = time.monotonic(), SUITES[name](subjects, data, args)
-    sums = {subject.path: {part: torch.zeros(len(suite.conditions), suite.k, dtype=torch.int64, device=subject.case.device) for part, _ in subject.case.parts(0)} for subject in subjects}
+    sums = zeros(suite, subjects)
     rows = lambda: {subject.path: {part: suite.row(n.cpu()) for part, n in sums[subject.path].items()} for subject in subjects}
 
     def show(found):
