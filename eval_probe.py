@@ -52,26 +52,35 @@ import contextlib
 import copy
 import csv
 import dataclasses
+import filecmp
 import functools
 import hashlib
 import io
 import itertools
 import json
+import math
 import os
 import re
+import signal
 import sys
+import tempfile
 import time
+import traceback
+import uuid
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
+import safetensors.torch
+import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 import tyro
 from timm.layers import DropPath
+from tqdm import tqdm
 
 import common
 from common import FAMILIES, Affine, CenterCrop, Compose, GridResize, HorizontalFlip, Normalize, RandomResizedCrop, Rot90
@@ -159,11 +168,21 @@ RANGES = dict(known_fraction="(0, 1]", knn_k="[1, inf)", linear_epochs="[1, inf)
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-class LinearProbe:
+class Shared:
+    """A linear probe: rank 0 trains it, all ranks may read it then. `learnt` names the tensors that they are given."""
+
+    def share(self):
+        for value in (getattr(self, name) for name in self.learnt if common.world_size() > 1):
+            common.dist.broadcast(value, 0)
+
+
+class LinearProbe(Shared):
     """One softmax regression per learning rate, all trained at once: W (D, L C) makes the logits of L probes in one matmul, and the
     learning rate is a vector. SGD with momentum 0.9, no weight decay, half a cosine to 0; weights start as N(0, 0.01), biases 0; the
     gradient of the mean cross-entropy over a batch is (softmax - onehot) / batch. It learns from `rows`, and `choose` finds the rate
     that is best on the rows `held`."""
+
+    learnt = ("W", "b", "best")
 
     def __init__(self, dim, classes, rows, held, lrs, epochs, generator, device, batch_size=256):
         self.held, self.rows, self.classes, self.lrs, self.generator, self.batch_size, self.device = held, rows, classes, lrs, generator, batch_size, device
@@ -171,7 +190,7 @@ class LinearProbe:
         self.b = torch.zeros(len(lrs) * classes, device=device)
         self.mW, self.mb = torch.zeros_like(self.W), torch.zeros_like(self.b)
         self.rate = torch.tensor(lrs, device=device).repeat_interleave(classes) * batch_size / 256  # (L C,)
-        self.steps, self.step, self.best = epochs * -(-len(self.rows) // batch_size), 0, 0
+        self.steps, self.step, self.best = epochs * -(-len(self.rows) // batch_size), 0, torch.zeros((), dtype=torch.int64, device=device)
 
     def epoch(self, x, labels):
         """One pass over its rows of x (N, D), labels (N,)."""
@@ -195,9 +214,12 @@ class LinearProbe:
         """The rate that is best on the held-out rows of x (N, D), labels (N,); of equal ones the lowest. A single one is taken."""
         held = self.held.to(self.device)
         if len(self.lrs) > 1:
-            self.best = int((self.logits(x[held]).argmax(2) == labels[held][:, None]).float().mean(0).argmax())
-        self.chosen = self.lrs[self.best]
+            self.best = (self.logits(x[held]).argmax(2) == labels[held][:, None]).float().mean(0).argmax()
         return self.chosen
+
+    @property
+    def chosen(self):
+        return self.lrs[int(self.best)]
 
     def scores(self, x):  # (M, D) -> (M, C)
         return self.logits(x)[:, self.best]
@@ -214,15 +236,17 @@ def linear_probe(train, labels, test, classes, lrs, epochs, generator, batch_siz
     return probe.scores(test), rate
 
 
-class RidgeProbe:
+class RidgeProbe(Shared):
     """Softmax regression by L-BFGS on fixed features: sum of cross-entropies + w |(W, b)|^2, in float64 (on the CPU where the device has
     none). Of 45 weights w between 1e-6 and 1e5, from the strongest down and each started where the last ended, the one that is
     best on the rows `held` is taken; then these train too."""
 
+    learnt = ("weights",)
+
     def __init__(self, dim, classes, rows, held, device, iterations=1000):
         self.device = torch.device("cpu") if device.type == "mps" else device
         self.held, self.rows, self.iterations = held.to(self.device), rows.to(self.device), iterations
-        self.weights = torch.zeros(dim + 1, classes, dtype=torch.float64, device=self.device)  # the last row is the bias
+        self.weights, self.chosen = torch.zeros(dim + 1, classes, dtype=torch.float64, device=self.device), None  # the last row is the bias
 
     def fit(self, x, labels, rows, ridge):
         f, y, W = F.pad(x[rows], (0, 1), value=1.0), labels[rows], self.weights.clone().requires_grad_()
@@ -245,9 +269,9 @@ class RidgeProbe:
             right = (self.scores(x[self.held]).argmax(1) == labels[self.held]).double().mean().item()
             if right > best:
                 best, kept = right, (ridge, self.weights)
-        ridge, self.weights = kept
-        self.fit(x, labels, torch.cat([self.rows, self.held]), ridge)
-        return ridge
+        self.chosen, self.weights = kept
+        self.fit(x, labels, torch.cat([self.rows, self.held]), self.chosen)
+        return self.chosen
 
     def scores(self, x):  # (M, D) -> (M, C)
         return F.pad(x.to(self.device, torch.float64), (0, 1), value=1.0) @ self.weights
@@ -276,6 +300,23 @@ def linear_schedule(train, target, generator, epochs=100):
         readout = nn.Linear(train.shape[1], int(target.max()) + 1 if target.dtype == torch.int64 else target.shape[1]).to(train.device)
     optimizer = torch.optim.SGD(readout.parameters(), lr=1.0, momentum=0.9, nesterov=True, weight_decay=1e-6)
     return fit(readout, lambda _: (train, target), epochs, optimizer, generator, torch.optim.lr_scheduler.StepLR(optimizer, 10, 0.3), desc="linear readout")
+
+
+class StepsProbe(Shared):
+    """`linear_schedule` of classes, on its rows of features (N, D) with labels (N,)."""
+
+    learnt, chosen = ("W", "b"), 1.0
+
+    def __init__(self, dim, rows, labels, generator):
+        self.rows, self.generator, classes = rows.to(labels.device), generator, int(labels.max()) + 1
+        self.W, self.b = torch.zeros(classes, dim, device=labels.device), torch.zeros(classes, device=labels.device)
+
+    def train(self, x, labels):
+        layer = linear_schedule(x[self.rows], labels[self.rows], self.generator)
+        self.W, self.b = layer.weight, layer.bias
+
+    def scores(self, x):  # (M, D) -> (M, C)
+        return F.linear(x, self.W, self.b)
 
 
 def least_squares(train, target, test):
@@ -356,37 +397,33 @@ def hold_out(data, generator, share=0.1):
 
 
 class SecondView:
-    """The second views of a set: `view(images, rows)` centre-crops uint8 images and transforms each with parameters of its own,
-    drawn from the seed and kept in `view.params`, or given. A class, so that workers can have it."""
+    """An op that makes the second views of a set: uint8 images, centre-cropped and then transformed as one of the families does,
+    by quarter turns, by mirroring, or by free rotations."""
 
-    def __init__(self, name, size, n, seed, **params):
+    def __init__(self, name, size):
         self.name, self.size, self.centre = name, size, CenterCrop(size, interpolation="bicubic")
         turns = dict(quarters=Rot90, mirror=HorizontalFlip, turn90=partial(Affine, 90, interpolation="nearest"), turn180=partial(Affine, 180, interpolation="nearest"))
         self.op = turns[name]() if name in turns else common.family(name, size)
-        self.params = self.op.sample(n, common.rng(seed, "r2", name), torch.full((n, 2), size)) | params
 
-    @property
-    def target(self):
-        """What was done, as numbers (N, K)."""
-        return common.family_target(self.name, self.params, self.size)
+    def sample(self, n, seed):
+        """Parameters of n images, drawn from the seed."""
+        return self.op.sample(n, common.rng(seed, "r2", self.name), torch.full((n, 2), self.size))
 
-    def __call__(self, images, rows):
-        x, params = self.centre(images), {key: value[rows] for key, value in self.params.items()}  # uint8 (n, 3, S, S)
+    def __call__(self, images, params):
+        x = self.centre(images)  # uint8 (n, 3, S, S)
         if self.name == "crop":
             return self.op(x, params)
         return (self.op(x.float() / 255, params) * 255).round().clamp(0, 255).to(torch.uint8)
 
 
 class RandomView:
-    """A random crop and flip of each image of a set, drawn from the generator: the usual augmentation of linear probes."""
+    """An op: a random crop and flip of each image, the usual augmentation of linear probes."""
 
-    def __init__(self, size, n, generator):
-        self.view = Compose([RandomResizedCrop(size), HorizontalFlip()])
-        self.draws = self.view.draw(n, generator)
+    def __init__(self, size):
+        self.size, self.view = size, Compose([RandomResizedCrop(size), HorizontalFlip()])
 
-    def __call__(self, images, rows):
-        sizes = torch.tensor([image.shape[1:] for image in images])
-        params = self.view.resolve({key: value[rows] for key, value in self.draws.items()}, sizes)
+    def __call__(self, images, draws):
+        params = self.view.resolve(draws, torch.tensor([image.shape[1:] for image in images]))
         return (self.view(images, params) * 255).round().clamp(0, 255).to(torch.uint8)
 
 
@@ -426,7 +463,11 @@ def accuracies(name, scores, labels):
 
 @dataclasses.dataclass
 class Case:
-    """One encoder on one data set: what every task looks at. Features are extracted when a task first asks, and kept."""
+    """One encoder on one data set: what every task looks at. Features are extracted when a task first asks, and kept.
+
+    All ranks encode, each its share; rank 0 alone holds the features and trains probes on them. In every task what follows
+    `if common.rank()` is rank 0's, and nothing there waits for the others.
+    """
 
     backbone: nn.Module
     state: dict  # of the checkpoint, without its tensors
@@ -436,35 +477,63 @@ class Case:
     device: torch.device
 
     def __post_init__(self):
-        self.how = dict(device=self.device, amp=self.args.amp, workers=self.args.workers)
         self.seconds = {}  # what took how long
 
     @functools.cached_property
+    def readers(self):
+        """Of train and test images: their workers serve all tasks."""
+        return tuple(common.Reader(data, self.args.workers) for data in (self.train, self.test))
+
+    def features(self, data, **how):
+        """`common.features` of the train or test images: (n, D), on rank 0."""
+        return common.features(self.backbone, self.readers[data is self.test], self.device, amp=self.args.amp, **how)
+
+    @functools.cached_property
     def x(self):
-        """What linear probes look at, of train and test images: (N, W), (M, W). Kept in --cache-dir, where there is one."""
-        begin, out = time.monotonic(), []
-        for data in (self.train, self.test):
-            path = self.args.cache_dir and Path(self.args.cache_dir) / f"features-{self.fingerprint(data)}.pt"
-            x = None
-            with contextlib.suppress(Exception):  # not there, or damaged: extracted anew
-                x = common.read_tensors(path)["x"] if path else None
-            if common.any_rank(int(x is None)):  # on all ranks if on one
-                x = common.features(self.backbone, data, encode=self.backbone.last_blocks, **self.how)
-                if path and common.rank() == 0:
-                    common.save_checkpoint(path, dict(x=x))
-            out.append(x.to(self.device))
+        """What linear probes look at, of train and test images: (N, W), (M, W)."""
+        begin = time.monotonic()
+        out = tuple(self.kept_features(data).to(self.device) for data in (self.train, self.test))
         self.seconds["features"] = time.monotonic() - begin
-        return tuple(out)
+        return out
+
+    def kept_features(self, data):
+        """Those of --cache-dir, where there is one and it has them: rank 0 looks for all. Else they are extracted and kept there."""
+        path = x = None
+        if self.args.cache_dir and common.rank() == 0:
+            path = Path(self.args.cache_dir) / f"features-{self.fingerprint(data)}.pt"
+            with contextlib.suppress(Exception):  # not there, or damaged: extracted anew
+                kept = common.read_tensors(path)["x"]
+                x = kept if len(kept) == len(data) else None
+        width = common.by_rank_0(lambda: None if x is None else x.shape[1])
+        if width is not None:
+            return torch.empty(0, width) if x is None else x
+        x = self.features(data, encode=self.backbone.last_blocks)
+        if path:
+            part = path.with_name(f"{path.name}.{uuid.uuid4().hex}")  # another evaluation may write the same features
+            try:
+                with open(part, "wb") as f:
+                    torch.save(dict(x=x), f)
+                os.replace(part, path)
+            except (OSError, RuntimeError) as e:  # a full disk is either
+                part.unlink(missing_ok=True)
+                say(f"--cache-dir {self.args.cache_dir}: features are not kept ({one_line(e)})")
+        return x
 
     def fingerprint(self, data):
-        """Of all that features depend on: weights, architecture, images, arithmetic."""
-        pixels = [(str(Path(p).resolve()), os.stat(p).st_size, os.stat(p).st_mtime_ns) for p in data.paths] if data.images is None else hashlib.blake2b(data.images.cpu().numpy().tobytes()).hexdigest()
-        key = repr((1, self.state.get("sha256"), self.state.get("backbone"), self.backbone.mean, self.backbone.std, self.backbone.img_size, pixels, self.args.amp, self.device.type))
-        return hashlib.blake2b(key.encode(), digest_size=12).hexdigest()
+        """Of all that features depend on: code, weights, architecture, images, arithmetic."""
+        digest, versions = hashlib.blake2b(Path(common.__file__).read_bytes(), digest_size=12), (torch.__version__, torchvision.__version__, timm.__version__)
+        for path in data.paths if data.images is None else ():
+            stat = os.stat(path)
+            digest.update(repr((os.path.abspath(path), stat.st_size, stat.st_mtime_ns)).encode(errors="surrogateescape"))
+        if data.images is not None:
+            digest.update(data.images.cpu().numpy())
+        digest.update(repr((2, self.state.get("sha256"), self.state.get("backbone"), self.backbone.mean, self.backbone.std, self.backbone.img_size, self.args.amp, self.device.type, *versions)).encode())
+        return digest.hexdigest()
 
     @functools.cached_property
     def heads(self):
-        """All linear probes that the tasks ask for, {name: probe}, trained side by side on one pass over the features an epoch."""
+        """All linear probes that the tasks ask for, {name: probe}, trained side by side on one pass over the features an epoch: by
+        rank 0, for all."""
         args, labels, width, heads, wanted = self.args, self.train.labels.to(self.device), self.x[0].shape[1], {}, {}
         choosing = args.linear == "lbfgs" or args.linear == "sgd" and len(args.linear_lrs) > 1
         held = hold_out(self.train, common.rng(args.seed, "held out")) if choosing else torch.zeros(len(self.train), dtype=torch.bool)
@@ -478,26 +547,34 @@ class Case:
                 head = LinearProbe(x.shape[1], len(self.train.classes), rows, chooses, args.linear_lrs, args.linear_epochs, generator, self.device)
             elif args.linear == "lbfgs":
                 head = RidgeProbe(x.shape[1], len(self.train.classes), rows, chooses, self.device)
-                head.chosen = head.train(x, labels)
             else:
-                head = SimpleNamespace(scores=linear_schedule(x[rows.to(self.device)], labels[rows.to(self.device)], generator), chosen=1.0)
+                head = StepsProbe(x.shape[1], rows, labels, generator)
+            if args.linear != "sgd" and common.rank() == 0:
+                head.train(x, labels)
             heads[name + suffix], head.columns = head, columns
-        if args.linear != "sgd":
-            return heads
+        if args.linear == "sgd":
+            self.train_together(heads, labels)
+        for head in heads.values():
+            head.share()
+        return heads
+
+    def train_together(self, heads, labels):
+        """LinearProbes {name: probe}, on the labels (N,) of the train images."""
+        args = self.args
         if args.augment and common.rank() == 0:
             print(f"  {args.linear_epochs} epochs of augmented views: {args.linear_epochs * len(self.train):,} images to encode", file=sys.stderr)
         for epoch in common.progress(range(args.linear_epochs), desc="linear probes", unit="epoch"):
             x = self.augmented(epoch) if args.augment else self.x[0]
-            for head in heads.values():
+            for head in heads.values() if common.rank() == 0 else ():
                 head.epoch(x[:, head.columns], labels)
-        for head in heads.values():
+        for head in heads.values() if common.rank() == 0 else ():
             head.choose(self.x[0][:, head.columns], labels)
-        return heads
 
     def augmented(self, epoch):
         """Features of random crops and flips of the train images (N, W), others each epoch."""
-        view = RandomView(self.backbone.img_size, len(self.train), common.rng(self.args.seed, "augmented", epoch))
-        return common.features(self.backbone, self.train, encode=self.backbone.last_blocks, transform=view, name="augmented", **self.how).to(self.device)
+        op = RandomView(self.backbone.img_size)
+        draws = op.view.draw(len(self.train), common.rng(self.args.seed, "augmented", epoch))
+        return self.features(self.train, encode=self.backbone.last_blocks, transform=op, params=draws, name="augmented").to(self.device)
 
     def few(self, share, allowed=None):
         """The rows of a share of each class: (n,)."""
@@ -543,6 +620,8 @@ class Case:
 
 def knn(case):
     results, (y, y_test) = {}, case.y
+    if common.rank():
+        return None
     for suffix, columns in case.parts(y.shape[1]):
         scores = common.knn(y[:, columns], case.train.labels, y_test[:, columns], case.args.knn_k, classes=len(case.train.classes))
         results |= accuracies(f"knn{suffix}", scores, case.test.labels)
@@ -550,7 +629,9 @@ def knn(case):
 
 
 def linear(case):
-    results = {}
+    results, _ = {}, case.heads
+    if common.rank():
+        return None
     for name, scores in case.read("linear", case.x[1]).items():
         results |= accuracies(name, scores, case.test.labels)
     return results, case.fitting
@@ -558,6 +639,8 @@ def linear(case):
 
 def mlp(case):
     results, on_train, labels, (x, x_test) = {}, {}, case.train.labels.to(case.device), case.x
+    if common.rank():
+        return None
     warn_of_few_steps("--mlp-epochs", case.args.mlp_epochs, len(x))
     for suffix, columns in case.parts(x.shape[1]):
         probe = mlp_probe(lambda _: (x, labels), len(case.train.classes), case.args.mlp_epochs, common.rng(case.args.seed, "mlp"), columns)
@@ -567,25 +650,28 @@ def mlp(case):
 
 
 def fewshot(case):
-    results, images, tuned = {}, {}, case.args.fewshot == "finetune"
-    for share in SHARES:
-        name = f"fewshot {share:.0%}"
-        images[name] = len(case.few(share))
-        if tuned:
-            scores = {name: common.features(case.backbone, case.test, encode=fine_tune(case, rows=case.few(share)), name=name, **case.how)}
-        for key, values in (scores if tuned else case.read(name, case.x[1])).items():
-            results |= accuracies(key, values, case.test.labels)
-    return results, dict(case.tuning if tuned else case.fitting, images=images)
+    results, images, tuned = {}, {f"fewshot {share:.0%}": len(case.few(share)) for share in SHARES}, case.args.fewshot == "finetune"
+    if tuned:
+        scores = {name: case.features(case.test, encode=fine_tune(case, rows=case.few(share)), name=name) for name, share in zip(images, SHARES)}
+    details = case.tuning if tuned else case.fitting
+    if common.rank():
+        return None
+    for key, values in (scores if tuned else {k: v for name in images for k, v in case.read(name, case.x[1]).items()}).items():
+        results |= accuracies(key, values, case.test.labels)
+    return results, dict(details, images=images)
 
 
 def r2(case):
     """R^2 of what lies between two views, on test pairs; beside it, in the protocol, on training pairs: near 0 in both is not fitted
     or not there, high on training pairs alone is overfitted."""
-    sides, scores, args = ((case.train, case.y[0]), (case.test, case.y[1])), {}, case.args
+    scores, args = {}, case.args
     targets = args.r2_targets or (POSES if "rotation" in case.train.factors else FAMILIES)
     warn_of_few_steps("--r2-epochs", args.r2_epochs, min(len(case.train), 100_000 if set(targets) <= set(POSES) else args.r2_images))
     for target in targets:
-        sample, test_pairs, test_targets = (pairs_of_poses if target in POSES else pairs_of_images)(target, case.backbone, sides, args, case.how)
+        drawn = (pairs_of_poses if target in POSES else pairs_of_images)(target, case)
+        if common.rank():
+            continue
+        sample, test_pairs, test_targets = drawn
         pairs, answers = sample(0)
         for suffix, columns in case.parts(case.backbone.dim):
             probe = mlp_probe(sample, answers.shape[1], args.r2_epochs, common.rng(args.seed, "r2", target), columns)
@@ -606,9 +692,12 @@ def layers(case):
     for name, kind, key, classes in (("rotation", "quarters", "rot90", 4), ("flip", "mirror", "flip", 2)):
         sides = []
         for data, most, seed in ((case.train, args.r2_images, args.seed), (case.test, max(2, args.r2_images // 2), args.seed + 1)):
-            rows, view = evenly(len(data), most), SecondView(kind, backbone.img_size, len(data), seed)
-            views = [common.features(backbone, data, encode=encode, transform=t, rows=rows, name=f"{name} by layer", **case.how).to(case.device) for t in (None, view)]
-            sides.append((torch.stack(views, 1), view.params[key][rows].long().to(case.device)))  # (n, 2, sum of D), (n,)
+            rows, view = evenly(len(data), most), SecondView(kind, backbone.img_size)
+            params = view.sample(len(data), seed)
+            views = [case.features(data, encode=encode, transform=t, params=params, rows=rows, name=f"{name} by layer").to(case.device) for t in (None, view)]
+            sides.append((torch.stack(views, 1), params[key][rows].long().to(case.device)))  # (n, 2, sum of D), (n,)
+        if common.rank():
+            continue
         for k, (pairs, answers), (test_pairs, test_answers) in zip(chosen, *([(z, t) for z in pairs.split(widths, 2)] for pairs, t in sides)):
             probe = mlp_probe(lambda _, side=(pairs, answers): side, classes, args.r2_epochs, common.rng(args.seed, name, k))
             right = lambda x, y, probe=probe: 100 * (probe(x).argmax(1) == y).float().mean().item()
@@ -627,37 +716,43 @@ def equivariance(case):
     generator, norm = common.rng(args.seed, "equivariance"), getattr(backbone, "norm", nn.Identity())
     tokens = lambda x: norm(backbone.tokens(x, layer))
 
-    def maps(transform=None):
-        flat = common.features(backbone, case.test, encode=lambda x: tokens(x).flatten(1), transform=transform, rows=rows, name="equivariance", **case.how)
-        return flat.view(len(rows), *shape)  # (n, h, w, D)
+    def maps(transform=None, params=None, act=lambda x: x, rows=rows, shape=None):
+        flat = case.features(case.test, encode=lambda x: tokens(act(x)).flatten(1), transform=transform, params=params, rows=rows, name="equivariance")
+        return flat.unflatten(1, shape or here)  # (n, h, w, D)
 
     with torch.no_grad():
-        shape = backbone.tokens(torch.zeros(1, 3, backbone.img_size, backbone.img_size, device=case.device), layer).shape[1:]
+        here = backbone.tokens(torch.zeros(1, 3, backbone.img_size, backbone.img_size, device=case.device), layer).shape[1:]
     quarters = 1 + torch.randint(3, (n,), generator=generator)
     turn = lambda z: torch.stack([m.rot90(int(k), (0, 1)) for m, k in zip(z, quarters[rows])])
-    groups = dict(rotation=(SecondView("quarters", backbone.img_size, n, 0, rot90=quarters), turn),
-                  flip=(SecondView("mirror", backbone.img_size, n, 0, flip=torch.ones(n, dtype=torch.bool)), lambda z: z.flip(2)))
-    z, cosine = maps(), lambda a, b: F.cosine_similarity(a, b, dim=3).mean().item()
+    turned = maps(SecondView("quarters", backbone.img_size), dict(rot90=quarters))
+    mirrored, z = maps(SecondView("mirror", backbone.img_size), dict(flip=torch.ones(n, dtype=torch.bool))), maps()
+    scaled = []  # maps on any grid of patches: the area 0.7 to 1.3 times that of training, one for 100 images
+    for chunk in torch.arange(len(rows)).split(100) if hasattr(backbone, "patch_size") else ():
+        grid = GridResize(backbone.patch_size, backbone.grid)
+        params = grid.sample(1, generator)
+        size = tuple(int(params[name][0]) for name in ("grid_h", "grid_w"))
+        scaled.append((chunk, size, maps(act=partial(grid, params=params), rows=rows[chunk], shape=(*size, here[-1]))))
+    if common.rank():
+        return None
     others = z.roll(len(z) // 2, 0)  # far away in a sorted set: another object, mostly another class
+    cosine = lambda a, b: F.cosine_similarity(a, b, dim=3).mean().item()
 
     def note(name, pairs):  # [(rho_g f(x), rho_g f(other image), f(g x))] in chunks of one grid each
         share = lambda score: sum(score(*maps) * len(maps[0]) for maps in pairs) / len(rows)
         results.update({f"equi {name}": share(lambda moved, other, there: cosine(moved, there)), f"equi {name} shuffled": share(lambda moved, other, there: cosine(other, there)),
                         f"equi {name} centred": share(lambda moved, other, there: cosine(moved - moved.mean((0, 1, 2)), there - there.mean((0, 1, 2))))})
 
-    for name, (view, act) in groups.items():
-        note(name, [(act(z), act(others), maps(view))])
-    if hasattr(backbone, "patch_size"):  # any grid of patches: the area 0.7 to 1.3 times that of training, one for 100 images
-        pairs = []
-        for chunk in torch.arange(len(rows)).split(100):
-            grid = GridResize(backbone.patch_size, backbone.grid)
-            params = grid.sample(1, generator)
-            size = tuple(int(params[name][0]) for name in ("grid_h", "grid_w"))
-            scaled = lambda m, size=size: F.interpolate(m.permute(0, 3, 1, 2), size, mode="bicubic").permute(0, 2, 3, 1)
-            there = common.features(backbone, case.test, encode=lambda x, grid=grid, params=params: tokens(grid(x, params)).flatten(1), rows=rows[chunk], name="scale", **case.how)
-            pairs.append((scaled(z[chunk]), scaled(others[chunk]), there.view(len(chunk), *size, shape[-1])))
-        note("scale", pairs)
+    note("rotation", [(turn(z), turn(others), turned)])
+    note("flip", [(z.flip(2), others.flip(2), mirrored)])
+    if scaled:
+        resample = lambda m, size: F.interpolate(m.permute(0, 3, 1, 2), size, mode="bicubic").permute(0, 2, 3, 1)
+        note("scale", [(resample(z[chunk], size), resample(others[chunk], size), there) for chunk, size, there in scaled])
     return results, dict(images=len(rows), layer=layer, tokens="after the final norm")
+
+
+def draw_view(view, n, generator):
+    """One view of every image of a batch, for the loader."""
+    return {"1": (torch.arange(n), view.draw(n, generator))}
 
 
 def fine_tune(case, quarters=False, rows=None):
@@ -680,7 +775,7 @@ def fine_tune(case, quarters=False, rows=None):
         common.die(f"--tasks finetune: {len(train)} images are too few for {common.world_size()} processes")
     view = Compose([RandomResizedCrop(model.img_size), HorizontalFlip(), *[Rot90()] * quarters, Normalize(model.mean, model.std)])
     run = SimpleNamespace(seed=args.seed, batch_size=batch, workers=args.workers, epochs=args.finetune_epochs)
-    loader = common.Loader(train, {"1": view}, lambda g: {"1": (torch.arange(batch), view.draw(batch, g))}, run, device)
+    loader = common.Loader(train, {"1": view}, partial(draw_view, view, batch), run, device)
     parameters = [*model.parameters(), *head.parameters()]
     optimizer = torch.optim.SGD(parameters, lr=0.0, momentum=0.9, weight_decay=1e-4)
     for step, drawn in enumerate(common.progress(loader.batches(range(loader.total_steps)), total=loader.total_steps, desc="fine-tuning", unit="step")):
@@ -699,8 +794,8 @@ def fine_tune(case, quarters=False, rows=None):
 
 
 def finetune(case):
-    scores = common.features(case.backbone, case.test, encode=case.tuned, name="fine-tuned", **case.how)
-    return accuracies("finetune", scores, case.test.labels), case.tuning
+    scores = case.features(case.test, encode=case.tuned, name="fine-tuned")
+    return None if common.rank() else (accuracies("finetune", scores, case.test.labels), case.tuning)
 
 
 def rotation(case):
@@ -708,26 +803,34 @@ def rotation(case):
     and of one that tells the quarter turn of an image (`4-fold`: trained on one of each image, read on all four). Beside
     `finetune` also of encoders fine-tuned for either."""
     args, size, results, n, m = case.args, case.backbone.img_size, {}, len(case.train), len(case.test)
-    see = lambda data, view, encode: common.features(case.backbone, data, encode=encode, transform=view, name=view.name, **case.how).to(case.device)
-    draws = [SecondView(kind, size, m, seed) for kind in ("turn90", "turn180") for seed in range(args.seed, args.seed + 3)]
-    fourfold = [SecondView("quarters", size, m, 0, rot90=torch.full((m,), k)) for k in range(4)]
-    seen = lambda data, views, encode=case.backbone.last_blocks: torch.cat([see(data, view, encode) for view in views])  # (views n, D)
+    draws = [(view := SecondView(kind, size), view.sample(m, seed)) for kind in ("turn90", "turn180") for seed in range(args.seed, args.seed + 3)]
+    quarters = SecondView("quarters", size)
+    fourfold = [(quarters, dict(rot90=torch.full((m,), k))) for k in range(4)]
+    answers = quarters.sample(n, args.seed)
+
+    def seen(data, views, encode=case.backbone.last_blocks):  # (views n, D)
+        return torch.cat([case.features(data, encode=encode, transform=view, params=params, name=view.name).to(case.device) for view, params in views])
+
+    x_turned, x, x_test, _, tuned = seen(case.test, draws), seen(case.train, [(quarters, answers)]), seen(case.test, fourfold), case.heads, ()
+    if "finetune" in args.tasks:
+        tuned = seen(case.test, draws, case.tuned), seen(case.test, fourfold, fine_tune(case, quarters=True))
+    if common.rank():
+        return None
 
     def note(name, suffix, scores):
         right = (scores.argmax(1).cpu().view(6, m) == case.test.labels).float().mean(1)  # of each draw
         results[f"{name} ±90°{suffix}"], results[f"{name} ±180°{suffix}"] = 100 * right[:3].mean().item(), 100 * right[3:].mean().item()
 
     share = lambda scores: 100 * (scores.argmax(1).cpu() == torch.arange(4).repeat_interleave(m)).float().mean().item()
-    turned, rates = SecondView("quarters", size, n, args.seed), {}
-    for name, scores in case.read("linear", seen(case.test, draws)).items():
+    rates, k = {}, answers["rot90"].to(case.device)
+    for name, scores in case.read("linear", x_turned).items():
         note("linear", name.removeprefix("linear"), scores)
-    x, x_test, k = seen(case.train, [turned]), seen(case.test, fourfold), turned.params["rot90"].to(case.device)
     for suffix, columns in case.parts(x.shape[1]):
         scores, rates["4-fold" + suffix] = linear_probe(x[:, columns], k, x_test[:, columns], 4, args.linear_lrs, args.linear_epochs, common.rng(args.seed, "4-fold"))
         results["4-fold" + suffix] = share(scores)
-    if "finetune" in args.tasks:
-        note("finetune", "", seen(case.test, draws, case.tuned))
-        results["4-fold finetune"] = share(seen(case.test, fourfold, fine_tune(case, quarters=True)))
+    if tuned:
+        note("finetune", "", tuned[0])
+        results["4-fold finetune"] = share(tuned[1])
     return results, dict(case.fitting, draws=3, fourfold=dict(optimizer="sgd", augment=False, chosen=rates))
 
 
@@ -762,83 +865,139 @@ class Timm(nn.Module):
 
 
 def load(path):
-    """A checkpoint, or timm:NAME with timm's weights, or timm:NAME@FILE with those of a file, without classifier -> (encoder, state)."""
-    if not path.startswith("timm:"):
-        return common.load_backbone(path)
-    import timm
-    from safetensors import safe_open
+    """A checkpoint, or timm:NAME with timm's weights, or timm:NAME@FILE with those of a file, without classifier -> (encoder, state
+    without tensors). A file is read once, so that its `sha256` is of what was loaded."""
+    name, _, file = path.removeprefix("timm:").partition("@") if path.startswith("timm:") else (None, None, path)
+    try:
+        content = io.BytesIO(Path(file).read_bytes()) if file else None
+    except OSError as e:
+        common.die(f"{path}: cannot be read ({e.strerror})")
+    if name is None:
+        encoder, state = common.load_backbone(path, content)
+        state = {k: state[k] for k in ("method", "args", "step", "backbone")} | dict(saw=state["train_state"].get("data"))
+    else:
+        encoder, state = load_timm(path, name, file, content), dict(method="timm", step=0, args=dict(data=None, data_dir=None, seed=0, arch=path), backbone=dict(arch=name, inv=None), saw=None)
+    return encoder, state | dict(sha256=hashlib.sha256(content.getbuffer()).hexdigest() if file else path)
 
-    name, _, file = path.removeprefix("timm:").partition("@")
+
+def load_timm(path, name, file, content):
+    """timm's model NAME, with its own weights or those that `content`, the bytes of a file, holds."""
     if not timm.is_model(name):
         common.die(f"{path}: timm has no model {name}; timm.list_models('*{name[:6]}*') lists those that are called alike")
-    if file and not Path(file).is_file():
-        common.die(f"{path}: no such file {file}")
+    notes, weights = read_weights(path, file, content) if file else ({}, None)
     try:
-        notes = {}  # what our own backbone.safetensors says of itself
-        if file.endswith(".safetensors"):
-            with safe_open(file, "pt") as f:
-                notes = {k: json.loads(v) for k, v in (f.metadata() or {}).items() if k in ("timm", "mean", "std", "img_size")}
-        arguments = {k: v for k, v in notes.pop("timm", {}).items() if k not in ("model_name", "num_classes")}
-        model = timm.create_model(name, pretrained=not file, num_classes=0, **arguments)
+        sizes = {k: v for k, v in notes.pop("timm", {}).items() if k not in ("model_name", "num_classes") and isinstance(v, (int, float))}  # no paths
+        model = timm.create_model(name, pretrained=not file, num_classes=0, **sizes)
         side = notes.pop("img_size", None)
         model.pretrained_cfg |= notes | (dict(input_size=(3, side, side)) if side else {})
         if file:
-            weights = timm.models.load_state_dict(file, weights_only=True)
             classifier = tuple(f"{c}." for c in (model.pretrained_cfg["classifier"], "head") if isinstance(c, str))
             model.load_state_dict({k: v for k, v in weights.items() if not k.startswith(classifier) or k in model.state_dict()})
-        encoder = Timm(model).eval().requires_grad_(False)
-    except Exception as e:  # no network, no such weights, no such file, or weights that do not fit: timm, safetensors and torch differ
-        common.die(f"{path}: {' '.join(str(e).split())[:300] or type(e).__name__}")
-    return encoder, dict(method="timm", step=0, args=dict(data=None, data_dir=None, seed=0, arch=path), backbone=dict(arch=name, inv=None))
+    except Exception as e:  # no network, no such weights, or weights that do not fit: timm and torch differ
+        common.die(f"{path}: {'its weights cannot be read safely' if 'weights_only' in str(e) else one_line(e)}")
+    if not common.finite(model.state_dict()):
+        common.die(f"{path}: its weights hold NaN or infinity")
+    return Timm(model).eval().requires_grad_(False)
 
 
-load_split = functools.lru_cache(maxsize=4)(common.load_data)  # checkpoints of one call mostly share theirs
+def read_weights(path, file, content):
+    """The bytes of a .safetensors, or of what torch.save writes -> (what our own backbone.safetensors says of itself, state dict). Damaged
+    files are refused, and those that only unsafe readers would read."""
+    try:
+        if not file.endswith(".safetensors"):
+            held = common.read_tensors(path, content)
+            held = next((held[k] for k in ("state_dict_ema", "model_ema", "state_dict", "model") if held.get(k) is not None), held)
+            return {}, timm.models.clean_state_dict(held)
+        content = content.getvalue()
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")]).get("__metadata__", {})
+        return {k: json.loads(v) for k, v in header.items() if k in ("timm", "mean", "std", "img_size")}, safetensors.torch.load(content)
+    except Exception:  # a dozen different types
+        common.die(f"{path}: {file} is damaged, or neither .safetensors nor a state dict that torch.save has written in its usual format")
 
 
-def open_case(path, args, device):
-    """A checkpoint, or timm model, and its data, checked for what the tasks need -> Case."""
-    backbone, state = load(path)
-    file = Path(path.partition("@")[2] if path.startswith("timm:") else path)  # timm:NAME alone has none
-    state["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest() if file.name else path
+@functools.lru_cache(maxsize=2)
+def load_splits(name, root, *how):
+    """Train and test images; checkpoints of one call mostly share theirs."""
+    try:
+        train, test = (common.load_data(name, root, split, *how) for split in ("train", "test"))
+    except OSError as e:
+        common.die(f"--data-dir {root}: {e.strerror or e}")
+    if test is None:
+        common.die(f"--data-dir {root}: has no test split; probes need train/ and val/ or test/{note_of(train)}")
+    if common.rank() == 0 and (same := same_files(train, test)):
+        say(f"--data-dir {root}: {len(same)} of {len(test):,} test images are training images too, such as {same[0]}; scores on them say nothing of new images")
+    return train, test
+
+
+def note_of(*sets):
+    """Why a set has no labels or no test split, where it says so."""
+    return "".join(f" ({data.note})" for data in sets if getattr(data, "note", ""))
+
+
+def same_files(train, test, most=1000):
+    """Test files, of `most` evenly spaced ones, that equal the training file of the same name in the folder of the same name."""
+    if train.paths is None or test.paths is None:
+        return []
+    name = lambda path: os.sep.join(str(path).rsplit(os.sep, 2)[-2:])
+    there = {name(test.paths[i]): test.paths[i] for i in evenly(len(test), most).tolist()}
+    with contextlib.suppress(OSError):  # what cannot be read is named when it is needed
+        return [there[name(path)] for path in train.paths if name(path) in there and filecmp.cmp(path, there[name(path)], shallow=False)]
+    return []
+
+
+def open_case(path, encoder, state, args, device):
+    """A loaded checkpoint, or timm model, and its data, checked for what the tasks need -> Case."""
     name = args.data or state["args"]["data"]
     root = args.data_dir or (state["args"]["data_dir"] if name == state["args"]["data"] else None)  # another set lies elsewhere
     sessions, labelled = state["args"].get("sessions", (1, 2)), set(args.tasks) - {"r2", "layers", "equivariance"}
-    train, test = (load_split(name, root, split, backbone.img_size, args.skip_corrupt, args.workers, tuple(sessions)) for split in ("train", "test"))
-    if test is None:
-        common.die(f"--data-dir {root}: has no test split; probes need train/ and val/ or test/")
+    if "all" not in args.part and encoder.inv is None:
+        common.die(f"--part {' '.join(args.part)}: {path} does not split its representation; only encoders of recon_xattn.py and clever.py do (beside all, others may stand in the table)")
+    train, test = load_splits(name, root, encoder.img_size, args.skip_corrupt, args.workers, tuple(sessions))
     if labelled and (train.labels is None or test.labels is None):
-        common.die(f"--tasks {' '.join(args.tasks)}: {root} has no classes (one folder per class); only r2, layers and equivariance can do without")
+        common.die(f"--tasks {' '.join(args.tasks)}: {root} has no classes (one folder per class); only r2, layers and equivariance can do without{note_of(train, test)}")
     elif labelled and train.classes != test.classes:
         odd = sorted(set(train.classes) ^ set(test.classes))[0]
         common.die(f"--data-dir {root}: its train and test folders have different classes ({len(train.classes)} and {len(test.classes)}; {odd} is in one of them only)")
+    if state["saw"] and not args.data and not args.data_dir and state["saw"] != (there := train.fingerprint()):
+        common.die(f"{path}: was trained on other images than {root or name} holds now ({common.difference(state['saw'], there)}); --data-dir, given by hand, probes on others")
     if args.known_fraction < 1:
         if train.labels is None:
             common.die(f"--known-fraction {args.known_fraction}: a share of every class, but {root} has no classes")
         train = common.known_part(train, args.known_fraction, state["args"]["seed"])
     if "rotation" not in train.factors and set(args.r2_targets or ()) & set(POSES):
         common.die(f"--r2-targets {' '.join(args.r2_targets)}: {name} has no poses; choose among {', '.join(FAMILIES)}")
-    if args.layers and max(args.layers) > backbone.depth:
-        common.die(f"--layers {' '.join(map(str, args.layers))}: {path} has {backbone.depth}")
-    if "finetune" in (*args.tasks, args.fewshot) and common.world_size() > 1 and isinstance(backbone, Timm):
+    if args.layers and max(args.layers) > encoder.depth:
+        common.die(f"--layers {' '.join(map(str, args.layers))}: {path} has {encoder.depth}")
+    if "finetune" in (*args.tasks, args.fewshot) and common.world_size() > 1 and isinstance(encoder, Timm):
         common.die(f"{path}: models of timm are fine-tuned on one process only; leave torchrun out")
-    state["data"], state["data_dir"] = name, root
-    return Case(backbone.to(device), state, train.to(device), test.to(device), args, device)
+    return Case(encoder.to(device), state | dict(data=name, data_dir=root), train.to(device), test.to(device), args, device)
 
 
-def probe(path, args, device):
-    """All tasks on one checkpoint -> (results, protocol, checkpoint)."""
-    case = open_case(path, args, device)
-    backbone, state, seconds, results = case.backbone, case.state, case.seconds, {}
-    protocol = dict(protocol=args.protocol, data=state["data"], data_dir=state["data_dir"], amp=args.amp, device=device.type, train_images=len(case.train), test_images=len(case.test),
+def run_task(name, case):
+    """What rank 0 finds, on every rank: (results, what the protocol says)."""
+    found = TASKS[name](case)
+    return common.by_rank_0(lambda: found)
+
+
+def probe(path, case, evaluation, row):
+    """All tasks on one checkpoint: each adds to its `row` of the table, and leaves a record, as soon as it is finished."""
+    backbone, state, args, seconds = case.backbone, case.state, case.args, case.seconds
+    protocol = dict(protocol=args.protocol, data=state["data"], data_dir=state["data_dir"], amp=args.amp, device=case.device.type, train_images=len(case.train), test_images=len(case.test),
                     view=f"centre crop {backbone.img_size} px", dim=backbone.dim, inv=backbone.inv)
     protocol |= dict(sessions=state["args"].get("sessions", (1, 2))) if state["data"] == "core50" else {}
     protocol |= dict(known_fraction=args.known_fraction, known_seed=state["args"]["seed"]) if args.known_fraction < 1 else {}
     for task in args.tasks:
         begin, before = time.monotonic(), seconds.get("features", 0.0)
-        values, protocol[task] = TASKS[task](case)
-        results |= values
+        finished = evaluation.attempt(f"{path}: {task}", partial(run_task, task, case))
+        if finished is None:
+            continue
+        values, details = finished
+        row |= values
         seconds[task] = time.monotonic() - begin - (seconds.get("features", 0.0) - before)
-    return results, protocol | dict(seconds=seconds), state
+        append_record(path, state, args, values, protocol | {task: details, "seconds": {k: v for k, v in seconds.items() if k in ("features", task)}})
+    if row:
+        where = " ".join(v for v in (state["data"], state["data_dir"]) if v)
+        say(f"{path}: {where}; {', '.join(f'{k} {v:.1f} s' for k, v in seconds.items())}")
 
 
 def every_second_object(data):
@@ -852,6 +1011,8 @@ def every_second_object(data):
 def latents(train, test, x, x_test, args):
     """What a linear readout of one image tells. Sets and their features (N, D), (M, D) -> (results, protocol)."""
     results, details = {}, {}
+    if common.rank():
+        return None
 
     def accuracy(name, x, y, x_test, y_test):
         for suffix, scores in (("", linear_schedule(x, y.to(x.device), common.rng(args.seed, name))(x_test)), (" lstsq", least_squares(x, y, x_test))):
@@ -881,35 +1042,122 @@ def latents(train, test, x, x_test, args):
     return results, dict(epochs=100, batch_size=256, lr=1.0, session_read="every fifth test image", view_read="every second test object" if "session" in test.factors else "test", **details)
 
 
-def pairs_of_poses(target, backbone, sides, args, how):
-    """Two views of an object and `target` between them. sides: (set, its features (N, D)) of train and test -> sample(epoch) of
-    (pairs (n, 2, D), targets (n, K)), test pairs, test targets. Each epoch shows as many random pairs, of different views, as
-    there are images, 100,000 at most (SIE: one an object); on test images one fixed draw, the same for every checkpoint."""
+def pairs_of_poses(target, case):
+    """Two views of an object and `target` between them, on rank 0: sample(epoch) of (pairs (n, 2, D), targets (n, K)), test pairs,
+    test targets. Each epoch shows as many random pairs, of different views, as there are images, 100,000 at most (SIE: one an
+    object); on test images one fixed draw, the same for every checkpoint."""
+    y, y_test = case.y
+    if common.rank():
+        return None
 
     def sample(data, y, *key):
-        g = common.rng(args.seed, *key)
+        g = common.rng(case.args.seed, *key)
         i, j = torch.arange(len(data)), partners(data.groups, g)
         if len(data) > 100_000:
             i = torch.randperm(len(data), generator=g)[:100_000]
             j = j[i]
         return torch.stack([y[i], y[j]], 1), common.pose_target(target, data.factors, i, j).to(y.device)  # (n, 2, D), (n, K)
 
-    return lambda epoch: sample(*sides[0], "pairs", epoch), *sample(*sides[1], "test pairs")
+    return lambda epoch: sample(case.train, y, "pairs", epoch), *sample(case.test, y_test, "test pairs")
 
 
-def pairs_of_images(target, backbone, sides, args, how):
+def pairs_of_images(target, case):
     """An image and its transformed self, on evenly spaced images, one draw per image; targets are standardised by the mean
-    and deviation of the training draws. Takes and returns what `pairs_of_poses` does."""
-    pairs, targets = [], []
-    for (data, y), most, seed in zip(sides, (args.r2_images, max(2, args.r2_images // 2)), (args.seed, args.seed + 1)):
-        rows = evenly(len(data), most)  # (n,)
-        view = SecondView(target, backbone.img_size, len(data), seed)
-        y2 = common.features(backbone, data, transform=view, rows=rows, name=target, **how)  # (n, D)
-        pairs.append(torch.stack([y[rows], y2.to(y.device)], 1))  # (n, 2, D)
-        targets.append(view.target[rows].to(y.device))  # (n, K)
+    and deviation of the training draws. Returns what `pairs_of_poses` does."""
+    args, view, pairs, targets = case.args, SecondView(target, case.backbone.img_size), [], []
+    for data, y, most, seed in zip((case.train, case.test), case.y, (args.r2_images, max(2, args.r2_images // 2)), (args.seed, args.seed + 1)):
+        rows, params = evenly(len(data), most), view.sample(len(data), seed)  # (n,), of all N
+        y2 = case.features(data, transform=view, params=params, rows=rows, name=target)  # (n, D)
+        if common.rank() == 0:
+            pairs.append(torch.stack([y[rows], y2.to(y.device)], 1))  # (n, 2, D)
+            targets.append(common.family_target(target, params, view.size)[rows].to(y.device))  # (n, K)
+    if common.rank():
+        return None
     mean, std = targets[0].mean(0), targets[0].std(0).clamp(min=1e-6)
     train_targets, test_targets = ((t - mean) / std for t in targets)
     return lambda epoch: (pairs[0], train_targets), pairs[1], test_targets
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# How an evaluation ends: what was finished is kept
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal, its number, has come."""
+
+
+STOPPING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+
+
+def stop(number, frame):
+    """End the evaluation at the first signal, and the process at the second."""
+    for s in STOPPING:
+        signal.signal(s, lambda number, frame: os._exit(128 + number))
+    raise Stopped(number)
+
+
+def say(line):
+    """A line on stderr, above the progress bars, from rank 0."""
+    if common.rank() == 0:
+        tqdm.write(line, file=sys.stderr)
+
+
+def one_line(error):
+    """An exception in one line: what the machine lacks, and what to lower; or where it was raised."""
+    known = common.one_line(error)
+    if known and known.startswith("out of memory"):
+        return "out of memory; take fewer --workers or another --device, or an encoder of smaller images"
+    frame = traceback.extract_tb(error.__traceback__)[-1:]
+    return known or " ".join([f"{type(error).__name__}:", *str(error).split()])[:300] + "".join(f" ({Path(f.filename).name}, line {f.lineno})" for f in frame)
+
+
+class Evaluation:
+    """A block in which a part that fails costs one line and, at the end, exit code 1 (of a single mistake, its own), and in which a
+    signal ends everything in one line, code 128 + its number. `at_end` is called in any case: there the table is printed."""
+
+    def __init__(self):
+        self.codes, self.printed, self.at_end, self.handlers = [], False, lambda: None, {}
+
+    def __enter__(self):
+        self.handlers = {s: signal.signal(s, stop) for s in STOPPING if signal.getsignal(s) != signal.SIG_IGN}  # nohup switches one off
+        return self
+
+    def __exit__(self, kind, error, trace):
+        self.at_end()
+        for s, handler in self.handlers.items():
+            signal.signal(s, handler)
+        if kind is Stopped:
+            say(f"{Path(sys.argv[0]).name}: stopped by {signal.Signals(error.args[0]).name}; what was finished is in the table and in eval.jsonl beside the checkpoints")
+            raise SystemExit(128 + error.args[0])
+        if kind is None and self.codes:
+            raise SystemExit(1 if self.printed else self.codes[0])
+
+    def attempt(self, what, part, together=False):
+        """part(), or None where it fails; together: on all ranks if on one. Otherwise ranks cannot go on without each other, but for
+        a user's mistake, which all of them see."""
+        code, out = 0, None
+        try:
+            out = part()
+        except SystemExit as e:  # common.die has said why
+            code = e.code
+        except Exception as e:
+            code = 1
+            tqdm.write(f"{Path(sys.argv[0]).name}: error: {what}: {one_line(e)}", file=sys.stderr)
+        if common.world_size() > 1 and together:
+            code = common.any_rank(code)
+        elif common.world_size() > 1 and code not in (0, 2):
+            raise SystemExit(code)
+        if code:
+            self.codes.append(code)
+        return None if code else out
+
+    def table(self, rows, form):
+        """Print what there is."""
+        rows = [(name, values) for name, values in rows if values]
+        self.printed |= bool(rows)
+        if rows and common.rank() == 0:
+            print(table(rows, form, sys.stdout.encoding or "utf-8"), flush=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -918,42 +1166,61 @@ def pairs_of_images(target, backbone, sides, args, how):
 
 
 def fold(results):
-    """[(row name, {metric: value})] -> {row name: (n, {metric: (mean, sample standard deviation or None)})}, and all metrics."""
+    """[(row name, {metric: value})] -> {row name: (n, {metric: (mean, sample standard deviation or None, how many of the n have it)})}, and all metrics."""
     rows, metrics = {}, list(dict.fromkeys(metric for _, values in results for metric in values))
     for name, values in results:
         rows.setdefault(name, []).append(values)
     folded = {}
     for name, group in rows.items():
         values = {c: torch.tensor([g[c] for g in group if c in g], dtype=torch.float64) for c in metrics}  # data sets differ in what can be asked of them
-        folded[name] = len(group), {c: (v.mean().item(), v.std().item() if len(v) > 1 else None) for c, v in values.items() if len(v)}
+        folded[name] = len(group), {c: (v.mean().item(), v.std().item() if len(v) > 1 else None, len(v)) for c, v in values.items() if len(v)}
     return folded, metrics
 
 
-def table(results, form="table"):
-    """[(row name, {metric: value})] -> text: a row per name, mean +- sample standard deviation; "table" aligned, or "markdown", "csv",
-    "json" (the last two with all digits)."""
+def table(results, form="table", encoding="utf-8"):
+    """[(row name, {metric: value})] -> text: a row per name, mean +- sample standard deviation, and of how many where some failed; "table"
+    aligned, or "markdown", "csv", "json" (the last two with all digits). What the encoding lacks is written in ASCII."""
     rows, metrics = fold(results)
     if form == "json":
-        return json.dumps({name: dict(n=n, **{c: dict(mean=m, std=s) for c, (m, s) in values.items()}) for name, (n, values) in rows.items()}, indent=1)
+        return json.dumps(finite({name: dict(n=n, **{c: dict(mean=m, std=s) | (dict(n=k) if k < n else {}) for c, (m, s, k) in values.items()}) for name, (n, values) in rows.items()}), indent=1)
     if form == "csv":
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
         writer.writerow(["", "n", *(f"{c}{suffix}" for c in metrics for suffix in ("", " std"))])
-        writer.writerows([name, n, *("" if v is None else v for c in metrics for v in values.get(c, (None, None)))] for name, (n, values) in rows.items())
-        return out.getvalue().strip()
+        writer.writerows([name, n, *("" if v is None else v for c in metrics for v in values.get(c, (None, None))[:2])] for name, (n, values) in rows.items())
+        return written(out.getvalue().strip(), encoding)
     lines = [["", "n", *metrics]]
     for name, (n, values) in rows.items():
         line = [name, str(n)]
         for c in metrics:
-            mean, std = values.get(c, (None, None))
+            mean, std, k = values.get(c, (None, None, n))
             digits = 3 if c.startswith(("r2", "equi ")) else 2
-            line.append("-" if mean is None else f"{mean:.{digits}f}" + ("" if std is None else f" ± {std:.{digits}f}"))
+            line.append("-" if mean is None else f"{mean:.{digits}f}" + ("" if std is None else f" ± {std:.{digits}f}") + (f" ({k} of {n})" if k < n else ""))
         lines.append(line)
+    lines = [[written(cell, encoding) for cell in line] for line in lines]
     if form == "markdown":
         lines.insert(1, ["---"] * len(lines[0]))
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths))) for line in lines)
+
+
+def written(text, encoding):
+    """Text that a stream of this encoding takes: "+-" where it lacks the sign, escapes for other characters."""
+    try:
+        text.encode(encoding)
+        return text
+    except UnicodeEncodeError:
+        return text.replace("±", "+-").replace("°", " deg").encode(encoding, "backslashreplace").decode(encoding)
+
+
+def finite(value):
+    """JSON has no NaN and no infinity: null stands for them."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def row_names(paths, states):
@@ -972,20 +1239,23 @@ def row_names(paths, states):
 
 
 def append_record(path, state, args, results, protocol):
-    """One line in eval.jsonl beside the checkpoint: what came out, and all that is needed to have it come out again."""
+    """One line in eval.jsonl beside the checkpoint, from rank 0: what came out, and all that is needed to have it come out again."""
     file = Path(path.partition("@")[2] if path.startswith("timm:") else path)
     record = dict(time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), checkpoint=path if path.startswith("timm:") else file.name, step=state["step"], sha256=state["sha256"],
                   backbone=state["backbone"], torch=str(torch.__version__), torchvision=str(torchvision.__version__), processes=common.world_size(),
                   args=dataclasses.asdict(args), results=results, protocol=protocol, seed=args.seed)
-    try:
-        with open(file.parent / "eval.jsonl", "a", encoding="utf-8") as f:
-            f.write(json.dumps(record) + "\n")
-    except OSError as e:
-        print(f"{file.parent / 'eval.jsonl'}: could not be written ({e.strerror}); the table is all there is", file=sys.stderr)
+    if common.rank() == 0:
+        try:
+            with open(file.parent / "eval.jsonl", "ab+", buffering=0) as f:  # one write: evaluations at the same time do not mix
+                f.seek(max(0, f.seek(0, os.SEEK_END) - 1))
+                f.write(b"\n" * (f.read(1) not in (b"", b"\n")) + json.dumps(finite(record)).encode() + b"\n")  # a line that broke off stays alone
+        except OSError as e:
+            say(f"{file.parent / 'eval.jsonl'}: could not be written ({e.strerror}); the table is all there is")
 
 
 def check(args):
-    """Refuse what cannot work, before anything is computed -> what each checkpoint says of itself, without tensors."""
+    """Refuse what cannot work, before anything is computed."""
+    load_splits.cache_clear()  # images may have changed since another call of this process
     if not args.checkpoints:
         common.die("no checkpoint given; name at least one, such as runs/ser-mocov3-ser-blocks-s0/checkpoint.pt")
     for name in ("tasks", "part", "linear_lrs"):
@@ -996,21 +1266,17 @@ def check(args):
     if args.cache_dir:
         try:
             Path(args.cache_dir).mkdir(parents=True, exist_ok=True)
-            (Path(args.cache_dir) / f".writable-{common.rank()}").touch()
-            (Path(args.cache_dir) / f".writable-{common.rank()}").unlink()
+            tempfile.TemporaryFile(dir=args.cache_dir).close()
         except OSError as e:
             common.die(f"--cache-dir {args.cache_dir}: cannot be written ({e.strerror}); choose another directory")
-    if len({p if p.startswith("timm:") else Path(p).resolve() for p in args.checkpoints}) < len(args.checkpoints):
+    if len({p if p.startswith("timm:") else os.path.realpath(p) for p in args.checkpoints}) < len(args.checkpoints):
         common.die("a checkpoint is given twice; name each once")
-    read = lambda path: load(path)[1] if path.startswith("timm:") else common.load_checkpoint(path)
-    states = [{k: s[k] for k in ("method", "step", "args", "backbone")} for s in map(read, args.checkpoints)]  # all, before the first is probed
-    foreign = [path for path, state in zip(args.checkpoints, states) if state["args"]["data"] is None]
-    if foreign and args.data is None:
-        common.die(f"--data: {foreign[0]} does not say what to probe it on; name a data set")
-    whole = [path for path, state in zip(args.checkpoints, states) if "neck" not in state["backbone"] and state["backbone"].get("inv") is None]
-    if set(args.part) - {"all"} and ("all" not in args.part and whole or len(whole) == len(states)):
-        common.die(f"--part {' '.join(args.part)}: {whole[0]} does not split its representation; only encoders of recon_xattn.py and clever.py do (beside all, others may stand in the table)")
-    return states
+    for path in args.checkpoints:  # all, before the first is probed
+        file = path.partition("@")[2] if path.startswith("timm:") else path
+        if file and not os.path.isfile(file):
+            common.die(f"{path}: no such {'file ' + file if path.startswith('timm:') else 'checkpoint file'}")
+        if path.startswith("timm:") and args.data is None:
+            common.die(f"--data: {path} does not say what to probe it on; name a data set")
 
 
 def arguments(argv, base=None):
@@ -1020,26 +1286,41 @@ def arguments(argv, base=None):
         special = SIMSIAM if (first.protocol, base) == ("clever", "simsiam") else {}
         return dict(protocol=first.protocol) | PROTOCOLS[first.protocol] | special
 
+    checkpoints_first(argv, Args)
     return common.parse(Args, values_in_force, argv, description=__doc__)
+
+
+def checkpoints_first(argv, Args):
+    """A flag that takes several values takes the checkpoints after it for its own: say so."""
+    flag, several = "", {f"--{f.name.replace('_', '-')}" for f in dataclasses.fields(Args) if "tuple" in str(f.type)}
+    for word in sys.argv[1:] if argv is None else argv:
+        flag = word if word.startswith("--") else flag
+        if flag in several and word.startswith("timm:") or flag in several and word.endswith(".pt"):
+            common.die(f"{flag} ... {word}: checkpoints come first, before all flags: {Path(sys.argv[0]).name} {word} {flag} ...")
 
 
 def main(argv=None):
     """Probe every checkpoint, append its results to the eval.jsonl beside it, print one table; returns its rows."""
-    args = arguments(argv)
-    common.check_ranges(args, RANGES)
-    states, device, results = check(args), common.start(args.device), []
-    for path, name, state in zip(args.checkpoints, row_names(args.checkpoints, states), states):
-        args = arguments(argv, state["args"].get("base"))
-        values, protocol, state = probe(path, args, device)
-        results.append((name, values))
-        if common.rank() == 0:
-            where = " ".join(v for v in (protocol["data"], protocol["data_dir"]) if v)
-            print(f"{path}: {where}; {', '.join(f'{k} {v:.1f} s' for k, v in protocol['seconds'].items())}", file=sys.stderr)
-            append_record(path, state, args, values, protocol)
-    if common.rank() == 0:
-        print(table(results, args.format))
-    return results
+    rows, opened = [], []  # of the table; (path, state) of the checkpoints so far
+    with Evaluation() as evaluation:
+        args = arguments(argv)
+        common.check_ranges(args, RANGES)
+        check(args)
+        device = common.start(args.device)
+        evaluation.at_end = lambda: evaluation.table(rows, args.format)
+
+        def begin(path):
+            encoder, state = load(path)
+            return open_case(path, encoder, state, arguments(argv, state["args"].get("base")), device)
+
+        for path in args.checkpoints:
+            case = evaluation.attempt(path, partial(begin, path), together=True)
+            if case is not None:
+                opened.append((path, case.state))
+                rows.append((row_names(*zip(*opened))[-1], {}))
+                probe(path, case, evaluation, rows[-1][1])
+    return rows
 
 
 if __name__ == "__main__":
-    main()
+    common.command(main)

@@ -20,7 +20,9 @@ Suites
                  -Sketch. On `blocks` a stand-in: the test objects painted in opposite hues; on `blocks-views` the sessions seen in
                  training beside the unseen ones.
 
-Encoders for less than 96 px are tested on 32-px images and CIFAR-10-C's constants, others on 224-px images and ImageNet-C's.
+Clean images, shifts and finished sets are seen as eval_probe.py sees images, at the encoder's own size; so are augmentations. Corruptions and
+perturbations are made at the size of their constants, for encoders of less than 96 px at 32 px as CIFAR-10-C's, for others at 224 px as
+ImageNet-C's, and resized to the encoder's; a line says so where that is another.
 Randomness has a seed for each image and condition: results depend neither on batches nor on processes, but for roundings of single
 levels; the draws of CPUs and GPUs differ.
 
@@ -34,10 +36,12 @@ import dataclasses
 import functools
 import io
 import math
-import sys
+import os
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
@@ -759,7 +763,7 @@ def count_changes(scores, noise):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Suites: subjects -> for each its {part: results}, and the details for the record
+# Suites: what is shown to whom, what is counted, and how counts become a row of the table
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -770,7 +774,7 @@ class Source:
     def __init__(self, size, whole=False, interpolation="bilinear"):
         self.size, self.whole, self.centre = size, whole, common.CenterCrop(size, interpolation=interpolation)
 
-    def __call__(self, images, rows):
+    def __call__(self, images, params=None):
         if not self.whole:
             return self.centre(images)
         short, out = self.centre.resize, []
@@ -787,6 +791,7 @@ class Subject:
     name: str
     path: str
     case: eval_probe.Case
+    probe: dict | None = None  # how they were trained
 
     @torch.no_grad()
     def scores(self, x):
@@ -801,30 +806,81 @@ class Subject:
         return {name.removeprefix("linear"): s for name, s in self.case.read("linear", torch.cat(out)).items()}
 
 
-def tally(subjects, data, source, conditions, make, count, k, args, batch_size, name):
-    """Every condition on every image, made once for all subjects -> [{part: (conditions, k) int64}], a dict for each subject, sums over the set.
-    make(x, rows, condition) -> uint8 images; count(condition, scores, labels) -> (k,) int64."""
-    mine, device = chosen(data, args.images_per_class)[common.rank() :: common.world_size()], subjects[0].case.device
-    sums = [{part: torch.zeros(len(conditions), k, dtype=torch.int64, device=device) for part, _ in subject.case.parts(0)} for subject in subjects]
-    for rows, x in common.batches(data, mine, source, batch_size, args.workers, name):
-        x, labels = [image.to(device) for image in x] if isinstance(x, list) else x.to(device), data.labels[rows].to(device)
-        for c, condition in enumerate(conditions):
-            y = make(x, rows, condition)
-            for subject, own in zip(subjects, sums):
-                for part, scores in subject.scores(y).items():
-                    own[part][c] += count(condition, scores, labels)
-    return [{part: common.all_reduce(n).cpu() for part, n in own.items()} for own in sums]
+@dataclasses.dataclass
+class Job:
+    """Images that are read once, and what is made of them for some of the subjects."""
+
+    name: str
+    read: Callable  # () -> ImageSet
+    source: Callable  # op that crops
+    conditions: list
+    subjects: list
+    make: Callable = lambda x, rows, condition: x  # uint8 images
+    batch_size: int = 256
+    images: int = 0  # how many it is about, and
+    seen: int = 0  # how many were shown
 
 
-def tally_files(subjects, sets, count, k, size, args):
-    """The same of finished sets, {name: function that reads it}: a set is a condition."""
-    sums = [{} for _ in subjects]
-    for name, read in sets.items():
-        new = tally(subjects, read(), Source(size), [name], lambda x, rows, condition: x, count, k, args, 256, name)
-        for own, parts in zip(sums, new):
-            for part, n in parts.items():
-                own[part] = torch.cat([own.get(part, n[:0]), n])
-    return sums
+@dataclasses.dataclass
+class Suite:
+    """Conditions; jobs that show them; count(condition, scores, labels) -> (k,) int64; row(counts (conditions, k)) -> (results in percent,
+    counts for the record). What of its protocol is its own, and lines that belong beside its table."""
+
+    conditions: list
+    jobs: list
+    count: Callable
+    k: int
+    row: Callable
+    details: dict = dataclasses.field(default_factory=dict)
+    notes: list = dataclasses.field(default_factory=list)
+
+
+def zeros(suite, subjects):
+    """No counts yet: {path of a subject: {part: (conditions, k) int64}}."""
+    return {subject.path: {part: torch.zeros(len(suite.conditions), suite.k, dtype=torch.int64, device=subject.case.device) for part, _ in subject.case.parts(0)} for subject in subjects}
+
+
+def measure(suite, sums, args):
+    """Do a suite's jobs, each condition made once for all subjects. What is counted is added to `sums` as it comes, and summed over ranks
+    at the end."""
+    reader = None
+    for job in suite.jobs:
+        data = job.read()
+        reader = reader if reader and reader.data is data else common.Reader(data, args.workers)
+        mine, device = chosen(data, args.images_per_class)[common.rank() :: common.world_size()], job.subjects[0].case.device
+        job.images = len(mine)
+        for rows, x in reader.batches(job.source, mine, batch_size=job.batch_size, name=job.name):
+            x, labels = [image.to(device) for image in x] if isinstance(x, list) else x.to(device), data.labels[rows].to(device)
+            for condition in job.conditions:
+                y, c = job.make(x, rows, condition), suite.conditions.index(condition)
+                for subject in job.subjects:
+                    for part, scores in subject.scores(y).items():
+                        sums[subject.path][part][c] += suite.count(condition, scores, labels)
+            job.seen += len(rows)
+    for parts in sums.values():
+        for part, n in parts.items():
+            parts[part] = common.all_reduce(n)
+
+
+def at_own_size(name, read, condition, subjects):
+    """A job for each size of encoder: images as eval_probe.py sees them. read(subject) -> function that reads them."""
+    groups = groupby(sorted(subjects, key=size_of), size_of)
+    return [Job(name, read(group[0]), common.CenterCrop(size, interpolation="bicubic"), [condition], group) for size, group in ((size, list(group)) for size, group in groups)]
+
+
+def size_of(subject):
+    return subject.case.backbone.img_size
+
+
+def clean(subjects, condition):
+    """The jobs that show test images as they are."""
+    return at_own_size("clean", lambda subject: lambda: subject.case.test, condition, subjects)
+
+
+def resized(what, size, subjects):
+    """A line for encoders that see what was made at another size."""
+    others = [f"{subject.name} ({size_of(subject)} px)" for subject in subjects if size_of(subject) != size]
+    return [f"{what} are made at {size} px, the size of their constants, and resized for {', '.join(others)}; clean images are seen at the encoder's own size"] * bool(others)
 
 
 def chosen(data, most):
@@ -846,20 +902,20 @@ def corruptions(subjects, data, args):
     seeds = {c: seeds_of(data, args.seed, *c) for c in conditions}
 
     def make(x, rows, condition):
-        if condition[0] == "clean":
-            return x
         y = corrupt(x, *condition, seeds[condition][rows], photographs)
         return jpeg(y, 85) if args.jpeg85 and size >= 96 else y
 
     if args.suite_dir:
-        read = lambda name, severity: partial(finished, Path(args.suite_dir[0]), name, severity, data.classes)
-        sums = tally_files(subjects, {"clean": lambda: data} | {f"{name} {s}": read(name, s) for name, s in conditions[1:]}, count_right, 3, size, args)
+        root = Path(args.suite_dir[0])
+        jobs = [job for c in conditions[1:] for job in at_own_size(f"{c[0]} {c[1]}", lambda _, c=c: partial(finished, root, *c, data.classes), c, subjects)]
+        notes = resized(f"the corruptions in {root}", 32, subjects) if any(find_finished(root, *c).suffix == ".npy" for c in conditions[1:]) else []
     else:
-        sums = tally(subjects, data, Source(size), conditions, make, count_right, 3, args, 64 if size >= 96 else 256, "corruptions")
+        jobs = [Job("corruptions", lambda: data, Source(size), conditions[1:], subjects, make, 64 if size >= 96 else 256)]
+        notes = resized("corruptions", size, subjects)
     drawn = "frost" in names and not photographs and not args.suite_dir
     star = "*" * drawn
-    if drawn and common.rank() == 0:
-        print("* with frost drawn by a procedure, not from photographs: not comparable with published figures; --frost-dir takes photographs", file=sys.stderr)
+    if drawn:
+        notes.append("* with frost drawn by a procedure, not from photographs: not comparable with published figures; --frost-dir takes photographs")
 
     def row(n):
         """Counts (conditions, 3): images, right, right among five -> results in percent, and the counts for the record."""
@@ -879,7 +935,7 @@ def corruptions(subjects, data, args):
         return values, dict(images=n[0, 0].item(), right={f"{name} {s}".removesuffix(" 0"): counts[1:].tolist() for (name, s), counts in zip(conditions, n)})
 
     details = dict(jpeg85=args.jpeg85 and size >= 96 and not args.suite_dir, frost="procedural" if drawn else "photographs" if photographs else None, source="files" if args.suite_dir else "made here")
-    return [{part: row(n) for part, n in own.items()} for own in sums], details
+    return Suite(conditions, clean(subjects, conditions[0]) + jobs, count_right, 3, row, details, notes)
 
 
 def perturbations(subjects, data, args):
@@ -909,47 +965,55 @@ def perturbations(subjects, data, args):
             summary = {k: v for k, v in summary.items() if not k.startswith("top-5")}
         return summary | top1, dict(frames=n[0, 0].item(), top1=top1, top5=top5, flip_probability=flips, top5_distance=moved)
 
-    sums = tally(subjects, data, Source(size, whole=True), names, make, count, 6, args, 8 if size >= 96 else 32, "perturbations")
-    return [{part: row(n) for part, n in own.items()} for own in sums], dict(codec="none", flips_over=TEST_PERTURBATIONS)
+    jobs = [Job("perturbations", lambda: data, Source(size, whole=True), names, subjects, make, 8 if size >= 96 else 32)]
+    return Suite(names, jobs, count, 6, row, dict(codec="none", flips_over=TEST_PERTURBATIONS), resized("perturbations", size, subjects))
 
 
 def augmentations(subjects, data, args):
     """CLeVER's test images: as they are; with colours jittered; and flipped, turned by up to 90 degrees, or turned and deformed as well."""
-    size, jitter, turn = side_of(subjects), common.ColorJitter(0.4, 0.4, 0.4, 0.1, p=1), common.Affine(90, interpolation="nearest")
+    jitter, turn = common.ColorJitter(0.4, 0.4, 0.4, 0.1, p=1), common.Affine(90, interpolation="nearest")
     ops = {"Orig": [], "CJ": [jitter], "CJ+Flip": [common.HorizontalFlip(1), jitter], "CJ+Ro": [turn, jitter], "CJ+Ro+ET": [turn, jitter, common.Elastic(100, p=1)]}
     conditions = [(name, k) for name in ops for k in range(args.passes if ops[name] else 1)]
-    drawn = {}  # condition: [params of each op, (N, ...)]
-    for condition in conditions:
-        g = common.rng(args.seed, "augmentations", *condition)
-        drawn[condition] = [op.sample(len(data), g, torch.full((len(data), 2), size)) for op in ops[condition[0]]]
 
-    def make(x, rows, condition):
-        y = x.float() / 255
-        for op, params in zip(ops[condition[0]], drawn[condition]):
-            y = op(y, {k: v[rows] for k, v in params.items()})
-        return (255 * y).round().clamp(0, 255).to(torch.uint8)
+    def drawn(size):
+        """Parameters for images of one size -> make(x, rows, condition)."""
+        params = {}  # condition: of each op, (N, ...)
+        for condition in conditions:
+            g = common.rng(args.seed, "augmentations", *condition)
+            params[condition] = [op.sample(len(data), g, torch.full((len(data), 2), size)) for op in ops[condition[0]]]
+
+        def make(x, rows, condition):
+            y = x.float() / 255
+            for op, p in zip(ops[condition[0]], params[condition]):
+                y = op(y, {k: v[rows] for k, v in p.items()})
+            return (255 * y).round().clamp(0, 255).to(torch.uint8)
+
+        return make
 
     def row(n):  # (conditions, 3)
         top1 = [100 * v for v in (n[:, 1].double() / n[:, 0]).tolist()]
         passes = {name: [v for v, c in zip(top1, conditions) if c[0] == name] for name in ops}
         return {name: sum(each) / len(each) for name, each in passes.items()}, dict(images=n[0, 0].item(), passes=passes)
 
-    how = (make, count_right, 3, args, 64 if size >= 96 else 256, "augmentations")
-    first = tally(subjects, data, Source(size, interpolation="bicubic"), conditions[:1], *how)
-    others = tally(subjects, data, Source(size), conditions[1:], *how)
-    sums = [{part: torch.cat([a[part], b[part]]) for part in a} for a, b in zip(first, others)]
-    return [{part: row(n) for part, n in own.items()} for own in sums], {}
+    jobs = []
+    for job in clean(subjects, conditions[0]):
+        size = job.source.size
+        jobs += [job, Job("augmentations", job.read, Source(size), conditions[1:], job.subjects, drawn(size), 64 if size >= 96 else 256)]
+    return Suite(conditions, jobs, count_right, 3, row)
 
 
 def shifts(subjects, data, args):
     """Other images of the same classes: folders, whose names say the class; of `blocks` rendered stand-ins."""
-    size, data_set = side_of(subjects), subjects[0].case.state["data"]
     if args.suite_dir:
-        sets = {"clean": data} | {Path(path).resolve().name: labelled(Path(path), data.classes) for path in args.suite_dir}
+        sets = {Path(path).resolve().name: partial(labelled, Path(path), data.classes) for path in args.suite_dir}
+        jobs = [job for name, read in sets.items() for job in at_own_size(name, lambda _, read=read: read, name, subjects)]
+        there = {name: read().labels.unique() for name, read in sets.items()}
     else:
-        label, split = ("hues (stand-in)", "hues") if data_set == "blocks" else ("sessions seen (stand-in)", "seen")
-        sets = {"clean": data, label: common.load_data(data_set, None, split, size)}
-    there = {name: images.labels.unique() for name, images in sets.items()}
+        data_set = subjects[0].case.state["data"]
+        name, split = ("hues (stand-in)", "hues") if data_set == "blocks" else ("sessions seen (stand-in)", "seen")
+        jobs = at_own_size(name, lambda subject: partial(common.load_data, data_set, None, split, size_of(subject)), name, subjects)
+        there = {name: jobs[0].read().labels.unique()}
+    there = {"clean": data.labels.unique()} | there
 
     def count(name, scores, labels):
         chosen = there[name].to(scores.device)  # the classes of the set; masked, only they compete
@@ -958,22 +1022,22 @@ def shifts(subjects, data, args):
 
     def row(n):  # (sets, 5)
         values, details = {}, {}
-        for name, (images, top1, top5, masked, masked5) in zip(sets, n.tolist()):
+        for name, (images, top1, top5, masked, masked5) in zip(there, n.tolist()):
             details[name] = dict(images=images, top1=top1, top5=top5, masked=masked, masked_top5=masked5, classes=len(there[name]))
-            values[name] = 100 * top1 / images
+            percent = lambda right, images=images: 100 * right / images if images else math.nan
+            values[name] = percent(top1)
             if len(data.classes) > 5:
-                values[f"{name} top-5"] = 100 * top5 / images
+                values[f"{name} top-5"] = percent(top5)
             if len(there[name]) < len(data.classes):
-                values[f"{name} ({len(there[name])} classes)"] = 100 * masked / images
+                values[f"{name} ({len(there[name])} classes)"] = percent(masked)
         return values, details
 
-    sums = tally_files(subjects, {name: lambda images=images: images for name, images in sets.items()}, count, 5, size, args)
-    return [{part: row(n) for part, n in own.items()} for own in sums], {}
+    return Suite(list(there), clean(subjects, "clean") + jobs, count, 5, row)
 
 
 def side_of(subjects):
-    """Side of the images that suites are made of: 32 px for small encoders, 224 for others."""
-    return 32 if subjects[0].case.backbone.img_size < 96 else 224
+    """Side of the images that corruptions and perturbations are made of: 32 px for small encoders, 224 for others."""
+    return 32 if size_of(subjects[0]) < 96 else 224
 
 
 def class_index(folder, names, classes):
@@ -1014,8 +1078,8 @@ def finished(root, name, severity, classes):
 
 def find_finished(root, name, severity):
     """Where a condition of a published set lies."""
-    places = (root / f"{name}.npy", root / name / f"{severity}", *sorted(root.glob(f"*/{name}/{severity}")))
-    found = next((place for place in places if place.exists()), None)
+    places = (root / name / f"{severity}", *sorted(root.glob(f"*/{name}/{severity}")))
+    found = root / f"{name}.npy" if (root / f"{name}.npy").is_file() else next((place for place in places if place.is_dir()), None)
     return found or common.die(f"--suite-dir {root}: has neither {name}/{severity}/ nor {name}.npy; --types names the corruptions that are there")
 
 
@@ -1056,7 +1120,10 @@ def save_images(suite, data, size, args):
         rows = {name: [x[0], *(corrupt(x, name, s, seeds_of(data, args.seed, name, s)[:1], photographs)[0] for s in range(1, 6))] for name in args.types or CORRUPTIONS}
     else:
         rows = {name: list(perturb(x, name, seeds_of(data, args.seed, "sequence", name)[:1], size)[0][::5]) for name in args.types or PERTURBATIONS}
-    contact_sheet(Path(args.save_images) / f"{suite}.png", rows)
+    try:
+        contact_sheet(Path(args.save_images) / f"{suite}.png", rows)
+    except OSError as e:
+        eval_probe.say(f"--save-images {args.save_images}: no picture of {suite} ({e.strerror})")
 
 
 SUITES = dict(corruptions=corruptions, perturbations=perturbations, augmentations=augmentations, shifts=shifts)
@@ -1064,6 +1131,8 @@ SUITES = dict(corruptions=corruptions, perturbations=perturbations, augmentation
 
 def check(args):
     """Refuse what cannot work, before checkpoints are read."""
+    for known in (labelled, load_frost):
+        known.cache_clear()  # images may have changed since another call of this process
     types = {"corruptions": CORRUPTIONS, "perturbations": PERTURBATIONS}
     if not args.suite:
         common.die(f"--suite: is empty; name at least one of {', '.join(SUITES)}")
@@ -1078,7 +1147,7 @@ def check(args):
     if len({Path(path).resolve().name for path in args.suite_dir} | {"clean"}) <= len(args.suite_dir):
         common.die(f"--suite-dir {' '.join(args.suite_dir)}: two folders of one name, or one named clean; rename them, their names head the columns")
     for flag, folders in (("suite", args.suite_dir), ("frost", (args.frost_dir,) if args.frost_dir else ())):
-        if missing := [folder for folder in folders if not Path(folder).is_dir()]:
+        if missing := [folder for folder in folders if not os.path.isdir(folder)]:
             common.die(f"--{flag}-dir {missing[0]}: no such directory")
     if args.save_images:
         try:
@@ -1100,50 +1169,80 @@ def check_sets(args, classes):
                 class_index(file, sorted(f.name for f in file.iterdir() if f.is_dir() and not f.name.startswith(".")), classes)
 
 
+def run(name, subjects, data, args, evaluation, protocol):
+    """A suite -> the rows of its table, which is printed; a record for each checkpoint. What breaks off prints what there is."""
+    begin, suite = time.monotonic(), SUITES[name](subjects, data, args)
+    sums = zeros(suite, subjects)
+    rows = lambda: {subject.path: {part: suite.row(n.cpu()) for part, n in sums[subject.path].items()} for subject in subjects}
+
+    def show(found):
+        for note in suite.notes:
+            eval_probe.say(note)
+        table = [(subject.name + part, {k: v for k, v in values.items() if math.isfinite(v)}) for subject in subjects for part, (values, _) in found[subject.path].items()]
+        evaluation.table(table, args.format)
+        return table
+
+    try:
+        measure(suite, sums, args)
+    except BaseException:
+        seen = ", ".join(f"{job.seen:,} of {job.images:,} ({job.name})" for job in suite.jobs if job.seen < job.images)
+        eval_probe.say(f"{name} broke off; of some conditions the table counts a part of the images: {seen or 'none'}")
+        show(rows())
+        raise
+    found, seconds = rows(), time.monotonic() - begin
+    for subject in subjects:
+        details = dict(suite=name, seconds=seconds, **suite.details, details={part: record for part, (_, record) in found[subject.path].items()})
+        eval_probe.append_record(subject.path, subject.case.state, args, {part or "all": values for part, (values, _) in found[subject.path].items()}, protocol | dict(probe=subject.probe) | details)
+    eval_probe.say(f"{name}: {seconds:.1f} s")
+    return show(found)
+
+
 def main(argv=None):
     """Run every suite on every checkpoint, append the results to the eval.jsonl beside each, print a table a suite; returns {suite: rows}."""
-    args = common.parse(Args, lambda first: {}, argv, description=__doc__)
-    common.check_ranges(args, RANGES)
-    check(args)
-    fields = {f.name for f in dataclasses.fields(eval_probe.Args)}
-    probing = eval_probe.Args(tasks=("linear",), **{k: v for k, v in dataclasses.asdict(args).items() if k in fields})
-    states = eval_probe.check(probing)
-    data_sets = {args.data or state["args"]["data"] for state in states}
-    if "shifts" in args.suite and not args.suite_dir and not all(name.startswith("blocks") for name in data_sets):
-        common.die(f"--suite-dir: name the folders of the shifted sets, such as ImageNet-V2's; {', '.join(sorted(data_sets))} has no stand-in")
-    device = common.start(args.device)
-    cases = [eval_probe.open_case(path, probing, device) for path in args.checkpoints]
-    subjects = [Subject(name, path, case) for name, path, case in zip(eval_probe.row_names(args.checkpoints, states), args.checkpoints, cases)]
-    size, (name, root) = side_of(subjects), (cases[0].state[k] for k in ("data", "data_dir"))
+    with eval_probe.Evaluation() as evaluation:
+        eval_probe.checkpoints_first(argv, Args)
+        args = common.parse(Args, lambda first: {}, argv, description=__doc__)
+        common.check_ranges(args, RANGES)
+        check(args)
+        fields = {f.name for f in dataclasses.fields(eval_probe.Args)}
+        probing = eval_probe.Args(tasks=("linear",), **{k: v for k, v in dataclasses.asdict(args).items() if k in fields})
+        eval_probe.check(probing)
+        device, subjects = common.start(args.device), []
+        for path in args.checkpoints:
+            case = evaluation.attempt(path, lambda path=path: eval_probe.open_case(path, *eval_probe.load(path), probing, device), together=True)
+            if case is not None:
+                names = eval_probe.row_names(*zip(*[(s.path, s.case.state) for s in subjects], (path, case.state)))
+                subjects.append(Subject(names[-1], path, case))
+        return evaluate(subjects, args, evaluation) if subjects else {}
+
+
+def evaluate(subjects, args, evaluation):
+    """All suites on all subjects -> {suite: rows of its table}."""
+    first = subjects[0].case
+    size, name, root = side_of(subjects), first.state["data"], first.state["data_dir"]
+    if "shifts" in args.suite and not args.suite_dir and not name.startswith("blocks"):
+        common.die(f"--suite-dir: name the folders of the shifted sets, such as ImageNet-V2's; {name} has no stand-in")
     for subject in subjects:
-        if side_of([subject]) != size or (subject.case.state["data"], subject.case.state["data_dir"]) != (name, root) or subject.case.train.classes != cases[0].train.classes:
+        if side_of([subject]) != size or (subject.case.state["data"], subject.case.state["data_dir"]) != (name, root) or subject.case.train.classes != first.train.classes:
             common.die(f"{subject.path}: was trained on other data, or for images of another size, than {subjects[0].path}; name --data and --data-dir, or run them apart")
-    data = cases[0].test if not name.startswith("blocks") else common.load_data(name, root, "test", size)
+    data = first.test if not name.startswith("blocks") else common.load_data(name, root, "test", size)
     load_frost(args.frost_dir, size)
     check_sets(args, data.classes)
     if args.save_images and common.rank() == 0:
         for suite in set(args.suite) & {"corruptions", "perturbations"}:
             save_images(suite, data, size, args)
-    probes = []
-    for subject in subjects:
-        probes.append(subject.case.fitting)  # trained here, on clean features, once for all suites
-        del subject.case.x  # large
-    tables = {}
-    for suite in args.suite:
-        begin, results = time.monotonic(), []
-        out, details = SUITES[suite](subjects, data, args)
-        for subject, probe, parts in zip(subjects, probes, out):
-            results += [(subject.name + part, values) for part, (values, _) in parts.items()]
-            if common.rank() == 0:
-                protocol = dict(suite=suite, size=size, data=name, data_dir=root, device=device.type, probe=probe, seconds=time.monotonic() - begin, **details,
-                                details={part: record for part, (_, record) in parts.items()})
-                eval_probe.append_record(subject.path, subject.case.state, args, {part or "all": values for part, (values, _) in parts.items()}, protocol)
-        tables[suite] = results
-        if common.rank() == 0:
-            print(f"{suite}: {time.monotonic() - begin:.1f} s", file=sys.stderr)
-            print(eval_probe.table(results, args.format))
+    for subject in list(subjects):
+        subject.probe = evaluation.attempt(subject.path, lambda case=subject.case: case.fitting)  # trained here, on clean features, once for all suites
+        if subject.probe is None:
+            subjects.remove(subject)
+        for large in {"x", "readers"} & set(vars(subject.case)):
+            delattr(subject.case, large)
+    protocol, tables = dict(size=size, data=name, data_dir=root, device=first.device.type), {}
+    for suite in args.suite if subjects else ():
+        if (rows := evaluation.attempt(suite, lambda suite=suite: run(suite, subjects, data, args, evaluation, protocol))) is not None:
+            tables[suite] = rows
     return tables
 
 
 if __name__ == "__main__":
-    main()
+    common.command(main)

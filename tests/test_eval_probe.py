@@ -296,7 +296,7 @@ def test_the_clever_protocol_depends_on_the_base(tmp_path, folder, monkeypatch):
     clever.main([*shared, "--base", "dino", "--local-size", "8", "--out", str(tmp_path / "dino")])
     clever.main([*shared, "--base", "simsiam", "--out", str(tmp_path / "simsiam")])
     seen = []
-    monkeypatch.setattr(eval_probe, "probe", lambda path, args, device: (seen.append((args.linear_lrs, args.linear_epochs)), exit())[1])
+    monkeypatch.setattr(eval_probe, "open_case", lambda path, encoder, state, args, device: (seen.append((args.linear_lrs, args.linear_epochs)), exit(2))[1])
     for flags in ([], ["--linear-epochs", "7"]):
         for path in paths:
             with pytest.raises(SystemExit):
@@ -338,8 +338,8 @@ def test_a_model_of_timm_in_the_same_table(tiny, folder, tmp_path, capsys):
     run = [str(tmp_path / "run" / "checkpoint.pt"), baseline, "--data", "imagefolder", "--data-dir", str(folder), "--tasks", "knn", "linear", "equivariance", "--linear-epochs", "2", "--device", "cpu"]
     ours, theirs = eval_probe.main(run)
     assert theirs[0] == "timm:vit_small_patch16_224@backbone.safetensors" and theirs[1] == pytest.approx({k: v for k, v in ours[1].items() if "scale" not in k}, abs=1e-3)
-    records = [json.loads(line) for line in (tmp_path / "run" / "eval.jsonl").read_text().splitlines()]
-    assert [r["checkpoint"] for r in records] == ["checkpoint.pt", baseline] and records[0]["args"]["linear_epochs"] == 2
+    kept = records(tmp_path / "run")
+    assert [r["checkpoint"] for r in kept] == ["checkpoint.pt"] * 3 + [baseline] * 3 and kept[0]["args"]["linear_epochs"] == 2
     whole = timm.create_model("resnet18", num_classes=5)
     torch.save(whole.state_dict(), tmp_path / "resnet.pt")  # its classifier is left aside
     encoder, _ = eval_probe.load(f"timm:resnet18@{tmp_path / 'resnet.pt'}")
@@ -365,7 +365,7 @@ def test_2_processes_print_what_one_prints(tiny, tmp_path):
     (alone,), *_ = on_ranks(1, tmp_path, probed, str(tmp_path / "run" / "checkpoint.pt"))
     for (other,) in on_ranks(2, tmp_path, probed, str(tmp_path / "run" / "checkpoint.pt")):
         assert other[1] == pytest.approx(alone[1], abs=1e-4)
-    assert len((tmp_path / "run" / "eval.jsonl").read_text().splitlines()) == 2  # one of each run
+    assert len(records(tmp_path / "run")) == 2 * 7  # one a task, of each run
 
 
 def tuned(checkpoint):
@@ -490,15 +490,19 @@ class Planted(torch.nn.Module):
         edges = x.diff(dim=3).abs().mean(1, keepdim=True).log1p()
         return torch.cat([F.adaptive_avg_pool2d(v, 8).flatten(1) for v in (x, 5 * edges)], 1)
 
+    def last_blocks(self, x):
+        return self(x)
+
 
 class Blind(Planted):
     def forward(self, x):
         return torch.randn(len(x), 256, generator=g)
 
 
-def r2(pairs_of, target, encoder, sides, args, how, columns=slice(None)):
-    sample, test_pairs, test_targets = pairs_of(target, encoder, sides, args, how)
-    probe = eval_probe.mlp_probe(sample, test_targets.shape[1], args.r2_epochs, common.rng(args.seed, "r2", target), columns)
+def r2(pairs_of, target, encoder, train, test, columns=slice(None), **args):
+    case = eval_probe.Case(encoder, {}, train, test, eval_probe.Args(amp="off", workers=0, **args), torch.device("cpu"))
+    sample, test_pairs, test_targets = pairs_of(target, case)
+    probe = eval_probe.mlp_probe(sample, test_targets.shape[1], case.args.r2_epochs, common.rng(0, "r2", target), columns)
     return eval_probe.r2_scores(test_targets, probe(test_pairs))["flat"]
 
 
@@ -506,12 +510,7 @@ def r2(pairs_of, target, encoder, sides, args, how, columns=slice(None)):
 def test_r2_probe_finds_what_the_features_hold_and_nothing_in_noise(target):
     data = common.load_data("blocks", None, "test", 32)
     train, test = (common.ImageSet(images=data.images[rows]) for rows in (slice(0, 3000), slice(3000, 4000)))
-    args = eval_probe.Args(r2_epochs=6, r2_images=2000)
-    how = dict(device=torch.device("cpu"), amp="off", workers=0)
-
-    def score(encoder):
-        return r2(eval_probe.pairs_of_images, target, encoder, [(d, common.features(encoder, d, **how)) for d in (train, test)], args, how)
-
+    score = lambda encoder: r2(eval_probe.pairs_of_images, target, encoder, train, test, r2_epochs=6, r2_images=2000)
     seen = score(Planted())
     # fitted noise predicts worse than the mean; that pixels, after a few epochs, hold a good part is all we ask
     assert seen > 0.1, seen
@@ -528,14 +527,12 @@ def test_r2_of_poses_is_learnt_from_features_that_hold_them(target, enough, noth
     sets = {s: common.ImageSet(images=F.pad(pixels(f), (0, 6)).view(n, 3, 2, 2), groups=torch.arange(n) // 8, factors=f) for s, f in factors.items()}
 
     class Flat(Planted):
-        img_size = 2
+        img_size, dim = 2, 12
 
         def forward(self, x):
             return x.flatten(1)
 
-    how = dict(device=torch.device("cpu"), amp="off", workers=0)
-    sides = [(d, common.features(Flat(), d, **how)) for d in (sets["train"], sets["test"])]
-    probe = lambda columns: r2(eval_probe.pairs_of_poses, target, Flat(), sides, eval_probe.Args(r2_epochs=30), how, columns)
+    probe = lambda columns: r2(eval_probe.pairs_of_poses, target, Flat(), sets["train"], sets["test"], columns, r2_epochs=30)
     assert probe(slice(None)) > enough and probe(slice(6)) > enough  # of 12 features the first 6 hold it all, the others are 0
     assert probe(slice(6, None)) < nothing  # what a constant scores, and a little
 
@@ -571,6 +568,10 @@ def test_table_folds_seeds():
     assert b.split() == ["b", "1", "10.00"]
 
 
+def records(folder):
+    return [json.loads(line) for line in (folder / "eval.jsonl").read_text().splitlines()]
+
+
 def test_parts_are_slices_of_the_last_block(folder, tmp_path, capsys, monkeypatch):
     """Of four blocks of a ViT side by side the equivariant part is the last dimensions of the last, the invariant part all others;
     of a single representation its own two parts. Seen in the widths that the probes are given."""
@@ -586,7 +587,7 @@ def test_parts_are_slices_of_the_last_block(folder, tmp_path, capsys, monkeypatc
     results = dict(eval_probe.main(run))
     assert seen == [*[512, 512 - 26, 26] * 4, 128, 102, 26, *[16, 8, 8] * 5]  # linear, twice fewshot, mlp; r2: 128 dimensions: 102 + 26
     assert {f"{k}{p}" for k in ("knn", "linear", "mlp", "fewshot 1%", "fewshot 10%", "r2 flip") for p in ("", " (inv)", " (equi)")} <= set(results["clever"]) == set(results["recon"])
-    record = json.loads((tmp_path / "clever" / "eval.jsonl").read_text())
+    record = records(tmp_path / "clever")[0]
     assert record["protocol"]["train_images"] == 12 and record["protocol"]["known_fraction"] == 0.5
     ser.main([*shared, "--equi", "none", "--out", str(tmp_path / "ser")])
     with pytest.raises(SystemExit) as end:
@@ -606,8 +607,9 @@ def test_one_call_from_checkpoints_to_table(tiny, folder, tmp_path, capsys):
     assert [name for name, _ in results] == ["run", "run", "untrained"] and [p.read_bytes() for p in paths] == before
     assert len(table) == 3 and table[1].split()[:2] == ["run", "2"] and "±" in table[1] and table[2].split()[:2] == ["untrained", "1"]
     assert all(0 <= v["knn"] <= 100 and 0 <= v["linear"] <= 100 for _, v in results)
-    record = json.loads((tmp_path / "run-s0" / "eval.jsonl").read_text())
-    assert record["results"] == results[0][1] and record["protocol"]["knn"]["k"] == 20 and set(record["protocol"]["r2"]["both"]["flip"]) == {"flat", "uniform", "train"}
+    knn, linear, r2 = records(tmp_path / "run-s0")  # one a task
+    assert knn["results"] | linear["results"] | r2["results"] == results[0][1]
+    assert knn["protocol"]["knn"]["k"] == 20 and "linear" not in knn["protocol"] and set(r2["protocol"]["r2"]["both"]["flip"]) == {"flat", "uniform", "train"}
     again = eval_probe.main([str(paths[0]), "--tasks", "knn", "linear", "--linear-epochs", "2", "--device", "cpu"])
     assert again[0][1] == {k: v for k, v in results[0][1].items() if not k.startswith("r2")}  # a second run: the same numbers
-    assert len((tmp_path / "run-s0" / "eval.jsonl").read_text().splitlines()) == 2
+    assert len(records(tmp_path / "run-s0")) == 5

@@ -298,14 +298,21 @@ def subject(folder, **changes):
     return er.Subject("oracle", "oracle.pt", eval_probe.Case(Oracle(), dict(data="imagefolder", data_dir=str(folder)), *sets, args, torch.device("cpu")))
 
 
+def outcome(make, who, args):
+    """A suite on one subject -> results in percent, and counts."""
+    suite = make([who], who.case.test, args)
+    er.measure(suite, sums := er.zeros(suite, [who]), args)
+    return suite.row(sums[who.path][""])
+
+
 def test_a_probe_that_knows_keeps_knowing_until_the_signal_is_gone(folder):
     who = subject(folder)
     args = er.Args(types=("brightness", "contrast", "gaussian_noise"), workers=0)
-    ((values, _),) = er.corruptions([who], who.case.test, args)[0][0].values()
+    values, _ = outcome(er.corruptions, who, args)
     assert values["clean"] == 100 and values["brightness"] > 90 and values["gaussian_noise"] > 90
-    ((values, _),) = er.augmentations([who], who.case.test, args)[0][0].values()
+    values, _ = outcome(er.augmentations, who, args)
     assert values["Orig"] == 100 and values["CJ"] > 90 and values["CJ+Flip"] < 10  # left is right
-    ((values, details),) = er.perturbations([who], who.case.test, dataclasses.replace(args, types=("rotate", "gaussian_noise")))[0][0].values()
+    values, details = outcome(er.perturbations, who, dataclasses.replace(args, types=("rotate", "gaussian_noise")))
     assert values["rotate"] > 90 and details["flip_probability"]["rotate"] < 0.05
 
 
@@ -314,7 +321,7 @@ def test_shifted_folders_are_labelled_by_name(folder, tmp_path, capsys):
     shutil.copytree(folder / "test" / "left", tmp_path / "rendition" / "left")
     shutil.copytree(folder / "test" / "left", tmp_path / "numbers" / "0")
     shutil.copytree(folder / "test" / "left", tmp_path / "numbers" / "1")  # half of them wrong
-    out = er.shifts([who], who.case.test, dataclasses.replace(args, suite_dir=(str(tmp_path / "numbers"),)))[0][0][""][0]
+    out, _ = outcome(er.shifts, who, dataclasses.replace(args, suite_dir=(str(tmp_path / "numbers"),)))
     assert out["clean"] == 100 and out["numbers"] == 50
     for kind in ("left", "other"):  # one class only: two folders are needed to tell classes, so another joins
         (tmp_path / "rendition" / kind).mkdir(exist_ok=True)
@@ -338,7 +345,7 @@ def test_only_the_classes_of_the_set_compete_when_masked(tmp_path):
     who = subject(tmp_path)
     nearest = lambda x: -((127.5 * (x.mean(1, keepdim=True) + 1) - torch.tensor([0.0, 100, 200])) ** 2)
     who.case.__dict__["heads"] = dict(linear=SimpleNamespace(scores=nearest))
-    (((values, details),),) = [own.values() for own in er.shifts([who], who.case.test, er.Args(suite_dir=(str(tmp_path / "shifted"),), workers=0))[0]]
+    values, details = outcome(er.shifts, who, er.Args(suite_dir=(str(tmp_path / "shifted"),), workers=0))
     assert values["clean"] == 100 and values["shifted"] == 0 and values["shifted (2 classes)"] == 100 and details["shifted"]["images"] == 4
 
 
@@ -371,12 +378,12 @@ def test_published_sets_are_read(folder, tmp_path, capsys):
     for severity in range(1, 6):
         shutil.copytree(folder / "test", tmp_path / "C" / "noise" / "shot_noise" / str(severity))
     args = er.Args(types=("shot_noise",), suite_dir=(str(tmp_path / "C"),), workers=0)
-    ((values, _),) = er.corruptions([who], who.case.test, args)[0][0].values()
+    values, _ = outcome(er.corruptions, who, args)
     assert values == {"clean": 100, "shot_noise": 100}
     images = np.stack([np.array(Image.open(p).resize((32, 32), Image.NEAREST)) for p in who.case.test.paths])
     np.save(tmp_path / "fog.npy", np.concatenate([images] * 4 + [images[..., ::-1, :]]))  # the last severity is mirrored
     np.save(tmp_path / "labels.npy", np.tile(who.case.test.labels.numpy(), 5))
-    ((values, _),) = er.corruptions([who], who.case.test, dataclasses.replace(args, types=("fog",), suite_dir=(str(tmp_path),)))[0][0].values()
+    values, _ = outcome(er.corruptions, who, dataclasses.replace(args, types=("fog",), suite_dir=(str(tmp_path),)))
     assert values["fog"] == 80
     with pytest.raises(SystemExit):
         er.finished(tmp_path, "snow", 1, ("left", "right"))
