@@ -797,11 +797,12 @@ class Run:
         count = sum(p.numel() for p in model.parameters() if p.requires_grad)
         scaled = "" if peak == self.args.lr else f"{self.args.lr:g} x {self.args.batch_size}/256 = "
         if rank() == 0 and data.skipped:
-            (self.out / "skipped.txt").write_bytes(os.fsencode("".join(f"{path}\n" for path in data.skipped)))
+            self._try("skipped.txt", lambda path: write(path, os.fsencode("".join(f"{name}\n" for name in data.skipped))))
         self.say(
             f"{self.method}: {len(data):,} images of {self.args.data}, {self.args.epochs} epochs of {loader.steps_per_epoch} steps, on {world_size()} x {self.device.type}, into {self.out}",
             f"  {recipe}",
             *[f"  {len(data.skipped)} images cannot be read and are left out; they are listed in {self.out / 'skipped.txt'}"] * bool(data.skipped),
+            *[f"  {data.note}"] * bool(data.note),
             f"  {count:,} trainable parameters; learning rate {scaled}{peak:g} at its peak; chance: {chance}")
 
     def picture(self, name, views, backbone, n=8):
@@ -809,17 +810,23 @@ class Run:
         if rank() == 0:
             mean, std, side = torch.tensor(backbone.mean).view(3, 1, 1), torch.tensor(backbone.std).view(3, 1, 1), max(64, self.args.img_size)
             rows = [F.interpolate((v[:n].float().cpu() * std + mean).clamp(0, 1), (side, side)) for v in views]  # (n, 3, side, side)
-            try:
-                save_image(torch.cat([F.pad(r, (0, 0, 0, 0, 0, 0, 0, n - len(r)), value=1.0) for r in rows]), self.out / name, nrow=n)
-            except OSError as e:
-                tqdm.write(f"--out {self.out}: could not write {name} ({e.strerror})", file=sys.stderr)
+            grid = torch.cat([F.pad(r, (0, 0, 0, 0, 0, 0, 0, n - len(r)), value=1.0) for r in rows])  # (rows n, 3, side, side)
+            self._try(name, lambda path: save_image(grid, path, nrow=n))
+
+    def _try(self, name, act):
+        """act(path) for a file of the run directory that no run needs: where it cannot be written, that costs one line."""
+        try:
+            act(self.out / name)
+        except OSError as e:
+            tqdm.write(f"--out {self.out}: could not write {name} ({e.strerror})", file=sys.stderr)
 
     def finish(self, backbone, untrained, train, test):
         """After the last step: export the encoder for timm, score it by k-NN beside the untrained one, say what is next."""
         if rank() == 0:
             self.say(export_backbone(self.out / "backbone.safetensors", backbone))
         if test is None or train.labels is None or train.classes != test.classes:
-            self.say("no k-NN score: the data has no test split with the same classes")
+            notes = [data.note for data in (train, test) if data is not None and data.note]
+            self.say(f"no k-NN score: {'; '.join(notes) or 'the data has no test split with the same classes'}")
         else:
             score = lambda b: knn_accuracy(b, train, test, self.device, self.args)
             self.say(f"k-NN accuracy on test images: {score(backbone):.3f} (the untrained encoder: {score(untrained):.3f}; chance: {1 / len(train.classes):.3f})")
