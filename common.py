@@ -323,10 +323,14 @@ def same_on_all_ranks(value, complaint):
             die(complaint(every[0], other, theirs))
 
 
+def number_of(*key):
+    """A whole number below 2^56 that depends on `key` alone (on its repr), in every process alike."""
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=7).digest(), "big")
+
+
 def rng(*key):
     """A CPU generator that depends on `key` alone, such as (seed, step): no generator state ever needs saving."""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=7).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+    return torch.Generator().manual_seed(number_of(*key))
 
 
 def seed_everything(*key):
@@ -374,7 +378,7 @@ def all_reduce(x):
 
 def same_on_ranks(value):
     """Whether all ranks hold the same plain value (compared by its repr)."""
-    number = int.from_bytes(hashlib.blake2b(repr(value).encode(errors="surrogateescape"), digest_size=7).digest(), "big")
+    number = number_of(value)
     return any_rank(number) == -any_rank(-number)
 
 
@@ -944,8 +948,9 @@ IMAGENET100 = """01558993 01692333 01729322 01735189 01749939 01773797 01820546 
 
 
 class Paths(Sequence):
-    """File names below one folder, as two tensors: the relative names in one uint8 `text`, a NUL after each, and the int64 places
-    `ends` (N,) of these. That is a name's own length and 9 bytes, of which forked workers copy no page and spawned ones share all."""
+    """File names below one folder, as two tensors: the relative names in one uint8 `text`, a NUL after each, and the
+    int64 places `ends` (N,) of these. So a name costs its own length and 9 bytes; forked workers copy none, spawned
+    ones share all."""
 
     def __init__(self, root, names):
         """root: the folder; names: an iterable of relative names, "/" between their parts, in the order to keep."""
@@ -1014,18 +1019,28 @@ class ImageSet:
     def subset(self, rows):
         """The set of some of its images, rows (n,)."""
         pick = lambda v: v if v is None else v[rows.to(v.device)]
-        return dataclasses.replace(self, images=pick(self.images), paths=self.paths and self.paths.subset(rows), labels=pick(self.labels), groups=pick(self.groups),
-                                   factors={k: pick(v) for k, v in self.factors.items()}, masks=pick(self.masks), boxes=pick(self.boxes))
+        return dataclasses.replace(
+            self,
+            images=pick(self.images),
+            paths=self.paths and self.paths.subset(rows),
+            labels=pick(self.labels),
+            groups=pick(self.groups),
+            factors={k: pick(v) for k, v in self.factors.items()},
+            masks=pick(self.masks),
+            boxes=pick(self.boxes),
+        )
 
     def to(self, device):
         return self if self.images is None else dataclasses.replace(self, images=self.images.to(device))
 
     def fingerprint(self):
-        """What a run remembers of its data, wherever it lies: dict(images=their number, classes=their names, hash=str), the hash of
-        labels and relative paths, or of labels and image shape (not of pixels: rendering rounds as the processor does)."""
+        """What a run remembers of its data, wherever it lies: dict(images=their number, classes=their names, hash=str).
+        The hash is of labels and relative paths, or of labels and image shape (pixels are rendered a little differently
+        by another processor)."""
         what = tuple(self.images.shape[1:]) if self.paths is None else self.paths.digest()
         labels = b"" if self.labels is None else self.labels.cpu().numpy().tobytes()
-        return dict(images=len(self), classes=list(self.classes), hash=hashlib.blake2b(repr(what).encode() + labels, digest_size=16).hexdigest())
+        digest = hashlib.blake2b(repr(what).encode() + labels, digest_size=16).hexdigest()
+        return dict(images=len(self), classes=list(self.classes), hash=digest)
 
 
 def printable(text):
@@ -1034,16 +1049,16 @@ def printable(text):
 
 
 def open_image(path):
-    """File -> uint8 (3, H, W), RGB. Orientation tags are applied, 16-bit greys rescaled, transparency laid over black. Greys of
-    another range (floats, signed, 12 or 32 bits) are refused, because no file says which value is white."""
+    """File -> uint8 (3, H, W), RGB. Orientation tags are applied, 16-bit greys rescaled, transparency laid over black.
+    Greys of another range (floats, signed, 12 or 32 bits) are refused, because no file says which value is white."""
     try:
         with Image.open(path) as image:
-            tags = getattr(image, "tag_v2", {})  # of a TIFF: bits per sample (258) and sample format (339; 1 is unsigned)
-            narrow = image.mode.startswith("I;16") or image.mode == "I" and image.format in ("PNG", "PPM")  # 0 to 65535
-            if image.mode[0] in "IF" and not narrow or 12 in tags.get(258, ()) or {2, 3} & set(tags.get(339, ())):
-                raise ValueError("its pixels are neither 8-bit nor 16-bit greys of 0 to 65535; scale and convert them to one of these")
+            tags = getattr(image, "tag_v2", {})  # of a TIFF: 258 holds bits per sample, 339 their format (1: unsigned)
+            wide = image.mode.startswith("I;16") or image.mode == "I" and image.format in ("PNG", "PPM")  # 0 to 65535
+            if image.mode[0] in "IF" and not wide or 12 in tags.get(258, ()) or {2, 3} & set(tags.get(339, ())):
+                raise ValueError("neither 8-bit nor 16-bit greys of 0 to 65535; scale and convert it to one of these")
             image = ImageOps.exif_transpose(image)
-            if narrow:
+            if wide:
                 image = Image.fromarray((np.asarray(image, np.float64) / 257).round().clip(0, 255).astype(np.uint8))
             if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA"):
                 image = image.convert("RGBA")
@@ -1055,15 +1070,25 @@ def open_image(path):
 
 
 def visible(folder):
-    """(sorted names of the folders, names of the image files) in a folder, without hidden ones. The pictures in the directory of a
-    run are no data."""
+    """(sorted names of the folders, names of the image files) in a folder, without hidden ones. The pictures in the
+    directory of a run are no data."""
+    folders, images, others = [], [], []
     try:
         with os.scandir(folder) as entries:
-            there = {n: e.is_dir(follow_symlinks=False) or e.is_symlink() and os.path.isdir(e.path) for e in entries if (n := e.name)[0] != "."}
+            for e in entries:
+                name = e.name
+                if name[0] == ".":
+                    continue
+                if e.is_dir(follow_symlinks=False) or e.is_symlink() and os.path.isdir(e.path):
+                    folders.append(name)
+                else:
+                    (images if name[name.rfind(".") :].lower() in SUFFIXES else others).append(name)
     except OSError as e:
-        die(f"--data-dir {printable(folder)}: cannot be listed ({e.strerror or e}); mend its permissions")
-    images = [n for n, is_dir in there.items() if not is_dir and n[n.rfind(".") :].lower() in SUFFIXES]
-    return sorted(n for n, is_dir in there.items() if is_dir), [] if of_a_run(there) else images
+        die(
+            f"{printable(folder)}: this folder cannot be listed ({e.strerror or e}); "
+            "mend its permissions or move it away"
+        )
+    return sorted(folders), [] if of_a_run(others) else images
 
 
 def of_a_run(names):
@@ -1072,8 +1097,8 @@ def of_a_run(names):
 
 
 def image_names(root, below="", above=()):
-    """Yield the image files below `root` relative to it, whatever the depth, in the order of their whole paths. Links are followed,
-    but not back to a folder that they lie in."""
+    """Yield the image files below `root`, relative to it, whatever the depth, in the order of their whole paths. Links
+    are followed, but not back to a folder that they lie in."""
     here = os.path.realpath(f"{root}/{below}")
     if here in above:
         return
@@ -1095,11 +1120,13 @@ LAYOUT = "train/<class>/*.jpg with val/ or test/ beside train/, or any tree of i
 
 
 def split_folders(root):
-    """The splits directly below `root`, such as dict(train="Train", val="validation"); {} where all of it is one tree of images.
+    """(splits, folders): all folders directly below `root`, and which of them are splits, such as dict(train="Train",
+    val="validation"); an empty dict where all of it is one tree of images.
 
-    A split is a folder with a name of SPLITS, in letters of any case. One such folder without another may as well be a class that
-    is called so (CIFAR-100 has a train). It is a split where no other images are, or where it alone holds folders of images; it
-    is a class where it holds none and images lie right beside it or right in another folder. Else the tree is refused.
+    A split is a folder with a name of SPLITS, in letters of any case. One such folder without another may as well be a
+    class that is called so (CIFAR-100 has a train). It is a split where no other images are, or where it alone holds
+    folders of images. It is a class where it holds none, and images lie beside it or right in another folder. Else the
+    tree is refused.
     """
     folders, loose = visible(root)
     named = {kind: [f for f in folders if f.lower() in names] for kind, names in SPLITS.items()}
@@ -1107,39 +1134,45 @@ def split_folders(root):
     if twice := next((some for some in named.values() if len(some) > 1), None):
         die(f"--data-dir {root}: {twice[0]}/ and {twice[1]}/ name the same split; keep one of them")
     if len(found) != 1:
-        return found
+        return found, folders
     ((kind, name),) = found.items()
     below = lambda f: image_names(root, f"{f}/")  # "f/1.png" or "f/deeper/2.png"
     nested = lambda f: any(n.count("/") > 1 for n in below(f))
     others = [f for f in folders if f != name and next(below(f), None)]
     if not others and not loose:
-        return found if kind == "train" or nested(name) else {}
+        return found if kind == "train" or nested(name) else {}, folders
     if nested(name) and not any(map(nested, others)):
-        return found
+        return found, folders
     if not nested(name) and (loose or any(visible(f"{root}/{f}")[1] for f in others)):
-        return {}
-    die(f"--data-dir {root}: {name}/ may be a split or a class, beside {printable(others[0])}/; an image folder is {LAYOUT}: rename or move one of them")
+        return {}, folders
+    die(
+        f"--data-dir {root}: {name}/ may be a split or a class, beside {printable(others[0])}/; "
+        f"rename or move one of them: an image folder is {LAYOUT}"
+    )
 
 
 def imagefolder(root, split, classes=None):
-    """A folder of images: root/train/<class>/... with root/val or root/test (`split_folders` says which names these may have), or
-    any tree (then all of it is "train").
+    """A folder of images: root/train/<class>/... with root/val or root/test (`split_folders` says which names these may
+    have), or any tree (then all of it is "train").
 
-    A class is a folder directly below the split's, `classes` the only ones to take (default: all); images that lie in none
-    leave the set without labels, and its `note` says so. A class folder without images is refused. Returns None when the split
-    does not exist; the note of "train" says what was looked for.
+    A class is a folder directly below the split's, `classes` the only ones to take (default: all). One without images
+    is refused. Images that lie in none leave the set without labels, and its `note` says so. Returns None when the
+    split does not exist; the note of "train" says what was looked for.
     """
     root = Path(root)
     if not os.path.isdir(root):
         die(f"--data-dir {root}: no such directory, or none that may be entered; an image folder is {LAYOUT}")
-    splits = split_folders(root)
-    holds = f"{root} holds {', '.join(f'{printable(f)}/' for f in visible(root)[0][:8]) or 'no folders'}"
+    splits, folders = split_folders(root)
+    holds = f"{root} holds {', '.join(f'{printable(f)}/' for f in folders[:8]) or 'no folders'}"
     if splits and "train" not in splits:
         die(f"--data-dir {root}: has no train/; {holds}; an image folder is {LAYOUT}")
     name = splits.get("val", splits.get("test")) if split == "test" else splits.get("train", "")
     if name is None:
         return None
-    folder, index, labels = root / name, {}, array("q")  # class, None for none -> its number in the order of paths; that of each image
+    folder = root / name
+
+    # Number the classes in the order of their paths (None: images of no class) while the names pass by.
+    index, labels = {}, array("q")
 
     def noted(names):
         for name in names:
@@ -1151,21 +1184,34 @@ def imagefolder(root, split, classes=None):
     paths = Paths(folder, noted(image_names(folder)))
     if not paths:
         die(f"--data-dir {folder}: holds no images ({', '.join(sorted(SUFFIXES))})")
-    notes = [f"no test split: {holds}; val/ or test/ is expected beside train/"] * (split == "train" and len(splits) < 2)
+
+    # Say what is missing: a test split, labels, a class. A tree without labels may hold folders of other things.
+    notes = []
+    if split == "train" and len(splits) < 2:
+        notes.append(f"no test split: {holds}; val/ or test/ is expected beside train/")
     if None in index:
-        loose = labels.count(index[None]), printable(paths[labels.index(index[None])])
-        notes.append(f"no labels: {loose[0]} of {len(paths)} images lie in no class folder, such as {loose[1]}; move them into {folder}/<class>/")
+        stray = printable(paths[labels.index(index[None])])
+        notes.append(
+            f"no labels: {labels.count(index[None])} of {len(paths)} images lie in no class folder, such as {stray}; "
+            f"move them into {folder}/<class>/"
+        )
     elif len(index) < 2:
-        notes.append(f"no labels: {folder} holds images in one class folder, {printable(next(iter(index)))}/; two are needed")
-    if None not in index and (splits or len(index) > 1):  # a tree of one folder of images may hold other folders
-        for c in visible(folder)[0]:
-            if c not in index and (classes is None or c in classes) and not any(of_a_run(files) for _, _, files in os.walk(folder / c)):
-                die(f"--data-dir {printable(folder / c)}: a class folder without images ({', '.join(sorted(SUFFIXES))}); fill it, remove it or move it away")
+        notes.append(f"no labels: {folder} holds images in one class folder, {printable(*index)}/; two are needed")
+    if None not in index and (splits or len(index) > 1):
+        for c in sorted(set(visible(folder)[0]) - set(index)):
+            ours = any(of_a_run(files) for _, _, files in os.walk(folder / c))
+            if not ours and (classes is None or c in classes):
+                die(
+                    f"{printable(folder / c)}: a class folder without images ({', '.join(sorted(SUFFIXES))}); "
+                    "fill it, remove it or move it away"
+                )
     if None in index or len(index) < 2:
         return ImageSet(paths=paths, note="; ".join(notes))
+
+    # Paths and classes are not sorted alike: a-b/1.png comes before a/1.png.
     found = sorted(index)
-    number = torch.tensor([found.index(c) for c in index])  # paths and classes are not sorted alike: a-b/1.png comes before a/1.png
-    return ImageSet(paths=paths, labels=number[torch.frombuffer(labels, dtype=torch.int64)], classes=tuple(found), note="; ".join(notes))
+    labels = torch.tensor([found.index(c) for c in index])[torch.frombuffer(labels, dtype=torch.int64)]  # (N,)
+    return ImageSet(paths=paths, labels=labels, classes=tuple(found), note="; ".join(notes))
 
 
 def cifar(name, root, split):
@@ -1173,22 +1219,32 @@ def cifar(name, root, split):
     try:
         data = getattr(torchvision.datasets, name.upper())(root, train=split == "train")
     except (RuntimeError, OSError):
-        die(f"--data-dir {root}: holds no {name.upper()}; torchvision.datasets.{name.upper()}({str(root)!r}, download=True) would fetch it")
-    return ImageSet(images=torch.from_numpy(data.data).permute(0, 3, 1, 2), labels=torch.tensor(data.targets), classes=tuple(data.classes))
+        die(
+            f"--data-dir {root}: holds no {name.upper()}; "
+            f"torchvision.datasets.{name.upper()}({str(root)!r}, download=True) would fetch it"
+        )
+    return ImageSet(
+        images=torch.from_numpy(data.data).permute(0, 3, 1, 2),
+        labels=torch.tensor(data.targets),
+        classes=tuple(data.classes),
+    )
 
 
 def threediebench(root, split, workers=None, complete=True):
-    """3DIEBench (Garrido et al. 2023) as published: root/<synset>/<object>/image_0..49.jpg and latent_0..49.npy, and beside
-    them (or in root/data) the split's train_ or val_images.npy and _labels.npy. A latent is three angles (extrinsic xyz,
-    radians), floor hue, two angles of the light, its hue. All are read once and kept in the cache directory, until a file
-    changes. `complete`: no view may be missing.
+    """3DIEBench (Garrido et al. 2023) as published: root/<synset>/<object>/image_0..49.jpg and latent_0..49.npy, and
+    beside them (or in root/data) the split's train_ or val_images.npy and _labels.npy. A latent is three angles
+    (extrinsic xyz, radians), floor hue, two angles of the light, its hue. All are read once and kept in the cache
+    directory, until one of these files changes. `complete`: no view may be missing.
     """
     root, part = Path(root), dict(train="train", test="val")[split]
 
     def load(name, kinds, what):
         path = next((p for p in (root / name, root / "data" / name) if os.path.isfile(p)), None)
         if path is None:
-            die(f"--data-dir {root}: 3diebench needs {name} there, from the data folder of SIE's repository (github.com/facebookresearch/SIE)")
+            die(
+                f"--data-dir {root}: 3diebench needs {name} there, "
+                "from the data folder of SIE's repository (github.com/facebookresearch/SIE)"
+            )
         try:
             values = np.array(np.load(path, mmap_mode="r", allow_pickle=False))
         except Exception as e:  # numpy raises whatever a damaged file makes it raise
@@ -1200,16 +1256,24 @@ def threediebench(root, split, workers=None, complete=True):
     objects = [str(o).strip("/") for o in load(f"{part}_images.npy", "U", "names")]
     labels = torch.from_numpy(load(f"{part}_labels.npy", "iu", "whole numbers").astype(np.int64))
     if len(objects) != len(labels):
-        die(f"--data-dir {root}: {part}_images.npy names {len(objects)} objects, {part}_labels.npy has {len(labels)} labels")
+        die(
+            f"--data-dir {root}: {part}_images.npy names {len(objects)} objects, "
+            f"{part}_labels.npy has {len(labels)} labels"
+        )
     for i in ((labels < 0) | (labels > 54)).nonzero()[:1, 0].tolist():
-        die(f"--data-dir {root}: {part}_labels.npy says {labels[i]} at index {i} ({objects[i]}); 3DIEBench has the classes 0 to 54")
+        die(
+            f"--data-dir {root}: {part}_labels.npy says {labels[i]} at index {i} ({objects[i]}); "
+            "3DIEBench has the classes 0 to 54"
+        )
     if not same_on_ranks((objects, labels.tolist())):
-        die(f"--data-dir {root}: {part}_images.npy or {part}_labels.npy is another on another machine; copy the data set anew")
+        die(f"--data-dir {root}: {part}_images.npy or {part}_labels.npy differs between machines; copy the set anew")
 
     def of_objects(look, like):
-        """look(object's folder) of every object, each rank its share: (objects, ...) of the shape and type of `like`."""
+        """look(object's folder) of every object, each rank its share: (objects, ...), shape and type as `like`."""
         mine = [root / name for name in objects[rank() :: world_size()]]
-        loader = torch.utils.data.DataLoader(_Each(look, mine), batch_size=None, num_workers=default_workers(workers), worker_init_fn=detach_worker)
+        loader = torch.utils.data.DataLoader(
+            _Each(look, mine), batch_size=None, num_workers=default_workers(workers), worker_init_fn=detach_worker
+        )
         out = like.new_zeros(math.ceil(len(objects) / world_size()), *like.shape)
         for i, z in enumerate(progress(loader, desc=f"latents of {split}", unit="object")):
             if isinstance(z, str):
@@ -1218,12 +1282,18 @@ def threediebench(root, split, workers=None, complete=True):
         return gather(out).unflatten(0, (world_size(), -1)).transpose(0, 1).flatten(0, 1)[: len(objects)].clone()
 
     stamps = of_objects(partial(stamp_of, complete=complete), torch.tensor(0))  # (objects,)
-    key = hashlib.blake2b(repr((str(root.resolve()), objects, code_of(latents_of))).encode(), digest_size=8).hexdigest()
-    z = cached(f"3diebench-{key}", lambda: dict(stamps=stamps, latents=of_objects(latents_of, torch.zeros(50, 7))), lambda kept: torch.equal(kept["stamps"], stamps))
-    z = z["latents"].flatten(0, 1)  # (N, 7)
-    return ImageSet(paths=Paths(root, (f"{name}/image_{v}.jpg" for name in objects for v in range(50))), labels=labels.repeat_interleave(50),
-                    classes=tuple(f"{i:02d}" for i in range(int(labels.max()) + 1)), groups=torch.arange(len(objects)).repeat_interleave(50),
-                    factors=dict(rotation=quaternion_from_angles(z[:, :3]), floor_hue=z[:, 3], light_hue=z[:, 6]))
+    key = number_of(str(root.resolve()), objects, code_of(latents_of))
+    make = lambda: dict(stamps=stamps, latents=of_objects(latents_of, torch.zeros(50, 7)))
+    kept = cached(f"3diebench-{key:x}", make, lambda kept: torch.equal(kept["stamps"], stamps))
+    z = kept["latents"].flatten(0, 1)  # (N, 7)
+    paths = Paths(root, (f"{name}/image_{v}.jpg" for name in objects for v in range(50)))
+    return ImageSet(
+        paths=paths,
+        labels=labels.repeat_interleave(50),
+        classes=tuple(f"{i:02d}" for i in range(int(labels.max()) + 1)),
+        groups=torch.arange(len(objects)).repeat_interleave(50),
+        factors=dict(rotation=quaternion_from_angles(z[:, :3]), floor_hue=z[:, 3], light_hue=z[:, 6]),
+    )
 
 
 class _Each(torch.utils.data.Dataset):
@@ -1250,90 +1320,131 @@ def stamp_of(folder, complete):
         stamp = [(file.st_size, file.st_mtime_ns) for file in (os.stat(f"{folder}/{name}") for name in latents)]
     except OSError as e:
         return f"{folder}: cannot be listed ({e.strerror or e}); 3DIEBench has a folder there, copy it again"
-    return torch.tensor(int.from_bytes(hashlib.blake2b(repr(stamp).encode(), digest_size=7).digest(), "big"))
+    return torch.tensor(number_of(stamp))
 
 
 def latents_of(folder):
     """The latents (50, 7) in the folder of an object of 3DIEBench, or what is wrong with the first that is none."""
     out = torch.empty(50, 7)
     for v in range(50):
+        path = f"{folder}/latent_{v}.npy"
         try:
-            z = np.load(f"{folder}/latent_{v}.npy", mmap_mode="r", allow_pickle=False)
-            out[v] = torch.from_numpy(np.array(z, np.float64)) if z.shape == (7,) and z.dtype.kind in "fiu" else math.nan
+            z = np.load(path, mmap_mode="r", allow_pickle=False)
+            z = np.array(z, np.float32) if z.shape == (7,) and z.dtype.kind in "fiu" else np.full(7, np.nan)
         except Exception:  # numpy raises whatever a damaged file makes it raise
-            out[v] = math.nan
-        if not out[v].isfinite().all():
-            return f"{folder}/latent_{v}.npy: not 7 numbers, all finite; copy it again"
-        if out[v, :3].abs().max() > math.pi / 2 + 1e-3 or (out[v, [3, 6]] - 0.5).abs().max() > 0.5 + 1e-3:
-            return f"{folder}/latent_{v}.npy: expected are three angles from -pi/2 to pi/2 (radians, no degrees), and hues from 0 to 1 as numbers 3 and 6"
+            z = np.full(7, np.nan)
+        if not np.isfinite(z).all():
+            return f"{path}: not 7 numbers, all finite; copy it again"
+        if abs(z[:3]).max() > math.pi / 2 + 1e-3 or abs(z[[3, 6]] - 0.5).max() > 0.5 + 1e-3:
+            return f"{path}: numbers 0 to 2 must be angles from -pi/2 to pi/2 (radians), 3 and 6 hues from 0 to 1"
+        out[v] = torch.from_numpy(z)
     return out
 
 
 TRANSFER = dict(  # torchvision's class; its train and test splits
-    food101=("Food101", ("train",), ("test",)), dtd=("DTD", ("train", "val"), ("test",)), pets=("OxfordIIITPet", ("trainval",), ("test",)),
-    aircraft=("FGVCAircraft", ("trainval",), ("test",)), flowers102=("Flowers102", ("train",), ("test",)), sun397=("SUN397", (), ()))
+    food101=("Food101", ("train",), ("test",)),
+    dtd=("DTD", ("train", "val"), ("test",)),
+    pets=("OxfordIIITPet", ("trainval",), ("test",)),
+    aircraft=("FGVCAircraft", ("trainval",), ("test",)),
+    flowers102=("Flowers102", ("train",), ("test",)),
+    sun397=("SUN397", (), ()),
+)
 
 
 def transfer_set(name, root, split):
-    """A data set of TRANSFER as torchvision keeps it, or prepared as an image folder with train/ and val/ or test/. sun397 needs the
-    authors' Training_01.txt and Testing_01.txt (19,850 images each) beside its folder or in it."""
-    if os.path.isdir(root) and "train" in split_folders(root):
+    """A data set of TRANSFER as torchvision keeps it, or prepared as an image folder with train/ and val/ or test/.
+    sun397 needs the authors' Training_01.txt and Testing_01.txt (19,850 images each) beside its folder or in it."""
+    if os.path.isdir(root) and "train" in split_folders(root)[0]:
         return imagefolder(root, split)
     kind, *splits = TRANSFER[name]
     build = getattr(torchvision.datasets, kind)
     try:
         parts = [build(root)] if name == "sun397" else [build(root, split=s) for s in splits[split == "test"]]
     except ModuleNotFoundError as e:
-        die(f"--data {name}: torchvision reads its lists with {e.name}; pip install {e.name}, or prepare train/<class>/ and test/<class>/")
-    except (RuntimeError, OSError):
-        die(f"--data-dir {root}: holds no {name}; torchvision.datasets.{kind}({str(root)!r}, download=True) would fetch it")
-    paths, labels = [str(p) for d in parts for p in (d._images if name == "pets" else d._image_files)], [y for d in parts for y in d._labels]
+        die(
+            f"--data {name}: torchvision reads its lists with {e.name}; pip install {e.name}, "
+            "or prepare train/<class>/ and test/<class>/"
+        )
+    except Exception:  # torchvision raises whatever a missing or damaged list makes it raise
+        die(
+            f"--data-dir {root}: holds no {name}; "
+            f"torchvision.datasets.{kind}({str(root)!r}, download=True) would fetch it"
+        )
+    paths, labels = (
+        [str(p) for d in parts for p in (d._images if name == "pets" else d._image_files)],
+        [y for d in parts for y in d._labels],
+    )
     if name == "sun397":
         folder, listing = Path(root) / "SUN397", f"{dict(train='Training', test='Testing')[split]}_01.txt"
         found = next((p for p in (Path(root) / listing, folder / listing) if os.path.isfile(p)), None)
         if found is None:
             die(f"--data-dir {root}: sun397 needs {listing}, from the authors' Partitions.zip")
         of = dict(zip(paths, labels))
-        paths = [str(folder / line.strip().lstrip("/")) for line in os.fsdecode(found.read_bytes()).split("\n") if line.strip()]
+        lines = os.fsdecode(found.read_bytes()).split("\n")
+        paths = [str(folder / line.strip().lstrip("/")) for line in lines if line.strip()]
         if set(paths) - set(of):
             die(f"{found}: lists {printable(min(set(paths) - set(of)))}, which is not there")
         labels = [of[p] for p in paths]
-    return ImageSet(paths=Paths(root, (os.path.relpath(p, root) for p in paths)), labels=torch.tensor(labels), classes=tuple(parts[0].classes))
+    paths = Paths(root, (os.path.relpath(p, root) for p in paths))
+    return ImageSet(paths=paths, labels=torch.tensor(labels), classes=tuple(parts[0].classes))
 
 
 def cub200(root, split):
-    """CUB-200-2011 as published: [CUB_200_2011/]images.txt, image_class_labels.txt, train_test_split.txt, classes.txt, images/; or
-    prepared as an image folder."""
-    if os.path.isdir(root) and "train" in split_folders(root):
+    """CUB-200-2011 as published: [CUB_200_2011/]images.txt, image_class_labels.txt, train_test_split.txt, classes.txt,
+    images/; or prepared as an image folder."""
+    if os.path.isdir(root) and "train" in split_folders(root)[0]:
         return imagefolder(root, split)
-    root = next((d for d in (Path(root) / "CUB_200_2011",) if os.path.isdir(d)), Path(root))
+    nested = Path(root) / "CUB_200_2011"
+    root = nested if os.path.isdir(nested) else Path(root)
+    lists = ("images", "image_class_labels", "train_test_split", "classes")
     try:
-        images, labels, train, classes = (
-            [line.split() for line in os.fsdecode((root / f"{name}.txt").read_bytes()).splitlines()] for name in ("images", "image_class_labels", "train_test_split", "classes"))
+        texts = [os.fsdecode((root / f"{name}.txt").read_bytes()) for name in lists]
+        images, labels, train, classes = ([line.split() for line in text.splitlines()] for text in texts)
         label, part = dict(labels), dict(train)
         chosen = [(path, int(label[i]) - 1) for i, path in images if (part[i] == "1") == (split == "train")]
         classes = tuple(c for _, c in classes)
     except OSError as e:
         die(f"--data-dir {root}: cub200 needs {Path(e.filename).name} there ({e.strerror})")
     except (ValueError, KeyError) as e:
-        die(f"--data-dir {root}: the lists of cub200 do not fit each other ({e}); copy images, image_class_labels, train_test_split and classes.txt again")
-    return ImageSet(paths=Paths(root / "images", (path for path, _ in chosen)), labels=torch.tensor([y for _, y in chosen]), classes=classes)
+        die(
+            f"--data-dir {root}: {', '.join(lists)}.txt of cub200 do not fit each other ({printable(e)}); "
+            "copy them again"
+        )
+    paths, labels = Paths(root / "images", (path for path, _ in chosen)), torch.tensor([y for _, y in chosen])
+    return ImageSet(paths=paths, labels=labels, classes=classes)
 
 
-CORE50_CLASSES = ("plug adapter", "mobile phone", "scissors", "light bulb", "can", "glasses", "ball", "marker", "cup", "remote control")
+CORE50_CLASSES = (
+    "plug adapter",
+    "mobile phone",
+    "scissors",
+    "light bulb",
+    "can",
+    "glasses",
+    "ball",
+    "marker",
+    "cup",
+    "remote control",
+)
 
 
 def core50(root, split, sessions):
-    """CORe50 (Lomonaco and Maltoni 2017) as published: [core50_128x128/]s1..s11/o1..o50/C_<session>_<object>_<frame>.png.
+    """CORe50 (Lomonaco and Maltoni 2017) as published:
+    [core50_128x128/]s1..s11/o1..o50/C_<session>_<object>_<frame>.png.
 
-    "train" are the frames of `sessions` (numbers from 1), "test" those of all others. Labels are the 10 categories of five objects
-    each, groups the objects, factors session and frame (N,) int64; sessions count from 0 there.
+    "train" are the frames of `sessions` (numbers from 1), "test" those of all others. Labels are the 10 categories of
+    five objects each, groups the objects, factors session and frame (N,) int64; sessions count from 0 there.
     """
     root = Path(root) / "core50_128x128" if os.path.isdir(Path(root) / "core50_128x128") else Path(root)
-    there = {int(f[1:]): f for f in (visible(root)[0] if os.path.isdir(root) else ()) if f[0] == "s" and f[1:].isdecimal()}
+    folders = visible(root)[0] if os.path.isdir(root) else ()
+    there = {int(f[1:]): f for f in folders if f[0] == "s" and f[1:].isdecimal()}
     missing = [s for s in sessions if s not in there]
     if missing or not set(there) - set(sessions):
-        die(f"--data-dir {root}: core50 is s1/o1/C_01_01_000.png ... s11/; found the sessions {' '.join(map(str, sorted(there))) or 'none'}, to train on {' '.join(map(str, sessions))}, test on the rest")
+        die(
+            f"--data-dir {root}: core50 is s1/o1/C_01_01_000.png ... s11/; "
+            f"found the sessions {' '.join(map(str, sorted(there))) or 'none'}, "
+            f"to train on {' '.join(map(str, sessions))}, test on the rest"
+        )
     found = []
     for s, folder in there.items():
         if (s in sessions) == (split == "train"):
@@ -1343,29 +1454,56 @@ def core50(root, split, sessions):
                 number = re.fullmatch(r"[^/]+/o(\d+)/C_(\d+)_(\d+)_(\d+)\.png", name)
                 place, *number = map(int, number.groups()) if number else (0, 0)
                 if not 1 <= place <= 50 or number[:2] != [s, place]:
-                    die(f"{printable(root / name)}: not a frame of CORe50, s<session>/o<object>/C_<session>_<object>_<frame>.png with objects 1 to 50")
+                    die(
+                        f"{printable(root / name)}: not a frame of CORe50, "
+                        "s<session>/o<object>/C_<session>_<object>_<frame>.png with objects 1 to 50"
+                    )
                 found.append((*number, name))
-            bare = [f for f in visible(root / folder)[0] if re.fullmatch(r"o\d+", f) and (s, int(f[1:])) not in {n[:2] for n in found}]
-            if bare:
-                die(f"--data-dir {root / folder / bare[0]}: no frames C_*_*_*.png in it; unpack it again")
+            objects = [f for f in visible(root / folder)[0] if re.fullmatch(r"o\d+", f)]
+            if bare := set(objects) - {f"o{thing}" for session, thing, *_ in found if session == s}:
+                die(f"{root / folder / min(bare)}: this folder of CORe50 has no frames C_*_*_*.png; unpack it again")
     empty = set(sessions) - {f[0] for f in found} if split == "train" else {} if found else set(there) - set(sessions)
     if empty:
-        die(f"--data-dir {root}: no frames o1/C_*_01_*.png in {', '.join(f's{s}' for s in sorted(empty))}; unpack it again")
+        die(
+            f"--data-dir {root}: no frames o1/C_*_01_*.png in {', '.join(f's{s}' for s in sorted(empty))}; "
+            "unpack it again"
+        )
     session, thing, frame, names = zip(*sorted(found))
     session, thing, frame = (torch.tensor(v) for v in (session, thing, frame))  # (N,) each
-    return ImageSet(paths=Paths(root, names), labels=(thing - 1) // 5, classes=CORE50_CLASSES, groups=thing - 1, factors=dict(session=session - 1, frame=frame))
+    factors = dict(session=session - 1, frame=frame)
+    return ImageSet(
+        paths=Paths(root, names), labels=(thing - 1) // 5, classes=CORE50_CLASSES, groups=thing - 1, factors=factors
+    )
 
 
-TDW_CLASSES = ("cup", "comb", "scissor", "hammer", "book", "calculator", "goblet", "candle", "headphones", "screwdriver", "cassette", "bottle")
+TDW_CLASSES = (
+    "cup",
+    "comb",
+    "scissor",
+    "hammer",
+    "book",
+    "calculator",
+    "goblet",
+    "candle",
+    "headphones",
+    "screwdriver",
+    "cassette",
+    "bottle",
+)
 
 
 def tdw(root, split):
-    """The toys of CLTT (Schneider et al. 2021) as published: train/ and test/ with 12,096 images each, whose sorted names count
-    12 objects x 4 distances x 7 elevations x 36 azimuths. Factor view (N, 3): azimuth, elevation in degrees, distance in metres."""
-    folder = next((d for d in (Path(root) / split, Path(root) / "spherical_photoreal_64x64_DoF" / split) if os.path.isdir(d)), Path(root) / split)
+    """The toys of CLTT (Schneider et al. 2021) as published: train/ and test/ with 12,096 images each, whose sorted
+    names count 12 objects x 4 distances x 7 elevations x 36 azimuths. Factor view (N, 3): azimuth, elevation in
+    degrees, distance in metres."""
+    nested = Path(root) / "spherical_photoreal_64x64_DoF" / split
+    folder = nested if os.path.isdir(nested) and not os.path.isdir(Path(root) / split) else Path(root) / split
     paths = [folder / name for name in sorted(visible(folder)[1])] if os.path.isdir(folder) else []
     if len(paths) != 12_096:
-        die(f"--data-dir {folder}: tdw has 12,096 images in train/ and in test/, numbered by the order of their names; found {len(paths):,}")
+        die(
+            f"--data-dir {folder}: tdw has 12,096 images in train/ and in test/, numbered by the order of their names; "
+            f"found {len(paths):,}"
+        )
     try:
         images = [open_image(p) for p in progress(paths, desc=f"reading {split}", unit="image")]
     except OSError as e:
@@ -1374,12 +1512,14 @@ def tdw(root, split):
         die(f"--data-dir {folder}: images of several sizes; tdw's are 64 x 64")
     i = torch.arange(12_096)
     view = torch.stack([i % 36 * 10.0, i // 36 % 7 * 10 + 10.0, i // 252 % 4 * 0.1 + 0.3], 1)  # (N, 3)
-    return ImageSet(images=torch.stack(images), labels=i // 1008, classes=TDW_CLASSES, groups=i // 1008, factors=dict(view=view))
+    return ImageSet(
+        images=torch.stack(images), labels=i // 1008, classes=TDW_CLASSES, groups=i // 1008, factors=dict(view=view)
+    )
 
 
 def known_part(data, fraction, seed):
-    """A share of every class, at random from the seed, of whole objects where there are several images of one: an ImageSet.
-    For experiments in which the parameters or the labels of only some images are known."""
+    """A share of every class, at random from the seed, of whole objects where there are several images of one: an
+    ImageSet. For experiments in which the parameters or the labels of only some images are known."""
     groups = torch.arange(len(data)) if data.groups is None else data.groups
     g, kept = rng(seed, "known"), []
     for c in data.labels.unique():
@@ -1395,8 +1535,8 @@ def check_data(name):
 
 def load_data(name, root, split, size, skip_corrupt=False, workers=None, sessions=(1, 2)):
     """The "train" or "test" split of a data set as an ImageSet; None when it has no such split. `size` is the side at
-    which `blocks` and `blocks-views` are rendered; everything else keeps its own. `skip_corrupt` opens every file first and
-    leaves out the ones that cannot be read. `sessions`: those of core50 that train."""
+    which `blocks` and `blocks-views` are rendered; everything else keeps its own. `skip_corrupt` opens every file first
+    and leaves out the ones that cannot be read. `sessions`: those of core50 that train."""
     check_data(name)
     if name.startswith("blocks"):
         render = blocks if name == "blocks" else blocks_views
@@ -1412,41 +1552,44 @@ def load_data(name, root, split, size, skip_corrupt=False, workers=None, session
             die("--skip-corrupt: tdw tells its images by their number, so none can be left out; leave the flag out")
         return tdw(root, split)
     if name in ("3diebench", "core50", "cub200", *TRANSFER):
-        read = {"3diebench": partial(threediebench, workers=workers, complete=not skip_corrupt), "core50": partial(core50, sessions=sessions), "cub200": cub200}
+        bench = partial(threediebench, workers=workers, complete=not skip_corrupt)
+        read = {"3diebench": bench, "core50": partial(core50, sessions=sessions), "cub200": cub200}
         data = read.get(name, partial(transfer_set, name))(root, split)
     else:
         data = imagefolder(root, split, {f"n{wnid}" for wnid in IMAGENET100.split()} if name == "imagenet100" else None)
         expected = dict(imagenet=1000, imagenet100=100).get(name)
         if expected and (data is None or len(data.classes) != expected):
-            die(f"--data-dir {root}: {name} is train/<wnid>/*.JPEG and val/<wnid>/*.JPEG with {expected} classes, found {len(data.classes) if data else 'no ' + split}; or use --data imagefolder")
-    if any_rank(int(data is None)) != -any_rank(-int(data is None)):
+            found = f"{len(data.classes)}{data.note and f' ({data.note})'}" if data else f"no {split}"
+            die(
+                f"--data-dir {root}: {name} is train/<wnid>/*.JPEG and val/<wnid>/*.JPEG with {expected} classes, "
+                f"found {found}; or use --data imagefolder"
+            )
+    if not same_on_ranks(data is None):
         die(f"--data-dir {root}: some machines have a {split} split there, others have none; copy the data set anew")
     return without_unreadable(data, workers) if skip_corrupt and data is not None else data
 
 
-class _Unreadable(torch.utils.data.Dataset):
-    """i -> the rows of chunk i whose files cannot be read."""
-
-    def __init__(self, data, chunks):
-        self.data, self.chunks = data, chunks
-
-    def __len__(self):
-        return len(self.chunks)
-
-    def __getitem__(self, i):
-        bad = []
-        for row in self.chunks[i].tolist():
-            try:
-                open_image(self.data.paths[row])
-            except OSError:
-                bad.append(row)
-        return bad
+def unreadable(data, rows):
+    """Those of some rows (n,) whose files cannot be read, as a list."""
+    bad = []
+    for row in rows.tolist():
+        try:
+            open_image(data.paths[row])
+        except OSError:
+            bad.append(row)
+    return bad
 
 
 def without_unreadable(data, workers):
-    """Open every image once, each rank its share, and leave out those that cannot be read: they are then in `skipped`."""
+    """Open every image once, each rank its share, and leave out those that cannot be read: they are then in
+    `skipped`."""
     chunks = torch.arange(len(data))[rank() :: world_size()].split(256)
-    loader = torch.utils.data.DataLoader(_Unreadable(data, chunks), batch_size=None, num_workers=default_workers(workers), worker_init_fn=detach_worker)
+    loader = torch.utils.data.DataLoader(
+        _Each(partial(unreadable, data), chunks),
+        batch_size=None,
+        num_workers=default_workers(workers),
+        worker_init_fn=detach_worker,
+    )
     bad = {row for rows in progress(loader, desc="opening images", unit="x 256") for row in rows}
     if world_size() > 1:
         every = [None] * world_size()
@@ -1459,8 +1602,9 @@ def without_unreadable(data, workers):
 
 
 def cached(name, make, current=lambda kept: True):
-    """make(), a dict of tensors and plain values, kept as a file in the user's cache directory, where there is one. What is read
-    there must be what was written, by its digest, and `current`. One rank that finds it otherwise has all make it: make() may gather."""
+    """make(), a dict of tensors and plain values, kept as a file in the user's cache directory, where there is one.
+    What is read there must be what was written, by its digest, and `current`. If one rank finds it otherwise, all make
+    it: make() may gather."""
     home, value = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), None
     path = Path(home) / "equivariant-ssl" / f"{name}.pt"
     with contextlib.suppress(Exception):  # no such file yet, or a damaged one
@@ -1476,16 +1620,19 @@ def cached(name, make, current=lambda kept: True):
 
 
 def digest_of(value):
-    """A hash of a (nested) dict of tensors and plain values: of names, types, shapes and contents."""
-    out = hashlib.blake2b(digest_size=16)
-    for name, v in value.items():
-        out.update(repr((name, (v.dtype, v.shape) if isinstance(v, torch.Tensor) else digest_of(v) if isinstance(v, dict) else v)).encode())
-        out.update(v.contiguous().numpy() if isinstance(v, torch.Tensor) else b"")
+    """A hash of a tensor, of a plain value, or of a dict of them: of names, types, shapes and contents."""
+    content = b""
+    if isinstance(value, dict):
+        value = [(name, digest_of(v)) for name, v in value.items()]
+    elif isinstance(value, torch.Tensor):
+        value, content = (value.dtype, value.shape), value.reshape(-1).numpy()
+    out = hashlib.blake2b(repr(value).encode(), digest_size=16)
+    out.update(content)
     return out.hexdigest()
 
 
 def code_of(function):
-    """A hash of the source of one of our functions, and of the functions and constants of this file that it uses, however far down."""
+    """A hash of the source of a function of this file, and of all functions and constants of this file that it uses."""
     names, text = [function.__name__], {}
     for name in names:  # grows as it goes
         value = globals().get(name)
@@ -1496,7 +1643,7 @@ def code_of(function):
                 codes += [c for c in code.co_consts if isinstance(c, types.CodeType)]
         elif isinstance(value, (int, float, str, tuple, dict, range)):
             text[name] = repr(value)
-    return hashlib.blake2b(repr(sorted(text.items())).encode(), digest_size=8).hexdigest()
+    return f"{number_of(sorted(text.items())):x}"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1943,12 +2090,21 @@ class RandomResizedCrop:
         return crop_resize(images, (boxes * sizes.repeat(1, 2)).round().long(), self.size, self.interpolation)
 
 
+def middle(x):
+    """Images (n, 3, H, W) as they are; of strips more than 64 times as long as wide the middle that is 64 times as long,
+    because scaled up whole they might fill the memory."""
+    for axis in (2, 3):
+        cut = max(0, x.shape[axis] - 64 * min(x.shape[2:])) // 2
+        x = x.narrow(axis, cut, x.shape[axis] - 2 * cut)
+    return x
+
+
 class CenterCrop:
     """The evaluation view: short side to `resize`, then the central size x size: torchvision's Resize and CenterCrop.
 
     No parameters. Images that are size x size already come back unchanged. `resize`, the short side, defaults to 256/224
-    of the size, as usual on ImageNet; below 96 px to the size itself, so that nothing is cut off. A strip more than 64 times
-    as long as wide is cut to its middle first, because enlarged whole it might fill the memory.
+    of the size, as usual on ImageNet; below 96 px to the size itself, so that nothing is cut off. Of long strips `middle`
+    alone is scaled.
     """
     draws = ()
 
@@ -1969,9 +2125,7 @@ class CenterCrop:
         """uint8 (n, 3, H, W), or a list of uint8 (3, H_i, W_i) -> uint8 (n, 3, size, size)."""
         crops, size = [], self.size
         for x in [images] if isinstance(images, torch.Tensor) else [image[None] for image in images]:
-            for axis in (2, 3):
-                cut = max(0, x.shape[axis] - 64 * min(x.shape[2:])) // 2
-                x = x.narrow(axis, cut, x.shape[axis] - 2 * cut)
+            x = middle(x)
             H, W = x.shape[2:]
             if (H, W) != (size, size):
                 h, w = self.resize * H // min(H, W), self.resize * W // min(H, W)

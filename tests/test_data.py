@@ -6,6 +6,7 @@ import random
 import shutil
 import socket
 import struct
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,9 @@ def refusal(capsys, call, *args, **kwargs):
     with pytest.raises(SystemExit) as end:
         call(*args, **kwargs)
     err = capsys.readouterr().err.replace("\r", "\n").splitlines()
-    assert end.value.code == 2 and len([line for line in err if "error:" in line]) == 1 and "Traceback" not in "".join(err), err
+    assert (
+        end.value.code == 2 and len([line for line in err if "error:" in line]) == 1 and "Traceback" not in "".join(err)
+    ), err
     return next(line for line in err if "error:" in line)
 
 
@@ -68,13 +71,20 @@ def test_hidden_files_and_loops_of_links(tmp_path):
 
 
 def test_paths_are_two_tensors():
-    """What a list of names does, in a name's own length and 9 bytes; a pickle for a worker holds no more."""
+    """What a list of names does, in a name's own length and 9 bytes, which workers share."""
     names = [f"class {i % 7}/å{i:05d}.png" for i in range(5000)] + ["not utf-8 \udcff.png", "new\nline.png"]
     paths = common.Paths("root", names)
     whole = ["root/" + name for name in names]
-    assert list(paths) == whole and [paths[i] for i in (0, 17, -1)] == [whole[0], whole[17], whole[-1]] and paths.index(whole[4000]) == 4000
-    assert sum(t.numel() * t.element_size() for t in (paths.text, paths.ends)) == sum(len(os.fsencode(name)) + 9 for name in names)
-    assert len(pickle.dumps(paths)) < sum(len(os.fsencode(name)) + 9 for name in names) + 1000
+    assert (
+        list(paths) == whole
+        and [paths[i] for i in (0, 17, -1)] == [whole[0], whole[17], whole[-1]]
+        and paths.index(whole[4000]) == 4000
+    )
+    assert sum(t.numel() * t.element_size() for t in (paths.text, paths.ends)) == sum(
+        len(os.fsencode(name)) + 9 for name in names
+    )
+    shared = ForkingPickler.dumps(paths)  # what a spawned worker is given: handles of shared memory
+    assert len(shared) < 1500 and list(pickle.loads(shared)) == whole == list(paths)
     rows = torch.randint(0, len(names), (300,), generator=common.rng(0))
     assert list(paths.subset(rows)) == [whole[i] for i in rows] and len(paths.subset(rows[:0])) == 0
     assert not common.Paths("root", []) and len(common.Paths("root", [""] * 3)) == 3
@@ -104,7 +114,9 @@ def test_order_is_that_of_sorted_relative_paths(tmp_path):
         (folder / (draw.choice(parts) + draw.choice([".png", ".JPG"]))).touch()
     data = common.imagefolder(tmp_path, "train")
     names = sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*.[pJ]*"))
-    assert list(data.paths) == [f"{tmp_path}/{name}" for name in names] and data.classes == tuple(sorted({name.split("/")[0] for name in names}))
+    assert list(data.paths) == [f"{tmp_path}/{name}" for name in names] and data.classes == tuple(
+        sorted({name.split("/")[0] for name in names})
+    )
     assert [data.classes[y] for y in data.labels] == [name.split("/")[0] for name in names]
 
 
@@ -116,14 +128,24 @@ def test_D10_directory_order_does_not_matter(tmp_path, monkeypatch):
     for c in "ab":
         (tmp_path / "train" / c / "link").symlink_to(tmp_path / "shared")
     want, scandir = common.imagefolder(tmp_path, "train"), os.scandir
-    assert [p.removeprefix(f"{tmp_path}/train/") for p in want.paths] == ["a/0.png", "a/link/3.png", "a/x/2.png", "b/1.png", "b/link/3.png"]
+    assert [p.removeprefix(f"{tmp_path}/train/") for p in want.paths] == [
+        "a/0.png",
+        "a/link/3.png",
+        "a/x/2.png",
+        "b/1.png",
+        "b/link/3.png",
+    ]
 
     class Backwards(list):
         __enter__, __exit__ = lambda self: self, lambda *_: None
 
     monkeypatch.setattr(os, "scandir", lambda folder: Backwards(reversed(list(scandir(folder)))))
     data = common.imagefolder(tmp_path, "train")
-    assert list(data.paths) == list(want.paths) and torch.equal(data.labels, want.labels) and data.classes == want.classes == ("a", "b")
+    assert (
+        list(data.paths) == list(want.paths)
+        and torch.equal(data.labels, want.labels)
+        and data.classes == want.classes == ("a", "b")
+    )
 
 
 def test_a_fingerprint_knows_the_images_and_not_where_they_lie(tmp_path):
@@ -134,12 +156,21 @@ def test_a_fingerprint_knows_the_images_and_not_where_they_lie(tmp_path):
     assert of("here") == of("there") and of("here")["images"] == 3 and of("here")["classes"] == ["a", "b"]
     (tmp_path / "there" / "a" / "2.png").rename(tmp_path / "there" / "a" / "4.png")
     assert of("here")["hash"] != of("there")["hash"]
-    pixels = common.ImageSet(images=torch.zeros(4, 3, 2, 2, dtype=torch.uint8), labels=torch.tensor([0, 1, 0, 1]), classes=("a", "b"))
-    other = common.ImageSet(images=torch.ones(4, 3, 2, 2, dtype=torch.uint8), labels=torch.tensor([0, 1, 1, 0]), classes=("a", "b"))
-    assert pixels.fingerprint()["hash"] != other.fingerprint()["hash"] and pixels.fingerprint() == pixels.subset(torch.arange(4)).fingerprint()
+    pixels = common.ImageSet(
+        images=torch.zeros(4, 3, 2, 2, dtype=torch.uint8), labels=torch.tensor([0, 1, 0, 1]), classes=("a", "b")
+    )
+    other = common.ImageSet(
+        images=torch.ones(4, 3, 2, 2, dtype=torch.uint8), labels=torch.tensor([0, 1, 1, 0]), classes=("a", "b")
+    )
+    assert (
+        pixels.fingerprint()["hash"] != other.fingerprint()["hash"]
+        and pixels.fingerprint() == pixels.subset(torch.arange(4)).fingerprint()
+    )
 
 
-@pytest.mark.parametrize("name", ["imagefolder", "imagenet", "cifar10", "3diebench", "core50", "tdw", "dtd", "sun397", "cub200"])
+@pytest.mark.parametrize(
+    "name", ["imagefolder", "imagenet", "cifar10", "3diebench", "core50", "tdw", "dtd", "sun397", "cub200"]
+)
 @pytest.mark.parametrize("what", ["missing", "a file", "empty", "unreadable", "too long"])
 def test_D1_roots_that_hold_nothing_are_named(tmp_path, monkeypatch, capsys, name, what):
     root = tmp_path / ("x" * 300 if what == "too long" else "root")
@@ -171,7 +202,9 @@ def test_R2_D2_class_folders_without_images_are_named(tmp_path, monkeypatch, cap
     elif what == "D2 other files":
         (bad / "2.gif").touch()
         (bad / "notes").mkdir()
-    assert f"{bad}" in refusal(capsys, common.load_data, "imagefolder", str(tmp_path), "test" if split == "val" else "train", 16)
+    assert f"{bad}" in refusal(
+        capsys, common.load_data, "imagefolder", str(tmp_path), "test" if split == "val" else "train", 16
+    )
 
 
 @pytest.mark.parametrize("what", ["empty", "unreadable"])
@@ -203,15 +236,30 @@ def test_R4_the_pictures_of_runs_are_no_data(folder, tmp_path, monkeypatch):
     assert common.imagefolder(tmp_path, "train").classes == ("left", "out", "right", "runs")
 
 
-@pytest.mark.parametrize("names, classes, words", [
-    ("bus/1 car/1 train/1", "bus car train", "no test split"),  # CIFAR-100 has such a class
-    ("bus/1 car/1 Train/1", "Train bus car", ""), ("bus/1 test/1", "bus test", ""), ("bus/1 bus/deep/1 train/1", "bus train", ""),
-    ("train/a/1 train/b/1 extra/1", "a b", "holds extra/, train/"), ("train/a/1 train/b/1 1", "a b", "no test split"),
-    ("train/a/1 train/b/1 val/a/1 val/b/1 extra/a/1", "a b", ""), ("train/1 val/1", "", "no labels"), ("train/1 test/1 bus/1", "", "no labels: 1 of 1"),
-    ("train/a/1 train/b/1", "a b", "no test split"), ("train/1", "", "no labels"), ("test/1", "", "no labels"), ("1 2", "", "no labels: 2 of 2"),
-    ("train/a/1 train/b/1 train/b/2 train/3 val/a/1 val/b/1", "", "no labels: 1 of 4 images lie in no class folder, such as ROOT/train/3.png; move them into ROOT/train/<class>/"),
-    ("train/a/1 val/a/1", "", "no labels: ROOT/train holds images in one class folder, a/; two are needed"),
-])
+@pytest.mark.parametrize(
+    "names, classes, words",
+    [
+        ("bus/1 car/1 train/1", "bus car train", "no test split"),  # CIFAR-100 has such a class
+        ("bus/1 car/1 Train/1", "Train bus car", ""),
+        ("bus/1 test/1", "bus test", ""),
+        ("bus/1 bus/deep/1 train/1", "bus train", ""),
+        ("train/a/1 train/b/1 extra/1", "a b", "holds extra/, train/"),
+        ("train/a/1 train/b/1 1", "a b", "no test split"),
+        ("train/a/1 train/b/1 val/a/1 val/b/1 extra/a/1", "a b", ""),
+        ("train/1 val/1", "", "no labels"),
+        ("train/1 test/1 bus/1", "", "no labels: 1 of 1"),
+        ("train/a/1 train/b/1", "a b", "no test split"),
+        ("train/1", "", "no labels"),
+        ("test/1", "", "no labels"),
+        ("1 2", "", "no labels: 2 of 2"),
+        (
+            "train/a/1 train/b/1 train/b/2 train/3 val/a/1 val/b/1",
+            "",
+            "no labels: 1 of 4 images lie in no class folder, such as ROOT/train/3.png; move them into ROOT/train",
+        ),
+        ("train/a/1 val/a/1", "", "no labels: ROOT/train holds images in one class folder, a/; two are needed"),
+    ],
+)
 def test_F7_F8_a_folder_called_train(tmp_path, names, classes, words):
     for name in names.split():
         touch(tmp_path / f"{name}.png")
@@ -220,24 +268,44 @@ def test_F7_F8_a_folder_called_train(tmp_path, names, classes, words):
     assert data.labels is None or data.labels.unique().tolist() == list(range(len(data.classes)))
 
 
-@pytest.mark.parametrize("names, words", [
-    ("train/a/1 bus/b/1", "train/ may be a split or a class, beside bus/"), ("train/1 bus/b/1", "may be a split or a class"),
-    ("trian/a/1 val/a/1", "val/ may be a split or a class, beside trian/"), ("val/a/1 test/a/1", "has no train/"), ("val/a/1", "has no train/"),
-    ("train/a/1 Train/a/1", "name the same split"), ("train/a/1 val/a/1 valid/a/1", "name the same split"),
-])
+@pytest.mark.parametrize(
+    "names, words",
+    [
+        ("train/a/1 bus/b/1", "train/ may be a split or a class, beside bus/"),
+        ("train/1 bus/b/1", "may be a split or a class"),
+        ("trian/a/1 val/a/1", "val/ may be a split or a class, beside trian/"),
+        ("val/a/1 test/a/1", "has no train/"),
+        ("val/a/1", "has no train/"),
+        ("train/a/1 Train/a/1", "name the same split"),
+        ("train/a/1 val/a/1 valid/a/1", "name the same split"),
+    ],
+)
 def test_F7_F8_trees_that_may_be_read_in_two_ways_are_refused(tmp_path, capsys, names, words):
     for name in names.split():
         touch(tmp_path / f"{name}.png")
     assert words in refusal(capsys, common.imagefolder, tmp_path, "train")
 
 
-@pytest.mark.parametrize("train, test", [("train", "val"), ("Train", "Val"), ("TRAIN", "validation"), ("training", "valid"), ("train", "Validation"), ("Training", "Testing"), ("train", "TEST")])
+@pytest.mark.parametrize(
+    "train, test",
+    [
+        ("train", "val"),
+        ("Train", "Val"),
+        ("TRAIN", "validation"),
+        ("training", "valid"),
+        ("train", "Validation"),
+        ("Training", "Testing"),
+        ("train", "TEST"),
+    ],
+)
 def test_F8_splits_are_found_whatever_their_letters(tmp_path, train, test):
     for c in "ab":
         touch(tmp_path / train / c / "1.png")
         touch(tmp_path / test / c / "2.png")
     sets = [common.load_data("imagefolder", str(tmp_path), split, 16) for split in ("train", "test")]
-    assert [list(d.paths) for d in sets] == [[f"{tmp_path}/{part}/{c}/{i}.png" for c in "ab"] for i, part in ((1, train), (2, test))]
+    assert [list(d.paths) for d in sets] == [
+        [f"{tmp_path}/{part}/{c}/{i}.png" for c in "ab"] for i, part in ((1, train), (2, test))
+    ]
     assert [d.note for d in sets] == ["", ""] and sets[0].classes == sets[1].classes == ("a", "b")
 
 
@@ -246,7 +314,9 @@ def test_D3_one_class_trains_and_is_not_probed(tiny, folder, tmp_path, capsys):
         shutil.copytree(folder / split / "left", tmp_path / "data" / split / "left")
     ser.main([*tiny, "--data-dir", str(tmp_path / "data"), "--out", str(tmp_path / "run"), "--max-steps", "1"])
     capsys.readouterr()
-    assert "class" in refusal(capsys, eval_probe.main, [str(tmp_path / "run" / "checkpoint.pt"), "--tasks", "linear", "--device", "cpu"])
+    assert "class" in refusal(
+        capsys, eval_probe.main, [str(tmp_path / "run" / "checkpoint.pt"), "--tasks", "linear", "--device", "cpu"]
+    )
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -256,15 +326,22 @@ def test_D4_a_file_that_is_no_image_is_named_once(tmp_path, capsys, workers):
     (tmp_path / "new\nline.png").write_text("text")
     data = common.imagefolder(tmp_path, "train")
     with pytest.raises(SystemExit) as end:
-        list(common.batches(data, torch.arange(3), lambda images, rows: len(images), workers=workers))
+        list(common.Reader(data, workers).batches(common.CenterCrop(4), torch.arange(3)))
     errors = [line for line in capsys.readouterr().err.replace("\r", "\n").split("\n") if "rror" in line]
-    assert end.value.code == 1 and len(errors) == 1 and f"{tmp_path}/new\\nline.png: cannot be read as an image" in errors[0], errors
+    assert (
+        end.value.code == 1
+        and len(errors) == 1
+        and f"{tmp_path}/new\\nline.png: cannot be read as an image" in errors[0]
+    ), errors
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_D4_damaged_bytes_give_an_image_or_the_one_error(tmp_path):
     """Flips, cuts and nothing at all, in six formats."""
-    draw, pixels = np.random.default_rng(0), Image.fromarray(np.random.default_rng(1).integers(0, 256, (24, 20, 3), dtype=np.uint8))
+    draw, pixels = (
+        np.random.default_rng(0),
+        Image.fromarray(np.random.default_rng(1).integers(0, 256, (24, 20, 3), dtype=np.uint8)),
+    )
     failed = 0
     for suffix in ("jpg", "png", "bmp", "webp", "tif", "ppm"):
         path = tmp_path / f"x.{suffix}"
@@ -286,7 +363,9 @@ def test_D4_damaged_bytes_give_an_image_or_the_one_error(tmp_path):
 
 @pytest.mark.filterwarnings("ignore")
 def test_D8_a_huge_image_is_named(tmp_path):
-    (tmp_path / "huge.bmp").write_bytes(struct.pack("<2sIHHIIiiHHIIiiII", b"BM", 54, 0, 0, 54, 40, 60_000, 60_000, 1, 24, 0, 0, 0, 0, 0, 0))
+    (tmp_path / "huge.bmp").write_bytes(
+        struct.pack("<2sIHHIIiiHHIIiiII", b"BM", 54, 0, 0, 54, 40, 60_000, 60_000, 1, 24, 0, 0, 0, 0, 0, 0)
+    )
     with pytest.raises(OSError, match="huge.bmp: cannot be read as an image .*decompression bomb"):
         common.open_image(tmp_path / "huge.bmp")
 
@@ -324,7 +403,18 @@ def test_F17_a_damaged_file_whose_name_is_not_utf_8(folder, tmp_path, tiny, caps
     shutil.copytree(folder, tmp_path / "data")
     damaged = os.fsencode(tmp_path / "data" / "train" / "left") + b"/caf\xe9 \n.png"
     Path(os.fsdecode(damaged)).write_bytes(b"no image")
-    ser.main([*tiny, "--data-dir", str(tmp_path / "data"), "--out", str(tmp_path / "run"), "--max-steps", "1", "--skip-corrupt"])
+    ser.main(
+        [
+            *tiny,
+            "--data-dir",
+            str(tmp_path / "data"),
+            "--out",
+            str(tmp_path / "run"),
+            "--max-steps",
+            "1",
+            "--skip-corrupt",
+        ]
+    )
     assert (tmp_path / "run" / "skipped.txt").read_bytes() == damaged + b"\n"
     assert common.printable("caf\udce9 \n\t日本 é") == "caf\\udce9 \\n\\t日本 é"
     touch(tmp_path / "data" / "train" / "\udce9.png")
@@ -335,7 +425,9 @@ def test_F17_lists_of_published_sets_may_name_any_file(tmp_path):
     root, names = tmp_path / "CUB_200_2011", ["001.Black/caf\udce9.png", "002.Laysan/é.png"]
     for name in names:
         touch(root / "images" / name)
-    for file, lines in dict(images=names, image_class_labels="12", train_test_split="11", classes=("001.Black", "002.Laysan")).items():
+    for file, lines in dict(
+        images=names, image_class_labels="12", train_test_split="11", classes=("001.Black", "002.Laysan")
+    ).items():
         (root / f"{file}.txt").write_bytes(b"".join(os.fsencode(f"{i} {line}\n") for i, line in enumerate(lines, 1)))
     data = common.load_data("cub200", tmp_path, "train", 16)
     assert [common.open_image(p).shape for p in data.paths] == [(3, 4, 6)] * 2
@@ -350,16 +442,26 @@ def test_F19_a_long_strip_is_not_enlarged_whole(monkeypatch):
     strip = torch.randint(0, 256, (3, 301, 2), dtype=torch.uint8, generator=common.rng(0))
     whole = resize(strip[None], (16 * 301 // 2, 16), "bilinear")[0]
     top = round((whole.shape[1] - 16) / 2)
-    assert (common.CenterCrop(16)([strip])[0].int() - whole[:, top : top + 16].int()).abs().max() <= 8  # as the middle of the whole
+    assert (
+        common.CenterCrop(16)([strip])[0].int() - whole[:, top : top + 16].int()
+    ).abs().max() <= 8  # as the middle of the whole
     shapes.clear()
     common.CenterCrop(16)([torch.zeros(3, 128, 2, dtype=torch.uint8)])
     assert shapes == [(16 * 64, 16)]  # others as ever
 
 
-@pytest.mark.parametrize("mode, value, expected", [
-    ("L", 100, (100, 100, 100)), ("1", 1, (255, 255, 255)), ("P", None, None), ("CMYK", (255, 0, 0, 0), (0, 255, 255)),
-    ("RGBA", (200, 100, 50, 255), (200, 100, 50)), ("RGBA", (200, 100, 50, 0), (0, 0, 0)), ("LA", (80, 255), (80, 80, 80)),
-])
+@pytest.mark.parametrize(
+    "mode, value, expected",
+    [
+        ("L", 100, (100, 100, 100)),
+        ("1", 1, (255, 255, 255)),
+        ("P", None, None),
+        ("CMYK", (255, 0, 0, 0), (0, 255, 255)),
+        ("RGBA", (200, 100, 50, 255), (200, 100, 50)),
+        ("RGBA", (200, 100, 50, 0), (0, 0, 0)),
+        ("LA", (80, 255), (80, 80, 80)),
+    ],
+)
 def test_D5_modes(tmp_path, mode, value, expected):
     path = tmp_path / ("x.tif" if mode == "CMYK" else "x.png")
     image = Image.new("RGB", (5, 3), (40, 90, 160)).convert("P") if mode == "P" else Image.new(mode, (5, 3), value)
@@ -387,23 +489,42 @@ def test_D7_orientation_is_applied(tmp_path):
 
 def tiff(samples, bits, kind):
     """The bytes of an 8 x 1 grey TIFF: packed samples of some bits, of a kind (1 unsigned, 2 signed, 3 float)."""
-    tags = [(256, 4, 8), (257, 4, 1), (258, 3, bits), (259, 3, 1), (262, 3, 1), (273, 4, 8), (277, 3, 1), (278, 4, 1), (279, 4, len(samples)), (339, 3, kind)]
+    tags = [
+        (256, 4, 8),
+        (257, 4, 1),
+        (258, 3, bits),
+        (259, 3, 1),
+        (262, 3, 1),
+        (273, 4, 8),
+        (277, 3, 1),
+        (278, 4, 1),
+        (279, 4, len(samples)),
+        (339, 3, kind),
+    ]
     entries = b"".join(struct.pack("<HHII", tag, form, 1, value) for tag, form, value in tags)
-    return struct.pack("<2sHI", b"II", 42, 8 + len(samples)) + samples + struct.pack("<H", len(tags)) + entries + bytes(4)
+    return (
+        struct.pack("<2sHI", b"II", 42, 8 + len(samples)) + samples + struct.pack("<H", len(tags)) + entries + bytes(4)
+    )
 
 
-@pytest.mark.parametrize("name, content", [
-    ("floats.tif", tiff(np.linspace(0, 1, 8, dtype=np.float32).tobytes(), 32, 3)),
-    ("floats.pgm", b"Pf\n8 1\n-1.0\n" + np.linspace(0, 1, 8, dtype=np.float32).tobytes()),
-    ("32 bits.tif", tiff(np.arange(8, dtype=np.int32).tobytes(), 32, 2)),
-    ("32 bits, unsigned.tif", tiff((np.arange(8, dtype=np.uint32) * 10**8).tobytes(), 32, 1)),
-    ("16 bits, signed.tif", tiff(np.arange(-4, 4, dtype=np.int16).tobytes(), 16, 2)),
-    ("12 bits.tif", tiff(bytes(range(12)), 12, 1)),
-    ("8 bits, signed.tif", tiff(np.arange(-4, 4, dtype=np.int8).tobytes(), 8, 2)),
-], ids=lambda v: v if isinstance(v, str) else "")
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("floats.tif", tiff(np.linspace(0, 1, 8, dtype=np.float32).tobytes(), 32, 3)),
+        ("floats.pgm", b"Pf\n8 1\n-1.0\n" + np.linspace(0, 1, 8, dtype=np.float32).tobytes()),
+        ("32 bits.tif", tiff(np.arange(8, dtype=np.int32).tobytes(), 32, 2)),
+        ("32 bits, unsigned.tif", tiff((np.arange(8, dtype=np.uint32) * 10**8).tobytes(), 32, 1)),
+        ("16 bits, signed.tif", tiff(np.arange(-4, 4, dtype=np.int16).tobytes(), 16, 2)),
+        ("12 bits.tif", tiff(bytes(range(12)), 12, 1)),
+        ("8 bits, signed.tif", tiff(np.arange(-4, 4, dtype=np.int8).tobytes(), 8, 2)),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
 def test_F5_greys_without_a_known_white_are_refused(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(OSError, match=f"{name}: cannot be read as an image .*(16-bit greys of 0 to 65535|cannot identify)"):
+    with pytest.raises(
+        OSError, match=f"{name}: cannot be read as an image .*(16-bit greys of 0 to 65535|cannot identify)"
+    ):
         common.open_image(tmp_path / name)
 
 
@@ -435,15 +556,23 @@ def test_cifar_as_torchvision_keeps_it(tmp_path, capsys, monkeypatch):
     pixels = g.integers(0, 256, (4, 3072), dtype=np.uint8)
     sums = {}
     for name in ("data_batch_1", "test_batch", "batches.meta"):
-        content = dict(label_names=list("abcdefghij")) if name == "batches.meta" else dict(data=pixels, labels=[3, 1, 4, 1])
+        content = (
+            dict(label_names=list("abcdefghij")) if name == "batches.meta" else dict(data=pixels, labels=[3, 1, 4, 1])
+        )
         (root / name).write_bytes(pickle.dumps(content))
         sums[name] = hashlib.md5((root / name).read_bytes()).hexdigest()
     monkeypatch.setattr(torchvision.datasets.CIFAR10, "train_list", [["data_batch_1", sums["data_batch_1"]]])
     monkeypatch.setattr(torchvision.datasets.CIFAR10, "test_list", [["test_batch", sums["test_batch"]]])
-    monkeypatch.setattr(torchvision.datasets.CIFAR10, "meta", dict(filename="batches.meta", key="label_names", md5=sums["batches.meta"]))
+    monkeypatch.setattr(
+        torchvision.datasets.CIFAR10, "meta", dict(filename="batches.meta", key="label_names", md5=sums["batches.meta"])
+    )
     for split in ("train", "test"):
         data = common.load_data("cifar10", str(tmp_path), split, 32)
-        assert torch.equal(data.images.flatten(1), torch.from_numpy(pixels)) and data.labels.tolist() == [3, 1, 4, 1] and len(data.classes) == 10
+        assert (
+            torch.equal(data.images.flatten(1), torch.from_numpy(pixels))
+            and data.labels.tolist() == [3, 1, 4, 1]
+            and len(data.classes) == 10
+        )
     with pytest.raises(SystemExit) as end:
         common.load_data("cifar100", str(tmp_path), "train", 32)
     assert end.value.code == 2 and "download=True" in capsys.readouterr().err
@@ -485,9 +614,16 @@ def test_textures_as_torchvision_keeps_them(tmp_path, capsys):
             touch(tmp_path / "dtd" / "dtd" / "images" / c / f"{c}_{i}.jpg")
     (tmp_path / "dtd" / "dtd" / "labels").mkdir()
     for i, split in enumerate(("train", "val", "test")):
-        (tmp_path / "dtd" / "dtd" / "labels" / f"{split}1.txt").write_text(f"banded/banded_{i}.jpg\ndotted/dotted_{i}.jpg\n")
+        (tmp_path / "dtd" / "dtd" / "labels" / f"{split}1.txt").write_text(
+            f"banded/banded_{i}.jpg\ndotted/dotted_{i}.jpg\n"
+        )
     train, test = (common.load_data("dtd", tmp_path, split, 16) for split in ("train", "test"))
-    assert len(train) == 4 and len(test) == 2 and train.labels.tolist() == [0, 1, 0, 1] and train.classes == test.classes == ("banded", "dotted")
+    assert (
+        len(train) == 4
+        and len(test) == 2
+        and train.labels.tolist() == [0, 1, 0, 1]
+        and train.classes == test.classes == ("banded", "dotted")
+    )
     assert train[torch.tensor([3])][0].shape[0] == 3
     with pytest.raises(SystemExit) as end:
         common.load_data("food101", tmp_path, "train", 16)
@@ -508,7 +644,7 @@ def test_scenes_need_the_authors_partition(tmp_path, capsys):
     assert data.labels.tolist() == [1, 0] and data.paths[0].endswith("zoo/sun_b.jpg")
 
 
-# ---- caches ---------------------------------------------------------------------------------------------------------------------
+# ---- caches ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -556,7 +692,9 @@ def test_R3_what_a_cache_holds_is_what_was_rendered(few, tmp_path, change):
         path.write_bytes(path.read_bytes()[:-100])
     got = few()
     assert all(torch.equal(getattr(got, k), getattr(want, k)) for k in ("images", "labels", "masks", "boxes"))
-    assert common.read_tensors(path)["digest"] == common.digest_of({k: v for k, v in common.read_tensors(path).items() if k != "digest"})  # mended
+    assert common.read_tensors(path)["digest"] == common.digest_of(
+        {k: v for k, v in common.read_tensors(path).items() if k != "digest"}
+    )  # mended
 
 
 @pytest.mark.parametrize("change", ["constant", "function", "deep function", "nothing"])
@@ -567,7 +705,11 @@ def test_R3_other_code_has_another_cache(few, tmp_path, monkeypatch, change):
     elif change == "function":
         monkeypatch.setattr(common, "bounding_boxes", lambda masks: torch.zeros(len(masks), 4))
     elif change == "deep function":
-        monkeypatch.setattr(common, "hsv_to_rgb", lambda h, s, v: torch.zeros(*torch.broadcast_tensors(*map(torch.as_tensor, (h, s, v)))[0].shape, 3))
+        monkeypatch.setattr(
+            common,
+            "hsv_to_rgb",
+            lambda h, s, v: torch.zeros(*torch.broadcast_tensors(*map(torch.as_tensor, (h, s, v)))[0].shape, 3),
+        )
     got = few()
     assert len(list((tmp_path / "cache").rglob("*.pt"))) == 1 + (change != "nothing")
     assert (got.boxes == 0).all() == (change == "function")
@@ -589,11 +731,17 @@ def test_R3_corrected_latents_are_read_anew(bench3die, monkeypatch):
 
 def kept_by_each(where, root):
     rank = common.rank()
-    os.environ["XDG_CACHE_HOME"] = str(where / f"machine {rank}")  # rank 0 writes, so that only its machine has the file
+    os.environ["XDG_CACHE_HOME"] = str(
+        where / f"machine {rank}"
+    )  # rank 0 writes, so that only its machine has the file
     make = lambda: dict(x=common.gather(torch.tensor([rank + 1.0])))
     values = [common.cached("sum", make)["x"].tolist() for _ in range(2)]
     sets = [common.load_data("3diebench", root, "train", 16, workers=0) for _ in range(2)]
-    return values, [d.factors["light_hue"].sum().item() for d in sets], len(list((where / f"machine {rank}").rglob("*.pt")))
+    return (
+        values,
+        [d.factors["light_hue"].sum().item() for d in sets],
+        len(list((where / f"machine {rank}").rglob("*.pt"))),
+    )
 
 
 def test_F2_machines_with_caches_of_their_own(bench3die, tmp_path):
@@ -604,7 +752,12 @@ def test_F2_machines_with_caches_of_their_own(bench3die, tmp_path):
 
 def split_of_one_machine(where):
     try:
-        return common.load_data("imagefolder", str(where / f"machine {common.rank()}"), "test", 16, skip_corrupt=True, workers=0) is None
+        return (
+            common.load_data(
+                "imagefolder", str(where / f"machine {common.rank()}"), "test", 16, skip_corrupt=True, workers=0
+            )
+            is None
+        )
     except SystemExit as e:
         return e.code
 
@@ -615,15 +768,25 @@ def test_F2_a_split_that_only_one_machine_has_is_refused_on_all(tmp_path, monkey
     assert on_ranks(2, tmp_path, split_of_one_machine, tmp_path) == [2, 2]
 
 
-# ---- 3DIEBench ------------------------------------------------------------------------------------------------------------------
+# ---- 3DIEBench -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("what, words", [
-    ("more labels", "names 4 objects, train_labels.npy has 5"), ("label -1", "says -1 at index 2 (04379243/a1); 3DIEBench has the classes 0 to 54"), ("label 55", "says 55 at index 2"),
-    ("labels that are no numbers", "train_labels.npy: holds float64"), ("labels in a table", "of shape (4, 1)"), ("objects of Python", "train_images.npy: cannot be read"),
-    ("a list that claims too much", "train_labels.npy: cannot be read"), ("no objects", "train_images.npy: holds"),
-    ("no view", "image_7.jpg: missing"), ("no latent", "latent_7.npy: missing"), ("no object", "04379243/a1: cannot be listed"),
-])
+@pytest.mark.parametrize(
+    "what, words",
+    [
+        ("more labels", "names 4 objects, train_labels.npy has 5"),
+        ("label -1", "says -1 at index 2 (04379243/a1); 3DIEBench has the classes 0 to 54"),
+        ("label 55", "says 55 at index 2"),
+        ("labels that are no numbers", "train_labels.npy: holds float64"),
+        ("labels in a table", "of shape (4, 1)"),
+        ("objects of Python", "train_images.npy: cannot be read"),
+        ("a list that claims too much", "train_labels.npy: cannot be read"),
+        ("no objects", "train_images.npy: holds"),
+        ("no view", "image_7.jpg: missing"),
+        ("no latent", "latent_7.npy: missing"),
+        ("no object", "04379243/a1: cannot be listed"),
+    ],
+)
 def test_D13_an_inconsistent_3diebench_is_named(bench3die, capsys, what, words):
     labels, folder = np.array([0, 0, 1, 1]), bench3die / "04379243" / "a1"
     if what == "more labels":
@@ -651,19 +814,39 @@ def test_D13_an_inconsistent_3diebench_is_named(bench3die, capsys, what, words):
 
 def test_D13_slashes_around_names_do_not_matter_and_views_may_be_left_out_on_request(bench3die):
     np.save(bench3die / "val_images.npy", np.array(["02691156/a1", "/02691156/b2", "04379243/a1/", "04379243/b2"]))
-    assert common.load_data("3diebench", bench3die, "test", 16, workers=0).paths.digest() == common.load_data("3diebench", bench3die, "train", 16, workers=0).paths.digest()
+    assert (
+        common.load_data("3diebench", bench3die, "test", 16, workers=0).paths.digest()
+        == common.load_data("3diebench", bench3die, "train", 16, workers=0).paths.digest()
+    )
     (bench3die / "04379243" / "a1" / "image_7.jpg").unlink()
     data = common.load_data("3diebench", bench3die, "train", 16, skip_corrupt=True, workers=0)
     assert len(data) == 199 and data.skipped == (f"{bench3die}/04379243/a1/image_7.jpg",)
 
 
-@pytest.mark.parametrize("what, words", [
-    ("cut off", "not 7 numbers"), ("empty", "not 7 numbers"), ("objects of Python", "not 7 numbers"), ("9 numbers", "not 7 numbers"), ("nan", "not 7 numbers"), ("inf", "not 7 numbers"),
-    ("text", "not 7 numbers"), ("an archive", "not 7 numbers"), ("claims too much", "not 7 numbers"), ("degrees", "radians"), ("hue in degrees", "hues from 0 to 1"),
-])
+@pytest.mark.parametrize(
+    "what, words",
+    [
+        ("cut off", "not 7 numbers"),
+        ("empty", "not 7 numbers"),
+        ("objects of Python", "not 7 numbers"),
+        ("9 numbers", "not 7 numbers"),
+        ("nan", "not 7 numbers"),
+        ("inf", "not 7 numbers"),
+        ("text", "not 7 numbers"),
+        ("an archive", "not 7 numbers"),
+        ("claims too much", "not 7 numbers"),
+        ("degrees", "radians"),
+        ("hue in degrees", "hues from 0 to 1"),
+    ],
+)
 def test_D14_a_latent_that_is_none_is_named(bench3die, capsys, what, words):
     path = bench3die / "02691156" / "b2" / "latent_31.npy"
-    z = dict(nan=np.full(7, np.nan), inf=np.full(7, np.inf), text=np.array(list("0123456")), degrees=np.array([45, -90, 0, 0.5, 0.5, 0.5, 0.5]))
+    z = dict(
+        nan=np.full(7, np.nan),
+        inf=np.full(7, np.inf),
+        text=np.array(list("0123456")),
+        degrees=np.array([45, -90, 0, 0.5, 0.5, 0.5, 0.5]),
+    )
     z |= {"9 numbers": np.zeros(9), "hue in degrees": np.array([0, 0, 0, 120, 0, 0, 0.5])}
     np.save(path, z.get(what, np.zeros(7)))
     content = path.read_bytes()
