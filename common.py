@@ -289,7 +289,7 @@ def start(device="auto"):
 def any_rank(flag):
     """The largest of all ranks' whole numbers `flag`: the one way in which ranks agree on what each has seen for itself, such as
     a signal, a full disk or a file that only one machine has. Every rank must come here, whatever it has seen."""
-    if world_size() == 1:
+    if not dist.is_initialized():
         return flag
     flag = torch.tensor(flag)
     dist.all_reduce(flag, op=dist.ReduceOp.MAX)
