@@ -508,9 +508,9 @@ def save_checkpoint(path, state):
 
 
 def read_tensors(path, file=None):
-    """What `save_checkpoint` wrote, or what an open `file` holds. torch.load does not look at the checksums of the zip file, so they are checked first;
-    nothing compressed is inflated, no pickled code is run, and no tensor is larger than the file that claims it. Raises
-    whatever a damaged file makes the readers raise."""
+    """What `save_checkpoint` wrote, or what an open `file` holds. torch.load does not look at the checksums of the zip
+    file, so they are checked first; nothing compressed is inflated, no pickled code is run, and no tensor is larger than
+    the file that claims it. Raises whatever a damaged file makes the readers raise."""
     with zipfile.ZipFile(file or path) as z:
         if any(i.compress_type != zipfile.ZIP_STORED for i in z.infolist()) or z.testzip():
             raise ValueError(f"{path}: damaged")
@@ -537,7 +537,8 @@ def finite(state):
 
 
 def load_checkpoint(path, file=None):
-    """Read a checkpoint, from `file` where it is open: a dict of tensors and plain values (KEYS). Anything else ends with one line, exit 2."""
+    """Read a checkpoint, from `file` where it is open: a dict of tensors and plain values (KEYS). Anything else ends with
+    one line, exit 2."""
     path = Path(path)
     if not os.path.isfile(path):
         die(f"{path}: no such checkpoint file")
@@ -2789,7 +2790,8 @@ def make_backbone(arch, mean, std, img_size, inv=None, **kwargs):
 
 
 def load_backbone(path, file=None):
-    """Checkpoint, read from `file` where it is open -> (frozen encoder in eval mode, checkpoint dict). Strict: weights that do not fit are an error."""
+    """Checkpoint, read from `file` where it is open -> (frozen encoder in eval mode, checkpoint dict). Strict: weights that
+    do not fit are an error."""
     state = load_checkpoint(path, file)
     try:
         backbone = make_backbone(**state["backbone"])
@@ -2863,10 +2865,12 @@ class Reader:
         pickled and makes images of `op.size` px; params: a dict of (N, ...) for the whole set."""
         if self.loader is None:
             check_shared_memory(self.workers, 1.5 * batch_size * 3 * op.size**2)
-            self.loader = torch.utils.data.DataLoader(_Views(self.data), batch_size=None, sampler=self.items, num_workers=self.workers, worker_init_fn=detach_worker,
-                                                      persistent_workers=self.workers > 0, timeout=600 if self.workers else 0)
+            how = dict(num_workers=self.workers, worker_init_fn=detach_worker)
+            how |= dict(persistent_workers=True, timeout=600) if self.workers else {}
+            self.loader = torch.utils.data.DataLoader(_Views(self.data), batch_size=None, sampler=self.items, **how)
         chunks = rows.split(batch_size) if len(rows) else ()
-        self.items[:] = [(op, chunk.numpy(), {key: value[chunk].numpy() for key, value in (params or {}).items()}) for chunk in chunks]
+        part = lambda chunk: {key: value[chunk].numpy() for key, value in (params or {}).items()}
+        self.items[:] = [(op, chunk.numpy(), part(chunk)) for chunk in chunks]
         try:
             for x, chunk in zip(progress(unbroken(self.loader), total=len(chunks), desc=name, unit="batch"), chunks):
                 yield chunk, x
@@ -2876,7 +2880,8 @@ class Reader:
 
 
 @torch.no_grad()
-def features(backbone, data, device, transform=None, params=None, encode=None, rows=None, amp="auto", batch_size=256, workers=None, name="features"):
+def features(backbone, data, device, transform=None, params=None, encode=None, rows=None, amp="auto", batch_size=256,
+             workers=None, name="features"):
     """Encode a set once: (N, D) float32 on the CPU of rank 0, in the order of `rows` (default: all); the other ranks, which
     encode their share, get (0, D).
 
@@ -2885,7 +2890,8 @@ def features(backbone, data, device, transform=None, params=None, encode=None, r
     backbone. Each of W ranks encodes every W-th row; the backbone runs in eval mode, without gradient.
 
     Batches go straight to their place on rank 0. 1.28 million images of D = 1,536 on W = 8 ranks are 4 N D = 7.9 GB there,
-    and W batches of 4 * 256 D = 1.6 MB; the other ranks hold one batch.
+    and W batches of 4 * 256 D = 1.6 MB; the other ranks hold one batch. A tenth of the images on 2 ranks took 0.84 GB (of
+    which 0.79 are features) and 0.01 GB.
     """
     reader = data if isinstance(data, Reader) else Reader(data, workers)
     centre, normalise = CenterCrop(backbone.img_size, interpolation="bicubic"), Normalize(backbone.mean, backbone.std)

@@ -7,8 +7,9 @@
     torchrun --nproc_per_node=8 eval_probe.py A/checkpoint.pt --data imagenet --data-dir IMAGENET --protocol ser
 
 Flow: checkpoint -> encoder -> features of the train and test images, once -> every probe on those features -> a table.
-Checkpoints that differ only in their seed share a row, mean +- sample standard deviation. Each checkpoint's results are
-appended to eval.jsonl beside it, with the protocol that gave them.
+Checkpoints that differ only in their seed share a row, mean +- sample standard deviation. As soon as a task is finished
+its results are appended to eval.jsonl beside the checkpoint, a line a task, with the protocol that gave them: a later
+task that fails, a bad checkpoint or a signal costs a line and the exit code, not what was finished.
 
 Features are the final [CLS]; of recon_xattn.py's encoders the mean of the tokens, of ResNets and VMamba that of the last map.
 Linear probes of ViTs see the [CLS] of the last four blocks, each through the final norm [DINO]. --part takes them apart.
@@ -190,7 +191,8 @@ class LinearProbe(Shared):
         self.b = torch.zeros(len(lrs) * classes, device=device)
         self.mW, self.mb = torch.zeros_like(self.W), torch.zeros_like(self.b)
         self.rate = torch.tensor(lrs, device=device).repeat_interleave(classes) * batch_size / 256  # (L C,)
-        self.steps, self.step, self.best = epochs * -(-len(self.rows) // batch_size), 0, torch.zeros((), dtype=torch.int64, device=device)
+        self.steps, self.step = epochs * -(-len(self.rows) // batch_size), 0
+        self.best = torch.zeros((), dtype=torch.int64, device=device)  # of the rates
 
     def epoch(self, x, labels):
         """One pass over its rows of x (N, D), labels (N,)."""
@@ -246,7 +248,8 @@ class RidgeProbe(Shared):
     def __init__(self, dim, classes, rows, held, device, iterations=1000):
         self.device = torch.device("cpu") if device.type == "mps" else device
         self.held, self.rows, self.iterations = held.to(self.device), rows.to(self.device), iterations
-        self.weights, self.chosen = torch.zeros(dim + 1, classes, dtype=torch.float64, device=self.device), None  # the last row is the bias
+        self.weights = torch.zeros(dim + 1, classes, dtype=torch.float64, device=self.device)  # the last row is the bias
+        self.chosen = None
 
     def fit(self, x, labels, rows, ridge):
         f, y, W = F.pad(x[rows], (0, 1), value=1.0), labels[rows], self.weights.clone().requires_grad_()
@@ -397,8 +400,8 @@ def hold_out(data, generator, share=0.1):
 
 
 class SecondView:
-    """An op that makes the second views of a set: uint8 images, centre-cropped and then transformed as one of the families does,
-    by quarter turns, by mirroring, or by free rotations."""
+    """An op that makes the second views of a set: uint8 images, centre-cropped and then transformed as one of the families
+    does, by quarter turns, by mirroring, or by free rotations."""
 
     def __init__(self, name, size):
         self.name, self.size, self.centre = name, size, CenterCrop(size, interpolation="bicubic")
@@ -465,8 +468,8 @@ def accuracies(name, scores, labels):
 class Case:
     """One encoder on one data set: what every task looks at. Features are extracted when a task first asks, and kept.
 
-    All ranks encode, each its share; rank 0 alone holds the features and trains probes on them. In every task what follows
-    `if common.rank()` is rank 0's, and nothing there waits for the others.
+    All ranks encode, each its share; rank 0 alone holds the features and trains probes on them. In every task what
+    follows `if common.rank()` is rank 0's, and nothing there waits for the others.
     """
 
     backbone: nn.Module
@@ -497,7 +500,7 @@ class Case:
         return out
 
     def kept_features(self, data):
-        """Those of --cache-dir, where there is one and it has them: rank 0 looks for all. Else they are extracted and kept there."""
+        """Those of --cache-dir, where there is one and it has them; rank 0 looks for all. Else they are extracted and kept."""
         path = x = None
         if self.args.cache_dir and common.rank() == 0:
             path = Path(self.args.cache_dir) / f"features-{self.fingerprint(data)}.pt"
@@ -521,19 +524,23 @@ class Case:
 
     def fingerprint(self, data):
         """Of all that features depend on: code, weights, architecture, images, arithmetic."""
-        digest, versions = hashlib.blake2b(Path(common.__file__).read_bytes(), digest_size=12), (torch.__version__, torchvision.__version__, timm.__version__)
+        digest, encoder = hashlib.blake2b(Path(common.__file__).read_bytes(), digest_size=12), self.backbone
         for path in data.paths if data.images is None else ():
             stat = os.stat(path)
-            digest.update(repr((os.path.abspath(path), stat.st_size, stat.st_mtime_ns)).encode(errors="surrogateescape"))
+            key = os.path.abspath(path), stat.st_size, stat.st_mtime_ns
+            digest.update(repr(key).encode(errors="surrogateescape"))
         if data.images is not None:
             digest.update(data.images.cpu().numpy())
-        digest.update(repr((2, self.state.get("sha256"), self.state.get("backbone"), self.backbone.mean, self.backbone.std, self.backbone.img_size, self.args.amp, self.device.type, *versions)).encode())
+        versions = torch.__version__, torchvision.__version__, timm.__version__
+        weights = self.state.get("sha256"), self.state.get("backbone")
+        key = 2, *weights, encoder.mean, encoder.std, encoder.img_size, self.args.amp, self.device.type, *versions
+        digest.update(repr(key).encode())
         return digest.hexdigest()
 
     @functools.cached_property
     def heads(self):
-        """All linear probes that the tasks ask for, {name: probe}, trained side by side on one pass over the features an epoch: by
-        rank 0, for all."""
+        """All linear probes that the tasks ask for, {name: probe}, trained side by side on one pass over the features an
+        epoch: by rank 0, for all."""
         args, labels, width, heads, wanted = self.args, self.train.labels.to(self.device), self.x[0].shape[1], {}, {}
         choosing = args.linear == "lbfgs" or args.linear == "sgd" and len(args.linear_lrs) > 1
         held = hold_out(self.train, common.rng(args.seed, "held out")) if choosing else torch.zeros(len(self.train), dtype=torch.bool)
@@ -574,7 +581,8 @@ class Case:
         """Features of random crops and flips of the train images (N, W), others each epoch."""
         op = RandomView(self.backbone.img_size)
         draws = op.view.draw(len(self.train), common.rng(self.args.seed, "augmented", epoch))
-        return self.features(self.train, encode=self.backbone.last_blocks, transform=op, params=draws, name="augmented").to(self.device)
+        how = dict(encode=self.backbone.last_blocks, transform=op, params=draws, name="augmented")
+        return self.features(self.train, **how).to(self.device)
 
     def few(self, share, allowed=None):
         """The rows of a share of each class: (n,)."""
@@ -650,14 +658,17 @@ def mlp(case):
 
 
 def fewshot(case):
-    results, images, tuned = {}, {f"fewshot {share:.0%}": len(case.few(share)) for share in SHARES}, case.args.fewshot == "finetune"
-    if tuned:
-        scores = {name: case.features(case.test, encode=fine_tune(case, rows=case.few(share)), name=name) for name, share in zip(images, SHARES)}
+    images = {f"fewshot {share:.0%}": len(case.few(share)) for share in SHARES}
+    results, scores, tuned = {}, {}, case.args.fewshot == "finetune"
+    for name, share in zip(images, SHARES if tuned else ()):
+        scores[name] = case.features(case.test, encode=fine_tune(case, rows=case.few(share)), name=name)
     details = case.tuning if tuned else case.fitting
     if common.rank():
         return None
-    for key, values in (scores if tuned else {k: v for name in images for k, v in case.read(name, case.x[1]).items()}).items():
-        results |= accuracies(key, values, case.test.labels)
+    for name in () if tuned else images:
+        scores |= case.read(name, case.x[1])
+    for name, values in scores.items():
+        results |= accuracies(name, values, case.test.labels)
     return results, dict(details, images=images)
 
 
@@ -694,7 +705,8 @@ def layers(case):
         for data, most, seed in ((case.train, args.r2_images, args.seed), (case.test, max(2, args.r2_images // 2), args.seed + 1)):
             rows, view = evenly(len(data), most), SecondView(kind, backbone.img_size)
             params = view.sample(len(data), seed)
-            views = [case.features(data, encode=encode, transform=t, params=params, rows=rows, name=f"{name} by layer").to(case.device) for t in (None, view)]
+            how = dict(encode=encode, params=params, rows=rows, name=f"{name} by layer")
+            views = [case.features(data, transform=t, **how).to(case.device) for t in (None, view)]
             sides.append((torch.stack(views, 1), params[key][rows].long().to(case.device)))  # (n, 2, sum of D), (n,)
         if common.rank():
             continue
@@ -717,11 +729,13 @@ def equivariance(case):
     tokens = lambda x: norm(backbone.tokens(x, layer))
 
     def maps(transform=None, params=None, act=lambda x: x, rows=rows, shape=None):
-        flat = case.features(case.test, encode=lambda x: tokens(act(x)).flatten(1), transform=transform, params=params, rows=rows, name="equivariance")
+        how = dict(transform=transform, params=params, rows=rows, name="equivariance")
+        flat = case.features(case.test, encode=lambda x: tokens(act(x)).flatten(1), **how)
         return flat.unflatten(1, shape or here)  # (n, h, w, D)
 
     with torch.no_grad():
-        here = backbone.tokens(torch.zeros(1, 3, backbone.img_size, backbone.img_size, device=case.device), layer).shape[1:]
+        blank = torch.zeros(1, 3, backbone.img_size, backbone.img_size, device=case.device)
+        here = backbone.tokens(blank, layer).shape[1:]
     quarters = 1 + torch.randint(3, (n,), generator=generator)
     turn = lambda z: torch.stack([m.rot90(int(k), (0, 1)) for m, k in zip(z, quarters[rows])])
     turned = maps(SecondView("quarters", backbone.img_size), dict(rot90=quarters))
@@ -746,7 +760,8 @@ def equivariance(case):
     note("flip", [(z.flip(2), others.flip(2), mirrored)])
     if scaled:
         resample = lambda m, size: F.interpolate(m.permute(0, 3, 1, 2), size, mode="bicubic").permute(0, 2, 3, 1)
-        note("scale", [(resample(z[chunk], size), resample(others[chunk], size), there) for chunk, size, there in scaled])
+        moved = lambda maps, chunk, size: resample(maps[chunk], size)
+        note("scale", [(moved(z, *at), moved(others, *at), there) for *at, there in scaled])
     return results, dict(images=len(rows), layer=layer, tokens="after the final norm")
 
 
@@ -803,15 +818,19 @@ def rotation(case):
     and of one that tells the quarter turn of an image (`4-fold`: trained on one of each image, read on all four). Beside
     `finetune` also of encoders fine-tuned for either."""
     args, size, results, n, m = case.args, case.backbone.img_size, {}, len(case.train), len(case.test)
-    draws = [(view := SecondView(kind, size), view.sample(m, seed)) for kind in ("turn90", "turn180") for seed in range(args.seed, args.seed + 3)]
-    quarters = SecondView("quarters", size)
+    seeds = range(args.seed, args.seed + 3)
+    views = SecondView("turn90", size), SecondView("turn180", size)
+    draws = [(view, view.sample(m, seed)) for view in views for seed in seeds]
+    quarters, tuned = SecondView("quarters", size), ()
     fourfold = [(quarters, dict(rot90=torch.full((m,), k))) for k in range(4)]
     answers = quarters.sample(n, args.seed)
 
     def seen(data, views, encode=case.backbone.last_blocks):  # (views n, D)
-        return torch.cat([case.features(data, encode=encode, transform=view, params=params, name=view.name).to(case.device) for view, params in views])
+        how = [dict(encode=encode, transform=view, params=params, name=view.name) for view, params in views]
+        return torch.cat([case.features(data, **h).to(case.device) for h in how])
 
-    x_turned, x, x_test, _, tuned = seen(case.test, draws), seen(case.train, [(quarters, answers)]), seen(case.test, fourfold), case.heads, ()
+    x_turned, x, x_test = seen(case.test, draws), seen(case.train, [(quarters, answers)]), seen(case.test, fourfold)
+    details = case.fitting
     if "finetune" in args.tasks:
         tuned = seen(case.test, draws, case.tuned), seen(case.test, fourfold, fine_tune(case, quarters=True))
     if common.rank():
@@ -831,7 +850,7 @@ def rotation(case):
     if tuned:
         note("finetune", "", tuned[0])
         results["4-fold finetune"] = share(tuned[1])
-    return results, dict(case.fitting, draws=3, fourfold=dict(optimizer="sgd", augment=False, chosen=rates))
+    return results, dict(details, draws=3, fourfold=dict(optimizer="sgd", augment=False, chosen=rates))
 
 
 TASKS = dict(knn=knn, linear=linear, mlp=mlp, finetune=finetune, fewshot=fewshot, r2=r2, layers=layers, equivariance=equivariance, rotation=rotation,
@@ -865,8 +884,8 @@ class Timm(nn.Module):
 
 
 def load(path):
-    """A checkpoint, or timm:NAME with timm's weights, or timm:NAME@FILE with those of a file, without classifier -> (encoder, state
-    without tensors). A file is read once, so that its `sha256` is of what was loaded."""
+    """A checkpoint, or timm:NAME with timm's weights, or timm:NAME@FILE with those of a file, without classifier ->
+    (encoder, state without tensors). A file is read once, so that its `sha256` is of what was loaded."""
     name, _, file = path.removeprefix("timm:").partition("@") if path.startswith("timm:") else (None, None, path)
     try:
         content = io.BytesIO(Path(file).read_bytes()) if file else None
@@ -874,9 +893,11 @@ def load(path):
         common.die(f"{path}: cannot be read ({e.strerror})")
     if name is None:
         encoder, state = common.load_backbone(path, content)
-        state = {k: state[k] for k in ("method", "args", "step", "backbone")} | dict(saw=state["train_state"].get("data"))
+        seen = state["train_state"].get("data")
+        state = {k: state[k] for k in ("method", "args", "step", "backbone")} | dict(seen=seen)
     else:
-        encoder, state = load_timm(path, name, file, content), dict(method="timm", step=0, args=dict(data=None, data_dir=None, seed=0, arch=path), backbone=dict(arch=name, inv=None), saw=None)
+        encoder, own = load_timm(path, name, file, content), dict(data=None, data_dir=None, seed=0, arch=path)
+        state = dict(method="timm", step=0, args=own, backbone=dict(arch=name, inv=None), seen=None)
     return encoder, state | dict(sha256=hashlib.sha256(content.getbuffer()).hexdigest() if file else path)
 
 
@@ -886,7 +907,7 @@ def load_timm(path, name, file, content):
         common.die(f"{path}: timm has no model {name}; timm.list_models('*{name[:6]}*') lists those that are called alike")
     notes, weights = read_weights(path, file, content) if file else ({}, None)
     try:
-        sizes = {k: v for k, v in notes.pop("timm", {}).items() if k not in ("model_name", "num_classes") and isinstance(v, (int, float))}  # no paths
+        sizes = {k: v for k, v in notes.pop("timm", {}).items() if isinstance(v, (int, float)) and k != "num_classes"}
         model = timm.create_model(name, pretrained=not file, num_classes=0, **sizes)
         side = notes.pop("img_size", None)
         model.pretrained_cfg |= notes | (dict(input_size=(3, side, side)) if side else {})
@@ -901,18 +922,19 @@ def load_timm(path, name, file, content):
 
 
 def read_weights(path, file, content):
-    """The bytes of a .safetensors, or of what torch.save writes -> (what our own backbone.safetensors says of itself, state dict). Damaged
-    files are refused, and those that only unsafe readers would read."""
+    """The bytes of a .safetensors, or of what torch.save writes -> (what our own backbone.safetensors says of itself,
+    state dict). Damaged files are refused, and those that only unsafe readers would read."""
     try:
         if not file.endswith(".safetensors"):
             held = common.read_tensors(path, content)
-            held = next((held[k] for k in ("state_dict_ema", "model_ema", "state_dict", "model") if held.get(k) is not None), held)
+            held = next((held[k] for k in ("state_dict_ema", "model_ema", "state_dict", "model") if held.get(k)), held)
             return {}, timm.models.clean_state_dict(held)
         content = content.getvalue()
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")]).get("__metadata__", {})
-        return {k: json.loads(v) for k, v in header.items() if k in ("timm", "mean", "std", "img_size")}, safetensors.torch.load(content)
+        notes = {k: json.loads(v) for k, v in header.items() if k in ("timm", "mean", "std", "img_size")}
+        return notes, safetensors.torch.load(content)
     except Exception:  # a dozen different types
-        common.die(f"{path}: {file} is damaged, or neither .safetensors nor a state dict that torch.save has written in its usual format")
+        common.die(f"{path}: {file} is damaged, or neither .safetensors nor a state dict as torch.save writes it today")
 
 
 @functools.lru_cache(maxsize=2)
@@ -925,24 +947,27 @@ def load_splits(name, root, *how):
     if test is None:
         common.die(f"--data-dir {root}: has no test split; probes need train/ and val/ or test/{note_of(train)}")
     if common.rank() == 0 and (same := same_files(train, test)):
-        say(f"--data-dir {root}: {len(same)} of {len(test):,} test images are training images too, such as {same[0]}; scores on them say nothing of new images")
+        say(f"--data-dir {root}: {len(same)} of {len(test):,} test images are training images too, such as {same[0]}")
     return train, test
 
 
 def note_of(*sets):
     """Why a set has no labels or no test split, where it says so."""
-    return "".join(f" ({data.note})" for data in sets if getattr(data, "note", ""))
+    return "".join(f" ({data.note})" for data in sets if data.note)
 
 
 def same_files(train, test, most=1000):
-    """Test files, of `most` evenly spaced ones, that equal the training file of the same name in the folder of the same name."""
+    """Test files, of `most` evenly spaced ones, that equal the training file of the same name and name of folder."""
     if train.paths is None or test.paths is None:
         return []
     name = lambda path: os.sep.join(str(path).rsplit(os.sep, 2)[-2:])
-    there = {name(test.paths[i]): test.paths[i] for i in evenly(len(test), most).tolist()}
+    there, same = {name(test.paths[i]): test.paths[i] for i in evenly(len(test), most).tolist()}, []
     with contextlib.suppress(OSError):  # what cannot be read is named when it is needed
-        return [there[name(path)] for path in train.paths if name(path) in there and filecmp.cmp(path, there[name(path)], shallow=False)]
-    return []
+        for path in train.paths:
+            other = there.get(name(path))
+            if other and filecmp.cmp(path, other, shallow=False):
+                same.append(other)
+    return same
 
 
 def open_case(path, encoder, state, args, device):
@@ -951,15 +976,24 @@ def open_case(path, encoder, state, args, device):
     root = args.data_dir or (state["args"]["data_dir"] if name == state["args"]["data"] else None)  # another set lies elsewhere
     sessions, labelled = state["args"].get("sessions", (1, 2)), set(args.tasks) - {"r2", "layers", "equivariance"}
     if "all" not in args.part and encoder.inv is None:
-        common.die(f"--part {' '.join(args.part)}: {path} does not split its representation; only encoders of recon_xattn.py and clever.py do (beside all, others may stand in the table)")
+        common.die(
+            f"--part {' '.join(args.part)}: {path} does not split its representation; only encoders of recon_xattn.py"
+            " and clever.py do (beside all, others may stand in the table)"
+        )
     train, test = load_splits(name, root, encoder.img_size, args.skip_corrupt, args.workers, tuple(sessions))
     if labelled and (train.labels is None or test.labels is None):
-        common.die(f"--tasks {' '.join(args.tasks)}: {root} has no classes (one folder per class); only r2, layers and equivariance can do without{note_of(train, test)}")
+        common.die(
+            f"--tasks {' '.join(args.tasks)}: {root} has no classes (one folder per class); only r2, layers and"
+            f" equivariance can do without{note_of(train, test)}"
+        )
     elif labelled and train.classes != test.classes:
         odd = sorted(set(train.classes) ^ set(test.classes))[0]
         common.die(f"--data-dir {root}: its train and test folders have different classes ({len(train.classes)} and {len(test.classes)}; {odd} is in one of them only)")
-    if state["saw"] and not args.data and not args.data_dir and state["saw"] != (there := train.fingerprint()):
-        common.die(f"{path}: was trained on other images than {root or name} holds now ({common.difference(state['saw'], there)}); --data-dir, given by hand, probes on others")
+    if state["seen"] and not args.data and not args.data_dir and state["seen"] != (there := train.fingerprint()):
+        common.die(
+            f"{path}: was trained on other images than {root or name} holds now"
+            f" ({common.difference(state['seen'], there)}); --data-dir, given by hand, probes on others"
+        )
     if args.known_fraction < 1:
         if train.labels is None:
             common.die(f"--known-fraction {args.known_fraction}: a share of every class, but {root} has no classes")
@@ -970,7 +1004,8 @@ def open_case(path, encoder, state, args, device):
         common.die(f"--layers {' '.join(map(str, args.layers))}: {path} has {encoder.depth}")
     if "finetune" in (*args.tasks, args.fewshot) and common.world_size() > 1 and isinstance(encoder, Timm):
         common.die(f"{path}: models of timm are fine-tuned on one process only; leave torchrun out")
-    return Case(encoder.to(device), state | dict(data=name, data_dir=root), train.to(device), test.to(device), args, device)
+    state |= dict(data=name, data_dir=root)
+    return Case(encoder.to(device), state, train.to(device), test.to(device), args, device)
 
 
 def run_task(name, case):
@@ -980,10 +1015,20 @@ def run_task(name, case):
 
 
 def probe(path, case, evaluation, row):
-    """All tasks on one checkpoint: each adds to its `row` of the table, and leaves a record, as soon as it is finished."""
+    """All tasks on one checkpoint: each adds to the `row` of the table, and leaves a record, as soon as it is finished."""
     backbone, state, args, seconds = case.backbone, case.state, case.args, case.seconds
-    protocol = dict(protocol=args.protocol, data=state["data"], data_dir=state["data_dir"], amp=args.amp, device=case.device.type, train_images=len(case.train), test_images=len(case.test),
-                    view=f"centre crop {backbone.img_size} px", dim=backbone.dim, inv=backbone.inv)
+    protocol = dict(
+        protocol=args.protocol,
+        data=state["data"],
+        data_dir=state["data_dir"],
+        amp=args.amp,
+        device=case.device.type,
+        train_images=len(case.train),
+        test_images=len(case.test),
+        view=f"centre crop {backbone.img_size} px",
+        dim=backbone.dim,
+        inv=backbone.inv,
+    )
     protocol |= dict(sessions=state["args"].get("sessions", (1, 2))) if state["data"] == "core50" else {}
     protocol |= dict(known_fraction=args.known_fraction, known_seed=state["args"]["seed"]) if args.known_fraction < 1 else {}
     for task in args.tasks:
@@ -994,7 +1039,8 @@ def probe(path, case, evaluation, row):
         values, details = finished
         row |= values
         seconds[task] = time.monotonic() - begin - (seconds.get("features", 0.0) - before)
-        append_record(path, state, args, values, protocol | {task: details, "seconds": {k: v for k, v in seconds.items() if k in ("features", task)}})
+        took = {k: v for k, v in seconds.items() if k in ("features", task)}
+        append_record(path, state, args, values, protocol | {task: details, "seconds": took})
     if row:
         where = " ".join(v for v in (state["data"], state["data_dir"]) if v)
         say(f"{path}: {where}; {', '.join(f'{k} {v:.1f} s' for k, v in seconds.items())}")
@@ -1043,9 +1089,9 @@ def latents(train, test, x, x_test, args):
 
 
 def pairs_of_poses(target, case):
-    """Two views of an object and `target` between them, on rank 0: sample(epoch) of (pairs (n, 2, D), targets (n, K)), test pairs,
-    test targets. Each epoch shows as many random pairs, of different views, as there are images, 100,000 at most (SIE: one an
-    object); on test images one fixed draw, the same for every checkpoint."""
+    """Two views of an object and `target` between them, on rank 0: sample(epoch) of (pairs (n, 2, D), targets (n, K)),
+    test pairs, test targets. Each epoch shows as many random pairs, of different views, as there are images, 100,000 at
+    most (SIE: one an object); on test images one fixed draw, the same for every checkpoint."""
     y, y_test = case.y
     if common.rank():
         return None
@@ -1065,7 +1111,8 @@ def pairs_of_images(target, case):
     """An image and its transformed self, on evenly spaced images, one draw per image; targets are standardised by the mean
     and deviation of the training draws. Returns what `pairs_of_poses` does."""
     args, view, pairs, targets = case.args, SecondView(target, case.backbone.img_size), [], []
-    for data, y, most, seed in zip((case.train, case.test), case.y, (args.r2_images, max(2, args.r2_images // 2)), (args.seed, args.seed + 1)):
+    shares = args.r2_images, max(2, args.r2_images // 2)
+    for data, y, most, seed in zip((case.train, case.test), case.y, shares, (args.seed, args.seed + 1)):
         rows, params = evenly(len(data), most), view.sample(len(data), seed)  # (n,), of all N
         y2 = case.features(data, transform=view, params=params, rows=rows, name=target)  # (n, D)
         if common.rank() == 0:
@@ -1108,19 +1155,22 @@ def one_line(error):
     known = common.one_line(error)
     if known and known.startswith("out of memory"):
         return "out of memory; take fewer --workers or another --device, or an encoder of smaller images"
-    frame = traceback.extract_tb(error.__traceback__)[-1:]
-    return known or " ".join([f"{type(error).__name__}:", *str(error).split()])[:300] + "".join(f" ({Path(f.filename).name}, line {f.lineno})" for f in frame)
+    *_, at = traceback.extract_tb(error.__traceback__)
+    what = " ".join([f"{type(error).__name__}:", *str(error).split()])[:300]
+    return known or f"{what} ({Path(at.filename).name}, line {at.lineno})"
 
 
 class Evaluation:
-    """A block in which a part that fails costs one line and, at the end, exit code 1 (of a single mistake, its own), and in which a
-    signal ends everything in one line, code 128 + its number. `at_end` is called in any case: there the table is printed."""
+    """A block in which a part that fails costs one line and, at the end, exit code 1 (its own where nothing was finished),
+    and in which a signal ends everything in one line, code 128 + its number. `at_end` is called in any case: there the
+    table is printed."""
 
     def __init__(self):
         self.codes, self.printed, self.at_end, self.handlers = [], False, lambda: None, {}
 
     def __enter__(self):
-        self.handlers = {s: signal.signal(s, stop) for s in STOPPING if signal.getsignal(s) != signal.SIG_IGN}  # nohup switches one off
+        on = [s for s in STOPPING if signal.getsignal(s) != signal.SIG_IGN]  # nohup switches one off
+        self.handlers = {s: signal.signal(s, stop) for s in on}
         return self
 
     def __exit__(self, kind, error, trace):
@@ -1128,14 +1178,16 @@ class Evaluation:
         for s, handler in self.handlers.items():
             signal.signal(s, handler)
         if kind is Stopped:
-            say(f"{Path(sys.argv[0]).name}: stopped by {signal.Signals(error.args[0]).name}; what was finished is in the table and in eval.jsonl beside the checkpoints")
+            name = signal.Signals(error.args[0]).name
+            kept = "what was finished is in the table and in eval.jsonl beside the checkpoints"
+            say(f"{Path(sys.argv[0]).name}: stopped by {name}; {kept}")
             raise SystemExit(128 + error.args[0])
         if kind is None and self.codes:
             raise SystemExit(1 if self.printed else self.codes[0])
 
     def attempt(self, what, part, together=False):
-        """part(), or None where it fails; together: on all ranks if on one. Otherwise ranks cannot go on without each other, but for
-        a user's mistake, which all of them see."""
+        """part(), or None where it fails; together: on all ranks if on one. Otherwise several ranks cannot go on, but for a
+        user's mistake, which all of them see."""
         code, out = 0, None
         try:
             out = part()
@@ -1166,28 +1218,37 @@ class Evaluation:
 
 
 def fold(results):
-    """[(row name, {metric: value})] -> {row name: (n, {metric: (mean, sample standard deviation or None, how many of the n have it)})}, and all metrics."""
+    """[(row name, {metric: value})] -> {row name: (n, {metric: (mean, sample standard deviation or None, how many of the n
+    have it)})}, and all metrics."""
     rows, metrics = {}, list(dict.fromkeys(metric for _, values in results for metric in values))
     for name, values in results:
         rows.setdefault(name, []).append(values)
     folded = {}
     for name, group in rows.items():
-        values = {c: torch.tensor([g[c] for g in group if c in g], dtype=torch.float64) for c in metrics}  # data sets differ in what can be asked of them
-        folded[name] = len(group), {c: (v.mean().item(), v.std().item() if len(v) > 1 else None, len(v)) for c, v in values.items() if len(v)}
+        folded[name] = len(group), {}
+        for c in metrics:  # data sets differ in what can be asked of them
+            v = torch.tensor([g[c] for g in group if c in g], dtype=torch.float64)
+            if len(v):
+                folded[name][1][c] = v.mean().item(), v.std().item() if len(v) > 1 else None, len(v)
     return folded, metrics
 
 
 def table(results, form="table", encoding="utf-8"):
-    """[(row name, {metric: value})] -> text: a row per name, mean +- sample standard deviation, and of how many where some failed; "table"
-    aligned, or "markdown", "csv", "json" (the last two with all digits). What the encoding lacks is written in ASCII."""
+    """[(row name, {metric: value})] -> text: a row per name, mean +- sample standard deviation, and of how many where some
+    failed; "table" aligned, or "markdown", "csv", "json" (the last two with all digits). What the encoding lacks is
+    written in ASCII."""
     rows, metrics = fold(results)
     if form == "json":
-        return json.dumps(finite({name: dict(n=n, **{c: dict(mean=m, std=s) | (dict(n=k) if k < n else {}) for c, (m, s, k) in values.items()}) for name, (n, values) in rows.items()}), indent=1)
+        cell = lambda n, mean, std, k: dict(mean=mean, std=std) | (dict(n=k) if k < n else {})
+        found = {name: dict(n=n, **{c: cell(n, *v) for c, v in values.items()}) for name, (n, values) in rows.items()}
+        return json.dumps(finite(found), indent=1)
     if form == "csv":
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
         writer.writerow(["", "n", *(f"{c}{suffix}" for c in metrics for suffix in ("", " std"))])
-        writer.writerows([name, n, *("" if v is None else v for c in metrics for v in values.get(c, (None, None))[:2])] for name, (n, values) in rows.items())
+        for name, (n, values) in rows.items():
+            cells = [v for c in metrics for v in values.get(c, (None, None))[:2]]
+            writer.writerow([name, n, *("" if v is None else v for v in cells)])
         return written(out.getvalue().strip(), encoding)
     lines = [["", "n", *metrics]]
     for name, (n, values) in rows.items():
@@ -1195,7 +1256,8 @@ def table(results, form="table", encoding="utf-8"):
         for c in metrics:
             mean, std, k = values.get(c, (None, None, n))
             digits = 3 if c.startswith(("r2", "equi ")) else 2
-            line.append("-" if mean is None else f"{mean:.{digits}f}" + ("" if std is None else f" ± {std:.{digits}f}") + (f" ({k} of {n})" if k < n else ""))
+            deviation = "" if std is None else f" ± {std:.{digits}f}"
+            line.append("-" if mean is None else f"{mean:.{digits}f}{deviation}" + (f" ({k} of {n})" if k < n else ""))
         lines.append(line)
     lines = [[written(cell, encoding) for cell in line] for line in lines]
     if form == "markdown":
@@ -1239,16 +1301,18 @@ def row_names(paths, states):
 
 
 def append_record(path, state, args, results, protocol):
-    """One line in eval.jsonl beside the checkpoint, from rank 0: what came out, and all that is needed to have it come out again."""
+    """One line in eval.jsonl beside the checkpoint, from rank 0: what came out, and all that it takes to have it again."""
     file = Path(path.partition("@")[2] if path.startswith("timm:") else path)
     record = dict(time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), checkpoint=path if path.startswith("timm:") else file.name, step=state["step"], sha256=state["sha256"],
                   backbone=state["backbone"], torch=str(torch.__version__), torchvision=str(torchvision.__version__), processes=common.world_size(),
                   args=dataclasses.asdict(args), results=results, protocol=protocol, seed=args.seed)
     if common.rank() == 0:
+        line = json.dumps(finite(record)).encode()
         try:
-            with open(file.parent / "eval.jsonl", "ab+", buffering=0) as f:  # one write: evaluations at the same time do not mix
+            with open(file.parent / "eval.jsonl", "ab+", buffering=0) as f:
                 f.seek(max(0, f.seek(0, os.SEEK_END) - 1))
-                f.write(b"\n" * (f.read(1) not in (b"", b"\n")) + json.dumps(finite(record)).encode() + b"\n")  # a line that broke off stays alone
+                torn = f.read(1) not in (b"", b"\n")  # a line that a full disk broke off stays alone
+                f.write(b"\n" * torn + line + b"\n")  # one write: evaluations at the same time do not mix
         except OSError as e:
             say(f"{file.parent / 'eval.jsonl'}: could not be written ({e.strerror}); the table is all there is")
 
@@ -1296,7 +1360,8 @@ def checkpoints_first(argv, Args):
     for word in sys.argv[1:] if argv is None else argv:
         flag = word if word.startswith("--") else flag
         if flag in several and word.startswith("timm:") or flag in several and word.endswith(".pt"):
-            common.die(f"{flag} ... {word}: checkpoints come first, before all flags: {Path(sys.argv[0]).name} {word} {flag} ...")
+            right = f"{Path(sys.argv[0]).name} {word} {flag} ..."
+            common.die(f"{flag} ... {word}: checkpoints come first, before all flags: {right}")
 
 
 def main(argv=None):

@@ -6,7 +6,8 @@
     python eval_robustness.py A/checkpoint.pt --suite shifts --suite-dir IMAGENET-V2 IMAGENET-R IMAGENET-SKETCH
 
 Flow: checkpoints -> encoders -> linear probes on clean features (eval_probe.py's) -> each batch of test images is altered once and
-scored by all -> a table a suite. Results are appended to eval.jsonl beside each checkpoint, with counts for each condition.
+scored by all -> a table a suite. As soon as a suite is finished its table is printed, and its results are appended to eval.jsonl
+beside each checkpoint, with counts for each condition.
 
 Suites
   corruptions    15 corruptions of 5 severities [HD], and 4 more that are kept for validation: mean accuracy over severities, over all; on ImageNet
@@ -20,9 +21,9 @@ Suites
                  -Sketch. On `blocks` a stand-in: the test objects painted in opposite hues; on `blocks-views` the sessions seen in
                  training beside the unseen ones.
 
-Clean images, shifts and finished sets are seen as eval_probe.py sees images, at the encoder's own size; so are augmentations. Corruptions and
-perturbations are made at the size of their constants, for encoders of less than 96 px at 32 px as CIFAR-10-C's, for others at 224 px as
-ImageNet-C's, and resized to the encoder's; a line says so where that is another.
+Clean images, shifts and finished sets are seen as eval_probe.py sees images, at the encoder's own size; so are augmentations.
+Corruptions and perturbations are made at the size of their constants, for encoders of less than 96 px at 32 px as CIFAR-10-C's,
+for others at 224 px as ImageNet-C's, and resized to the encoder's; a line says so where that is another.
 Randomness has a seed for each image and condition: results depend neither on batches nor on processes, but for roundings of single
 levels; the draws of CPUs and GPUs differ.
 
@@ -823,8 +824,8 @@ class Job:
 
 @dataclasses.dataclass
 class Suite:
-    """Conditions; jobs that show them; count(condition, scores, labels) -> (k,) int64; row(counts (conditions, k)) -> (results in percent,
-    counts for the record). What of its protocol is its own, and lines that belong beside its table."""
+    """Conditions, and jobs that show them. count(condition, scores, labels) -> (k,) int64. row(counts (conditions, k)) ->
+    (results in percent, counts for the record). What of the protocol is its own; lines that belong beside its table."""
 
     conditions: list
     jobs: list
@@ -837,20 +838,22 @@ class Suite:
 
 def zeros(suite, subjects):
     """No counts yet: {path of a subject: {part: (conditions, k) int64}}."""
-    return {subject.path: {part: torch.zeros(len(suite.conditions), suite.k, dtype=torch.int64, device=subject.case.device) for part, _ in subject.case.parts(0)} for subject in subjects}
+    none = lambda case: torch.zeros(len(suite.conditions), suite.k, dtype=torch.int64, device=case.device)
+    return {subject.path: {part: none(subject.case) for part, _ in subject.case.parts(0)} for subject in subjects}
 
 
 def measure(suite, sums, args):
-    """Do a suite's jobs, each condition made once for all subjects. What is counted is added to `sums` as it comes, and summed over ranks
-    at the end."""
+    """Do a suite's jobs, each condition made once for all subjects. What is counted is added to `sums` as it comes, and
+    summed over ranks at the end."""
     reader = None
     for job in suite.jobs:
-        data = job.read()
+        data, device = job.read(), job.subjects[0].case.device
         reader = reader if reader and reader.data is data else common.Reader(data, args.workers)
-        mine, device = chosen(data, args.images_per_class)[common.rank() :: common.world_size()], job.subjects[0].case.device
+        mine = chosen(data, args.images_per_class)[common.rank() :: common.world_size()]
         job.images = len(mine)
         for rows, x in reader.batches(job.source, mine, batch_size=job.batch_size, name=job.name):
-            x, labels = [image.to(device) for image in x] if isinstance(x, list) else x.to(device), data.labels[rows].to(device)
+            x = [image.to(device) for image in x] if isinstance(x, list) else x.to(device)
+            labels = data.labels[rows].to(device)
             for condition in job.conditions:
                 y, c = job.make(x, rows, condition), suite.conditions.index(condition)
                 for subject in job.subjects:
@@ -864,8 +867,12 @@ def measure(suite, sums, args):
 
 def at_own_size(name, read, condition, subjects):
     """A job for each size of encoder: images as eval_probe.py sees them. read(subject) -> function that reads them."""
-    groups = groupby(sorted(subjects, key=size_of), size_of)
-    return [Job(name, read(group[0]), common.CenterCrop(size, interpolation="bicubic"), [condition], group) for size, group in ((size, list(group)) for size, group in groups)]
+    jobs = []
+    for size, group in groupby(sorted(subjects, key=size_of), size_of):
+        first, *others = group
+        crop = common.CenterCrop(size, interpolation="bicubic")
+        jobs.append(Job(name, read(first), crop, [condition], [first, *others]))
+    return jobs
 
 
 def size_of(subject):
@@ -880,7 +887,8 @@ def clean(subjects, condition):
 def resized(what, size, subjects):
     """A line for encoders that see what was made at another size."""
     others = [f"{subject.name} ({size_of(subject)} px)" for subject in subjects if size_of(subject) != size]
-    return [f"{what} are made at {size} px, the size of their constants, and resized for {', '.join(others)}; clean images are seen at the encoder's own size"] * bool(others)
+    line = f"{what} are made at {size} px, the size of their constants, and resized for {', '.join(others)}"
+    return [f"{line}; clean images are seen at the encoder's own size"] * bool(others)
 
 
 def chosen(data, most):
@@ -907,15 +915,21 @@ def corruptions(subjects, data, args):
 
     if args.suite_dir:
         root = Path(args.suite_dir[0])
-        jobs = [job for c in conditions[1:] for job in at_own_size(f"{c[0]} {c[1]}", lambda _, c=c: partial(finished, root, *c, data.classes), c, subjects)]
-        notes = resized(f"the corruptions in {root}", 32, subjects) if any(find_finished(root, *c).suffix == ".npy" for c in conditions[1:]) else []
+        read = lambda c: lambda subject: partial(finished, root, *c, data.classes)
+        jobs = [job for c in conditions[1:] for job in at_own_size(f"{c[0]} {c[1]}", read(c), c, subjects)]
+        small = any(find_finished(root, *c).suffix == ".npy" for c in conditions[1:])  # CIFAR-10-C's
+        notes = resized(f"the corruptions in {root}", 32, subjects) if small else []
     else:
-        jobs = [Job("corruptions", lambda: data, Source(size), conditions[1:], subjects, make, 64 if size >= 96 else 256)]
+        batch = 64 if size >= 96 else 256
+        jobs = [Job("corruptions", lambda: data, Source(size), conditions[1:], subjects, make, batch)]
         notes = resized("corruptions", size, subjects)
     drawn = "frost" in names and not photographs and not args.suite_dir
     star = "*" * drawn
     if drawn:
-        notes.append("* with frost drawn by a procedure, not from photographs: not comparable with published figures; --frost-dir takes photographs")
+        notes.append(
+            "* with frost drawn by a procedure, not from photographs: not comparable with published figures;"
+            " --frost-dir takes photographs"
+        )
 
     def row(n):
         """Counts (conditions, 3): images, right, right among five -> results in percent, and the counts for the record."""
@@ -965,8 +979,10 @@ def perturbations(subjects, data, args):
             summary = {k: v for k, v in summary.items() if not k.startswith("top-5")}
         return summary | top1, dict(frames=n[0, 0].item(), top1=top1, top5=top5, flip_probability=flips, top5_distance=moved)
 
-    jobs = [Job("perturbations", lambda: data, Source(size, whole=True), names, subjects, make, 8 if size >= 96 else 32)]
-    return Suite(names, jobs, count, 6, row, dict(codec="none", flips_over=TEST_PERTURBATIONS), resized("perturbations", size, subjects))
+    batch = 8 if size >= 96 else 32
+    jobs = [Job("perturbations", lambda: data, Source(size, whole=True), names, subjects, make, batch)]
+    details = dict(codec="none", flips_over=TEST_PERTURBATIONS)
+    return Suite(names, jobs, count, 6, row, details, resized("perturbations", size, subjects))
 
 
 def augmentations(subjects, data, args):
@@ -998,7 +1014,8 @@ def augmentations(subjects, data, args):
     jobs = []
     for job in clean(subjects, conditions[0]):
         size = job.source.size
-        jobs += [job, Job("augmentations", job.read, Source(size), conditions[1:], job.subjects, drawn(size), 64 if size >= 96 else 256)]
+        how = Source(size), conditions[1:], job.subjects, drawn(size), 64 if size >= 96 else 256
+        jobs += [job, Job("augmentations", job.read, *how)]
     return Suite(conditions, jobs, count_right, 3, row)
 
 
@@ -1006,12 +1023,14 @@ def shifts(subjects, data, args):
     """Other images of the same classes: folders, whose names say the class; of `blocks` rendered stand-ins."""
     if args.suite_dir:
         sets = {Path(path).resolve().name: partial(labelled, Path(path), data.classes) for path in args.suite_dir}
-        jobs = [job for name, read in sets.items() for job in at_own_size(name, lambda _, read=read: read, name, subjects)]
+        read = lambda name: lambda subject: sets[name]
+        jobs = [job for name in sets for job in at_own_size(name, read(name), name, subjects)]
         there = {name: read().labels.unique() for name, read in sets.items()}
     else:
         data_set = subjects[0].case.state["data"]
         name, split = ("hues (stand-in)", "hues") if data_set == "blocks" else ("sessions seen (stand-in)", "seen")
-        jobs = at_own_size(name, lambda subject: partial(common.load_data, data_set, None, split, size_of(subject)), name, subjects)
+        read = lambda subject: partial(common.load_data, data_set, None, split, size_of(subject))
+        jobs = at_own_size(name, read, name, subjects)
         there = {name: jobs[0].read().labels.unique()}
     there = {"clean": data.labels.unique()} | there
 
@@ -1079,7 +1098,8 @@ def finished(root, name, severity, classes):
 def find_finished(root, name, severity):
     """Where a condition of a published set lies."""
     places = (root / name / f"{severity}", *sorted(root.glob(f"*/{name}/{severity}")))
-    found = root / f"{name}.npy" if (root / f"{name}.npy").is_file() else next((place for place in places if place.is_dir()), None)
+    array = root / f"{name}.npy"
+    found = array if array.is_file() else next((place for place in places if place.is_dir()), None)
     return found or common.die(f"--suite-dir {root}: has neither {name}/{severity}/ nor {name}.npy; --types names the corruptions that are there")
 
 
@@ -1170,31 +1190,39 @@ def check_sets(args, classes):
 
 
 def run(name, subjects, data, args, evaluation, protocol):
-    """A suite -> the rows of its table, which is printed; a record for each checkpoint. What breaks off prints what there is."""
+    """A suite -> the rows of its table, which is printed; a record a checkpoint. What breaks off prints what it has."""
     begin, suite = time.monotonic(), SUITES[name](subjects, data, args)
     sums = zeros(suite, subjects)
-    rows = lambda: {subject.path: {part: suite.row(n.cpu()) for part, n in sums[subject.path].items()} for subject in subjects}
 
-    def show(found):
+    def found(subject):  # {part: (results in percent, counts for the record)}
+        return {part: suite.row(n.cpu()) for part, n in sums[subject.path].items()}
+
+    def show():
         for note in suite.notes:
             eval_probe.say(note)
-        table = [(subject.name + part, {k: v for k, v in values.items() if math.isfinite(v)}) for subject in subjects for part, (values, _) in found[subject.path].items()]
-        evaluation.table(table, args.format)
-        return table
+        rows = []
+        for subject in subjects:
+            for part, (values, _) in found(subject).items():
+                rows.append((subject.name + part, {k: v for k, v in values.items() if math.isfinite(v)}))
+        evaluation.table(rows, args.format)
+        return rows
 
     try:
         measure(suite, sums, args)
     except BaseException:
-        seen = ", ".join(f"{job.seen:,} of {job.images:,} ({job.name})" for job in suite.jobs if job.seen < job.images)
+        seen = ", ".join(f"{j.seen:,} of {j.images:,} ({j.name})" for j in suite.jobs if j.seen < j.images)
         eval_probe.say(f"{name} broke off; of some conditions the table counts a part of the images: {seen or 'none'}")
-        show(rows())
+        show()
         raise
-    found, seconds = rows(), time.monotonic() - begin
+    seconds = time.monotonic() - begin
     for subject in subjects:
-        details = dict(suite=name, seconds=seconds, **suite.details, details={part: record for part, (_, record) in found[subject.path].items()})
-        eval_probe.append_record(subject.path, subject.case.state, args, {part or "all": values for part, (values, _) in found[subject.path].items()}, protocol | dict(probe=subject.probe) | details)
+        parts = found(subject)
+        results = {part or "all": values for part, (values, _) in parts.items()}
+        own = dict(suite=name, probe=subject.probe, seconds=seconds, **suite.details)
+        own |= dict(details={part: record for part, (_, record) in parts.items()})
+        eval_probe.append_record(subject.path, subject.case.state, args, results, protocol | own)
     eval_probe.say(f"{name}: {seconds:.1f} s")
-    return show(found)
+    return show()
 
 
 def main(argv=None):
@@ -1205,11 +1233,13 @@ def main(argv=None):
         common.check_ranges(args, RANGES)
         check(args)
         fields = {f.name for f in dataclasses.fields(eval_probe.Args)}
-        probing = eval_probe.Args(tasks=("linear",), **{k: v for k, v in dataclasses.asdict(args).items() if k in fields})
+        shared = {k: v for k, v in dataclasses.asdict(args).items() if k in fields}
+        probing = eval_probe.Args(tasks=("linear",), **shared)
         eval_probe.check(probing)
         device, subjects = common.start(args.device), []
+        open_case = lambda path: eval_probe.open_case(path, *eval_probe.load(path), probing, device)
         for path in args.checkpoints:
-            case = evaluation.attempt(path, lambda path=path: eval_probe.open_case(path, *eval_probe.load(path), probing, device), together=True)
+            case = evaluation.attempt(path, partial(open_case, path), together=True)
             if case is not None:
                 names = eval_probe.row_names(*zip(*[(s.path, s.case.state) for s in subjects], (path, case.state)))
                 subjects.append(Subject(names[-1], path, case))
@@ -1223,23 +1253,28 @@ def evaluate(subjects, args, evaluation):
     if "shifts" in args.suite and not args.suite_dir and not name.startswith("blocks"):
         common.die(f"--suite-dir: name the folders of the shifted sets, such as ImageNet-V2's; {name} has no stand-in")
     for subject in subjects:
-        if side_of([subject]) != size or (subject.case.state["data"], subject.case.state["data_dir"]) != (name, root) or subject.case.train.classes != first.train.classes:
-            common.die(f"{subject.path}: was trained on other data, or for images of another size, than {subjects[0].path}; name --data and --data-dir, or run them apart")
+        same = (subject.case.state["data"], subject.case.state["data_dir"]) == (name, root)
+        if side_of([subject]) != size or not same or subject.case.train.classes != first.train.classes:
+            common.die(
+                f"{subject.path}: was trained on other data, or for images of another size, than {subjects[0].path};"
+                " name --data and --data-dir, or run them apart"
+            )
     data = first.test if not name.startswith("blocks") else common.load_data(name, root, "test", size)
     load_frost(args.frost_dir, size)
     check_sets(args, data.classes)
     if args.save_images and common.rank() == 0:
         for suite in set(args.suite) & {"corruptions", "perturbations"}:
             save_images(suite, data, size, args)
-    for subject in list(subjects):
-        subject.probe = evaluation.attempt(subject.path, lambda case=subject.case: case.fitting)  # trained here, on clean features, once for all suites
+    for subject in list(subjects):  # probes are trained here, on clean features, once for all suites
+        subject.probe = evaluation.attempt(subject.path, lambda case=subject.case: case.fitting)
         if subject.probe is None:
             subjects.remove(subject)
         for large in {"x", "readers"} & set(vars(subject.case)):
             delattr(subject.case, large)
     protocol, tables = dict(size=size, data=name, data_dir=root, device=first.device.type), {}
     for suite in args.suite if subjects else ():
-        if (rows := evaluation.attempt(suite, lambda suite=suite: run(suite, subjects, data, args, evaluation, protocol))) is not None:
+        rows = evaluation.attempt(suite, partial(run, suite, subjects, data, args, evaluation, protocol))
+        if rows is not None:
             tables[suite] = rows
     return tables
 

@@ -20,7 +20,6 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def expect_mistake(capsys, main, argv, *words):
     """main(argv) ends with exit code 2 and one line that holds `words`; tyro's own box counts as the line."""
-    gc.collect()  # earlier runs of this process let go of their directories
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:
         main(argv)
