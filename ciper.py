@@ -170,7 +170,7 @@ def make_policies(args):
 def draw_views(args, policies, generator):
     """{view: (rows of the global batch, what its policy draws for them)}."""
     n = args.batch_size
-    return {view: (torch.arange(n), policy.draw(n, generator)) for view, policy in policies.items()}
+    return {view: (torch.arange(n), policy.sample(n, generator)) for view, policy in policies.items()}
 
 
 PARAMETERS = dict(  # Table 1
@@ -453,13 +453,12 @@ def main(argv=None):
     run.introduce(train, loader, model, args.lr, ", ".join(chance))
     encode = torch.compile(model.backbone, dynamic=False) if args.compile else None
 
-    for step, batch in run.steps(loader, dump, begin):
+    for step, views, params, rows in run.steps(loader, dump, begin):
         epoch = step / loader.steps_per_epoch
         lr = common.warmup_cosine(epoch, args.epochs, args.warmup_epochs, args.lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        views, params = loader.finish(batch)
-        r, session = targets(params, batch["rows"]) if model.predictor is not None else (None, None)
+        r, session = targets(params, rows) if model.predictor is not None else (None, None)
         if step == 0:
             run.picture("views.png", [views[v] for v in sorted(views)], model.backbone)
         with common.autocast(device, args.amp):

@@ -187,7 +187,7 @@ def make_policies(args):
 
 def draw_views(args, policies, generator):
     """{view: (rows of the global batch, what its policy draws for them)}: every crop by itself."""
-    return {view: (torch.arange(args.batch_size), policy.draw(args.batch_size, generator)) for view, policy in policies.items()}
+    return {view: (torch.arange(args.batch_size), policy.sample(args.batch_size, generator)) for view, policy in policies.items()}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -461,7 +461,7 @@ def main(argv=None):
     backbones = (model.backbone, model.teacher["backbone"] if args.base == "dino" else None)
     encode = [torch.compile(b, dynamic=False) if args.compile and b is not None else None for b in backbones]
 
-    for step, batch in run.steps(loader, dump, begin):
+    for step, views, *_ in run.steps(loader, dump, begin):
         epoch = (step - extra) / loader.steps_per_epoch
         rates = learning_rates(args, step, loader.steps_per_epoch, warmup)
         for group, lr in zip(optimizer.param_groups, rates):
@@ -470,7 +470,6 @@ def main(argv=None):
             optimizer.param_groups[0]["weight_decay"] = common.cosine(step / loader.total_steps, args.weight_decay, args.weight_decay_end)
         if extra and step == extra:
             optimizer.state.clear()  # the warm-up has a momentum of its own
-        views, _ = loader.finish(batch)
         if step == 0:
             run.picture("views.png", [views[v] for v in sorted(views, key=int)], encoder)
         with common.autocast(device, args.amp):

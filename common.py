@@ -565,7 +565,7 @@ class Run:
 
         run = Run("ser", args, "mocov3-ser", device)
         begin = run.restore(load, train)                    # 0, or where the checkpoint stands
-        for step, batch in run.steps(loader, dump, begin):  # saves every --save-every steps, on a signal, at the end
+        for step, views, params, rows in run.steps(loader, dump, begin):  # saves every --save-every steps, on a signal, at the end
             ...
             run.log(step, loss=loss, L_inv=L_inv, lr=lr, features=y)
         run.finish(encoder, untrained_encoder, train, test)
@@ -590,7 +590,7 @@ class Run:
             f"--{k.replace('_', '-')}: {a[k]} on rank 0 and {b[k]} on rank {r}; give all processes the same" for k in a if a[k] != b.get(k)))
         by_rank_0(self._claim)
         self.pending, self.first_pending = [], 0  # values noted since they were last looked at, and their first step
-        self.logged, self.waited, self.clock = 0, 0.0, 0.0  # steps in the log, seconds waited for data since, and since when
+        self.logged, self.clock = 0, 0.0  # steps in the log, and when the last was written
 
     def _claim(self):
         """Make the directory, lock it against a second run, and prove that it can be written."""
@@ -683,7 +683,7 @@ class Run:
             die(f"--out {self.out}: cannot be written ({e.strerror}); make room, or choose another directory", 1)
 
     def steps(self, loader, dump, begin=0):
-        """Yield (step, batch) from `begin`, counting from 0, until the epochs (or --max-steps) are done.
+        """Yield (step, views, params, rows) from `begin`, counting from 0, until the epochs (or --max-steps) are done.
 
         Before each step the global generators are reseeded from (seed, step, rank). `dump() -> (backbone, train_state)`
         is asked for whenever a checkpoint is due. SIGTERM, SIGHUP and SIGINT, and the end of torchrun, save at the next
@@ -696,14 +696,14 @@ class Run:
         self.bar = progress(total=total, initial=min(begin, total), unit="step", leave=True)
         self.first_pending = self.logged = begin
         self.clock = time.monotonic()
-        batches = iter(loader.batches(range(begin, total)))
+        self.loader, batches = loader, loader.batches(range(begin, total))
         try:
             for step in range(begin, total):
                 batch = self._wait(batches)
                 if batch is None:
                     self._stop(step, dump, self.signal)
                 seed_everything(self.args.seed, step, rank())
-                yield step, batch
+                yield step, *batch
                 self.bar.update()
                 orphan = self.parent is not None and os.getppid() != self.parent
                 stop = any_rank(self.signal or (signal.SIGTERM if orphan else 0))
@@ -722,7 +722,6 @@ class Run:
 
     def _wait(self, batches):
         """The next batch. A signal need not wait for a loader that hangs: then None (a group of processes must stay in step)."""
-        begin = time.monotonic()
         try:
             self.waiting = world_size() == 1
             return next(batches)
@@ -730,7 +729,6 @@ class Run:
             return None
         finally:
             self.waiting = False
-            self.waited += time.monotonic() - begin
 
     def _stop(self, step, dump, number):
         """Save what stands after `step` steps and end as the signal asks."""
@@ -764,8 +762,8 @@ class Run:
                 line |= collapse_monitors(gather(features.detach()))
             now = time.monotonic()
             done, seconds = step + 1 - self.logged, now - self.clock
-            line |= dict(images_per_s=round(done * self.args.batch_size / seconds, 1), data_wait=round(self.waited / seconds, 4), memory_gb=round(memory_gb(self.device), 3))
-            self.logged, self.clock, self.waited = step + 1, now, 0.0
+            line |= dict(images_per_s=round(done * self.args.batch_size / seconds, 1), data_wait=round(self.loader.waited / seconds, 4), memory_gb=round(memory_gb(self.device), 3))
+            self.logged, self.clock, self.loader.waited = step + 1, now, 0.0
             if rank() == 0:
                 try:
                     with open(self.out / "log.jsonl", "a", encoding="utf-8") as f:
@@ -1865,13 +1863,12 @@ def pose_target(name, factors, i, j):
 
 
 class Loader(torch.utils.data.Dataset):
-    """step -> this rank's rows of the global batch, cropped.
+    """step -> this rank's views of the global batch.
 
-    `draw(generator)` returns for each kind of view {name: (rows of the global batch (n,), params)}, for all ranks
-    alike; `policies[name]` is the Compose that makes it. What needs whole images (decoding, cropping) happens here, per
-    rank: on the device when the set lives there, otherwise in worker processes, each of which makes whole batches. The
-    rest is `finish`, batched on the device; without another device the workers do that too. Nothing depends on how many
-    workers or ranks there are.
+    `policies[view]` is the Compose that makes a view. `draw(generator)` samples for all ranks alike: {view: (rows of the
+    global batch (n,), params)}. Whole images are opened and cropped on the device where the set lives there, otherwise in
+    worker processes, each of which makes whole batches; all after the crop is batched on the device, or, where there is no
+    other device, done by the workers too. Nothing depends on how many workers or ranks there are.
 
     An epoch visits every image once, and all its views show it. With a `sampler` they show what that says:
     `len(sampler)` items are visited in an epoch, and `sampler(items, epoch, generator)` maps a batch of them, (B,), to
@@ -1882,50 +1879,77 @@ class Loader(torch.utils.data.Dataset):
         self.data, self.policies, self.draw, self.device, self.sampler = data, policies, draw, device, sampler
         self.seed, self.batch_size, self.workers = args.seed, args.batch_size, args.workers
         self.rank, self.share = rank(), args.batch_size // world_size()  # a worker process does not know them
-        self.whole = data.images is None and device.type == "cpu"  # workers do all
+        self.crop_only = data.images is not None or device.type != "cpu"  # the rest is done on the device
         self.items = len(data if sampler is None else sampler)
         self.steps_per_epoch = self.items // args.batch_size  # the incomplete last batch is dropped
         self.total_steps = args.epochs * self.steps_per_epoch
         if self.items < args.batch_size and args.epochs:
-            die(f"--batch-size {args.batch_size}: larger than the data set ({self.items} {'objects' if self.items < len(data) else 'images'}); lower it")
+            what = "objects" if self.items < len(data) else "images"
+            die(f"--batch-size {args.batch_size}: larger than the data set ({self.items} {what}); lower it")
         if args.batch_size % world_size():
-            die(f"--batch-size {args.batch_size}: not divisible by the {world_size()} processes; the nearest that is: {max(1, args.batch_size // world_size()) * world_size()}")
+            nearest = max(1, args.batch_size // world_size()) * world_size()
+            die(f"--batch-size {args.batch_size}: not divisible by the {world_size()} processes; the nearest that is: {nearest}")
 
     def rows(self, step):
         """What this rank's views show: {view: rows of the data set (b,)}."""
         epoch, k = divmod(step, self.steps_per_epoch)
         order = torch.randperm(self.items, generator=rng(self.seed, "order", epoch))
         items = order[k * self.batch_size :][: self.batch_size]  # (B,)
-        rows = self.sampler(items, epoch, rng(self.seed, "pairs", step)) if self.sampler is not None else dict.fromkeys(self.policies, items)
-        return {name: r[self.rank * self.share :][: self.share] for name, r in rows.items()}
+
+        # All views show the same images, or those that the sampler names.
+        rows = dict.fromkeys(self.policies, items)
+        if self.sampler is not None:
+            rows = self.sampler(items, epoch, rng(self.seed, "pairs", step))
+        return {view: r[self.rank * self.share :][: self.share] for view, r in rows.items()}
 
     def __getitem__(self, step):
-        low, b, rows = self.rank * self.share, self.share, self.rows(step)
-        shared = None if self.sampler is not None else self.data[next(iter(rows.values()))]  # (b, 3, H, W), or b images of any size
-        views = {}
-        for name, (at, params) in self.draw(rng(self.seed, "views", step)).items():
-            mine = ((at >= low) & (at < low + b)).nonzero()[:, 0]
-            at, policy, images = at[mine] - low, self.policies[name], self.data[rows[name]] if shared is None else shared
-            source = [images[i] for i in at.tolist()] if isinstance(images, list) else images[at.to(images.device)]
-            params = policy.resolve({key: value[mine] for key, value in params.items()}, torch.tensor([image.shape[1:] for image in source]).view(-1, 2))
-            views[name] = (policy if self.whole else policy.crop)(source, params), params  # (n, 3, S, S), else uint8
-        return dict(rows=rows, views=views)
+        """The batch of a step, {view: (crops or finished images, params)} and {view: rows of the data set (b,)}."""
+        rows, first = self.rows(step), self.rank * self.share
+        if self.sampler is None:
+            opened = self.data[next(iter(rows.values()))]  # (b, 3, H, W), or b images of any size
+        made = {}
+        for view, (batch_rows, params) in self.draw(rng(self.seed, "views", step)).items():
+            # Of the view's rows of the global batch, and their parameters, take those of this rank.
+            local = ((batch_rows >= first) & (batch_rows < first + self.share)).nonzero()[:, 0]
+            params = {name: value[local] for name, value in params.items()}
+            places = batch_rows[local] - first  # (n,)
+
+            # Cut out the crops, or make the whole view.
+            images = opened if self.sampler is None else self.data[rows[view]]
+            if isinstance(images, list):
+                images = [images[i] for i in places.tolist()]
+            else:
+                images = images[places.to(images.device)]
+            policy = self.policies[view]
+            made[view] = (policy.crop if self.crop_only else policy)(images, params), params
+        return made, rows
 
     def batches(self, steps):
-        """Iterate over the batches of `steps`, for `finish`; crops arrive on the device, parameters stay on the CPU."""
+        """Yield (views {name: float (n, 3, H, W)}, {name: params}, {name: rows of the data set (b,)}) for each of `steps`. Views
+        are on the device, all else on the CPU."""
         workers = default_workers(self.workers) if self.data.images is None else 0
-        pixels = [len(at) // world_size() * 3 * self.policies[name].crop.size ** 2 for name, (at, _) in self.draw(rng(self.seed, "views", 0)).items()]
-        check_shared_memory(workers, 1.5 * sum(pixels) * (4 if self.whole else 1))  # grids may be larger, and there are parameters
-        loader = torch.utils.data.DataLoader(self, batch_size=None, sampler=steps, num_workers=workers, worker_init_fn=detach_worker,
-                                             pin_memory=self.device.type == "cuda" and self.data.images is None, timeout=600 if workers else 0)
-        for batch in unbroken(loader):
-            views = {name: (crops.to(self.device, non_blocking=True), params) for name, (crops, params) in batch["views"].items()}
-            yield dict(rows=batch["rows"], views=views)
+        sampled = self.draw(rng(self.seed, "views", 0))
+        pixels = [len(rows) // world_size() * 3 * self.policies[view].crop.size ** 2 for view, (rows, _) in sampled.items()]
+        check_shared_memory(workers, 1.5 * sum(pixels) * (1 if self.crop_only else 4))  # grids may be larger, and there are parameters
+        loader = torch.utils.data.DataLoader(
+            self, batch_size=None, sampler=steps, num_workers=workers, worker_init_fn=detach_worker, timeout=600 if workers else 0,
+            pin_memory=self.device.type == "cuda" and self.data.images is None)
+        batches, self.waited = unbroken(loader), 0.0  # seconds in which there was nothing else to do
+        while True:
+            begin = time.monotonic()
+            made, rows = next(batches, (None, None))
+            self.waited += time.monotonic() - begin
+            if made is None:
+                return
+            yield *self.finish(made), rows
 
-    def finish(self, batch):
-        """What `batches` yields -> the views {name: float (n, 3, H, W)} and {name: params}."""
-        views = {name: x if self.whole else self.policies[name].augment(x, params) for name, (x, params) in batch["views"].items()}
-        return views, {name: params for name, (_, params) in batch["views"].items()}
+    def finish(self, made):
+        """{view: (crops or finished images, params)} -> ({view: float (n, 3, H, W) on the device}, {view: params})."""
+        views, params = {}, {}
+        for view, (images, params[view]) in made.items():
+            images = images.to(self.device, non_blocking=True)
+            views[view] = self.policies[view].augment(images, params[view]) if self.crop_only else images
+        return views, params
 
 
 def unbroken(loader):
@@ -1971,8 +1995,8 @@ def detach_worker(_):
 # ----------------------------------------------------------------------------------------------------------------------
 # Augmentations
 #
-# An op is `params = op.sample(n, generator, sizes)`, a dict of CPU tensors of first dimension n that holds every random
-# choice as a raw value, and `x = op(x, params)`, deterministic and batched, on the device of x, in place where it can.
+# An op has two verbs. `params = op.sample(n, generator)` is a dict of CPU tensors of first dimension n that holds every
+# random choice as a raw value. `x = op(x, params)` is deterministic and batched, on the device of x, in place where it can.
 # Crops map uint8 images to uint8 (n, 3, S, S); everything after works on floats in [0, 1]. Laws and arithmetic are those
 # of torchvision's transforms on tensors. What an op leaves alone carries the identity (brightness 1, hue 0, sigma 0, ...),
 # and what it selects is decided on the CPU, so that a GPU never answers a question before its next kernel is launched.
@@ -2046,49 +2070,57 @@ def crop_resize(images, boxes, size, interpolation="bilinear"):
     return torch.cat([resize(crop, (size, size), interpolation) for crop in crops])  # (n, 3, size, size)
 
 
+def image_sizes(images):
+    """Heights and widths (n, 2) of a batch (n, 3, H, W), or of a list of (3, H_i, W_i)."""
+    return torch.tensor([image.shape[-2:] for image in images]).view(-1, 2)
+
+
+BOX = ("area", "aspect", "corner")  # what a random crop samples, before it knows the sizes of the images
+
+
 class RandomResizedCrop:
     """A box of random area and aspect ratio, resized to size x size: torchvision.transforms.RandomResizedCrop.
 
     scale: range of the box's share of the image area, uniform. ratio: range of width / height, log-uniform.
-    Params `top`, `left`, `height`, `width`: (n,) float in [0, 1], fractions of the image's height or width.
+    Params `top`, `left`, `height`, `width`: (n,) float in [0, 1], fractions of the image's height or width. They follow
+    from the sampled `area`, `aspect`, `corner` and the sizes of the images, which the op first sees when it is applied:
+    then `place` puts them in the place of these. A box that stands in the params already is taken as it is.
     """
-    draws = ("area", "aspect", "corner")
 
     def __init__(self, size, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), interpolation="bilinear"):
         self.size, self.scale, self.ratio, self.interpolation = size, scale, ratio, interpolation
 
-    def draw(self, n, generator=None, tries=10):
-        """The random part: candidates `area` and `aspect`, (n, 10) float, and `corner`, (n, 2) in [0, 1)."""
+    def sample(self, n, generator=None, tries=10):
+        """Candidates `area` and `aspect`, (n, 10) float, and `corner`, (n, 2) in [0, 1)."""
         log_aspect = uniform((n, tries), math.log(self.ratio[0]), math.log(self.ratio[1]), generator)  # (n, 10)
         area, corner = uniform((n, tries), *self.scale, generator), torch.rand(n, 2, generator=generator)
         return {"area": area, "aspect": log_aspect.exp(), "corner": corner}  # (n, 10), (n, 10), (n, 2)
 
-    def resolve(self, draws, sizes):
-        """The part that needs the sizes (n, 2), maybe known to a loader worker only: the first candidate that fits."""
+    def place(self, params, sizes):
+        """Replace the candidates in `params` by the box of the first one that fits into images of `sizes` (n, 2), in pixels."""
+        if "top" in params:
+            return
         H, W = sizes.double().unbind(1)  # (n,) each
-        area, aspect = draws["area"] * (H * W)[:, None], draws["aspect"].double()  # (n, 10) each; area in pixels
+        area, aspect = params.pop("area") * (H * W)[:, None], params.pop("aspect").double()  # (n, 10) each; area in pixels
         h, w = (area / aspect).sqrt().round(), (area * aspect).sqrt().round()  # (n, 10) each
         fits = (0 < h) & (h <= H[:, None]) & (0 < w) & (w <= W[:, None])  # (n, 10) bool
         first = fits.int().argmax(1, keepdim=True)  # (n, 1)
         h, w = h.gather(1, first)[:, 0], w.gather(1, first)[:, 0]  # (n,) each
-        top, left = (draws["corner"] * torch.stack([H - h + 1, W - w + 1], 1)).floor().unbind(1)  # (n,) each
+        top, left = (params.pop("corner") * torch.stack([H - h + 1, W - w + 1], 1)).floor().unbind(1)  # (n,) each
         # none fits: in the centre, as much of the image as the aspect ratios allow
         none = ~fits.any(1)  # (n,) bool
         h = torch.where(none, torch.minimum(H, (W / self.ratio[0]).round()), h)  # (n,)
         w = torch.where(none, torch.minimum(W, (H * self.ratio[1]).round()), w)  # (n,)
         top, left = torch.where(none, (H - h) // 2, top), torch.where(none, (W - w) // 2, left)  # (n,) each
         box = {"top": top / H, "left": left / W, "height": h / H, "width": w / W}
-        return {name: fraction.float() for name, fraction in box.items()}  # (n,) each
-
-    def sample(self, n, generator=None, sizes=None):
-        return self.resolve(self.draw(n, generator), sizes)
+        params |= {name: fraction.float() for name, fraction in box.items()}  # (n,) each
 
     def __call__(self, images, params):
         """uint8 (n, 3, H, W), or a list of uint8 (3, H_i, W_i) -> uint8 (n, 3, size, size)."""
-        shapes = [images.shape] if isinstance(images, torch.Tensor) else [image.shape for image in images]
-        sizes = torch.tensor([shape[-2:] for shape in shapes], dtype=torch.float64)  # (n, 2), or (1, 2) for all
+        sizes = image_sizes(images)  # (n, 2)
+        self.place(params, sizes)
         boxes = torch.stack([params[name] for name in ("top", "left", "height", "width")], 1)  # (n, 4) fractions
-        return crop_resize(images, (boxes * sizes.repeat(1, 2)).round().long(), self.size, self.interpolation)
+        return crop_resize(images, (boxes * sizes.double().repeat(1, 2)).round().long(), self.size, self.interpolation)
 
 
 def middle(x):
@@ -2107,19 +2139,12 @@ class CenterCrop:
     of the size, as usual on ImageNet; below 96 px to the size itself, so that nothing is cut off. Of long strips `middle`
     alone is scaled.
     """
-    draws = ()
 
     def __init__(self, size, resize=None, interpolation="bilinear"):
         self.size, self.interpolation = size, interpolation
         self.resize = resize or (size if size < 96 else round(size * 256 / 224))
 
-    def draw(self, n, generator=None):
-        return {}
-
-    def resolve(self, draws, sizes):
-        return {}
-
-    def sample(self, n, generator=None, sizes=None):
+    def sample(self, n, generator=None):
         return {}
 
     def __call__(self, images, params=None):
@@ -2142,7 +2167,7 @@ class HorizontalFlip:
     def __init__(self, p=0.5):
         self.p = p
 
-    def sample(self, n, generator=None, sizes=None):
+    def sample(self, n, generator=None):
         return {"flip": torch.rand(n, generator=generator) < self.p}  # (n,) bool
 
     def __call__(self, x, params):
@@ -2151,7 +2176,7 @@ class HorizontalFlip:
 
 class Rot90:
     """Turn square images by k quarter turns counter-clockwise: torch.rot90. Param `rot90`: (n,) int64 k, uniform 0..3."""
-    def sample(self, n, generator=None, sizes=None):
+    def sample(self, n, generator=None):
         return {"rot90": torch.randint(4, (n,), generator=generator)}  # (n,)
 
     def __call__(self, x, params):
@@ -2171,7 +2196,7 @@ class Affine:
     def __init__(self, degrees=0.0, translate=0.0, interpolation="bilinear"):
         self.degrees, self.translate, self.interpolation = degrees, translate, interpolation
 
-    def sample(self, n, generator=None, sizes=None):
+    def sample(self, n, generator=None):
         angle = uniform(n, -self.degrees, self.degrees, generator)  # (n,)
         shift_y, shift_x = uniform((2, n), -self.translate, self.translate, generator)  # (n,) each
         return {"angle": angle, "shift_y": shift_y, "shift_x": shift_x}
@@ -2199,7 +2224,7 @@ class Elastic:
     def __init__(self, alpha=100.0, sigma=5.0, p=0.5):
         self.alpha, self.p, self.smooth = alpha, p, GaussianBlur((sigma, sigma), kernel=int(8 * sigma + 1))
 
-    def sample(self, n, generator=None, sizes=None):
+    def sample(self, n, generator=None):
         on = torch.rand(n, generator=generator) < self.p  # (n,) bool
         return {"elastic": torch.randint(1, 2**31, (n,), generator=generator) * on}  # (n,)
 
@@ -2237,7 +2262,7 @@ class GridResize:
     def __init__(self, patch, grid, area=(0.7, 1.3), ratio=(3 / 4, 4 / 3)):
         self.patch, self.grid, self.area, self.ratio = patch, grid, area, ratio
 
-    def sample(self, n, generator=None, sizes=None):
+    def sample(self, n, generator=None):
         A = uniform(1, *self.area, generator) * self.grid ** 2  # (1,)
         a = uniform(1, math.log(self.ratio[0]), math.log(self.ratio[1]), generator).exp()  # (1,)
         h, w = ((A * ratio).sqrt().round().long().clamp(min=1) for ratio in (1 / a, a))  # (1,) each
@@ -2281,7 +2306,7 @@ class ColorJitter:
         self.ranges["hue"] = hue if isinstance(hue, tuple) else (-hue, hue)
         self.p, self.shuffle = p, shuffle
 
-    def sample(self, n, generator=None, sizes=None):
+    def sample(self, n, generator=None):
         on = torch.rand(n, generator=generator) < self.p  # (n,) bool
         order = torch.rand(n, 4, generator=generator).argsort(1)  # (n, 4)
         params = {"order": torch.where(on[:, None] & self.shuffle, order, torch.arange(4))}  # (n, 4)
@@ -2325,7 +2350,7 @@ class Grayscale:
     def __init__(self, p=0.2):
         self.p = p
 
-    def sample(self, n, generator=None, sizes=None):
+    def sample(self, n, generator=None):
         return {"gray": torch.rand(n, generator=generator) < self.p}  # (n,) bool
 
     def __call__(self, x, params):
@@ -2344,7 +2369,7 @@ class GaussianBlur:
         self.sigma, self.p = sigma, p
         self.radius = math.ceil(3 * sigma[1]) if kernel is None else kernel // 2
 
-    def sample(self, n, generator=None, sizes=None):
+    def sample(self, n, generator=None):
         on = torch.rand(n, generator=generator) < self.p  # (n,) bool
         return {"sigma": torch.where(on, uniform(n, *self.sigma, generator), 0.0)}  # (n,)
 
@@ -2370,7 +2395,7 @@ class Solarize:
     def __init__(self, threshold=128 / 255, p=0.2):
         self.threshold, self.p = threshold, p
 
-    def sample(self, n, generator=None, sizes=None):
+    def sample(self, n, generator=None):
         return {"solarize": torch.rand(n, generator=generator) < self.p}  # (n,) bool
 
     def __call__(self, x, params):
@@ -2384,7 +2409,7 @@ class Normalize:
     def __init__(self, mean, std):
         self.mean, self.std = mean, std
 
-    def sample(self, n, generator=None, sizes=None):
+    def sample(self, n, generator=None):
         return {}
 
     def __call__(self, x, params=None):
@@ -2394,7 +2419,7 @@ class Normalize:
 
 
 class Compose:
-    """One view: ops in order, with all their parameters in one flat dict. The same params give the same pixels again.
+    """One view: ops in order, itself an op, with all their parameters in one flat dict. The same params give the same pixels.
 
     If the first op is a crop it is also `compose.crop`, and compose(images, params) is compose.augment(crops, params)
     with crops = compose.crop(images, params). So a loader worker, which sees the full images, may do the crop alone.
@@ -2404,25 +2429,17 @@ class Compose:
         has_crop = isinstance(ops[0], (RandomResizedCrop, CenterCrop))
         self.crop, self.ops = ops[0] if has_crop else None, ops[has_crop:]
 
-    def draw(self, n, generator=None):
-        """Every random choice, {name: (n, ...)}, before the sizes of the images are known."""
-        params = self.crop.draw(n, generator) if self.crop else {}
+    def sample(self, n, generator=None):
+        """{name: (n, ...)} of all ops."""
+        params = self.crop.sample(n, generator) if self.crop else {}
         for op in self.ops:
             params |= op.sample(n, generator)
         return params
 
-    def resolve(self, draws, sizes):
-        """Draws and image sizes (n, 2) -> params: what the crop has drawn gives way to its box."""
-        if self.crop is None:
-            return draws
-        return self.crop.resolve(draws, sizes) | {k: v for k, v in draws.items() if k not in self.crop.draws}
-
-    def sample(self, n, generator=None, sizes=None):
-        """{name: (n, ...)} of all ops. sizes: (n, 2) int64, heights and widths; only a random crop needs them."""
-        return self.resolve(self.draw(n, generator), sizes)
-
     def __call__(self, images, params):
         """uint8 (n, 3, H, W), or for a crop also a list of n uint8 (3, H_i, W_i) -> float32 (n, 3, S, S)."""
+        if isinstance(self.crop, RandomResizedCrop):
+            self.crop.place(params, image_sizes(images))
         return self.run(images, params, self.crop)
 
     def augment(self, x, params):

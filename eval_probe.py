@@ -410,7 +410,10 @@ class SecondView:
 
     def sample(self, n, seed):
         """Parameters of n images, drawn from the seed."""
-        return self.op.sample(n, common.rng(seed, "r2", self.name), torch.full((n, 2), self.size))
+        params = self.op.sample(n, common.rng(seed, "r2", self.name))
+        if self.name == "crop":
+            self.op.place(params, torch.full((n, 2), self.size))
+        return params
 
     def __call__(self, images, params):
         x = self.centre(images)  # uint8 (n, 3, S, S)
@@ -425,8 +428,7 @@ class RandomView:
     def __init__(self, size):
         self.size, self.view = size, Compose([RandomResizedCrop(size), HorizontalFlip()])
 
-    def __call__(self, images, draws):
-        params = self.view.resolve(draws, torch.tensor([image.shape[1:] for image in images]))
+    def __call__(self, images, params):
         return (self.view(images, params) * 255).round().clamp(0, 255).to(torch.uint8)
 
 
@@ -580,7 +582,7 @@ class Case:
     def augmented(self, epoch):
         """Features of random crops and flips of the train images (N, W), others each epoch."""
         op = RandomView(self.backbone.img_size)
-        draws = op.view.draw(len(self.train), common.rng(self.args.seed, "augmented", epoch))
+        draws = op.view.sample(len(self.train), common.rng(self.args.seed, "augmented", epoch))
         how = dict(encode=self.backbone.last_blocks, transform=op, params=draws, name="augmented")
         return self.features(self.train, **how).to(self.device)
 
@@ -767,7 +769,7 @@ def equivariance(case):
 
 def draw_view(view, n, generator):
     """One view of every image of a batch, for the loader."""
-    return {"1": (torch.arange(n), view.draw(n, generator))}
+    return {"1": (torch.arange(n), view.sample(n, generator))}
 
 
 def fine_tune(case, quarters=False, rows=None):
@@ -793,12 +795,12 @@ def fine_tune(case, quarters=False, rows=None):
     loader = common.Loader(train, {"1": view}, partial(draw_view, view, batch), run, device)
     parameters = [*model.parameters(), *head.parameters()]
     optimizer = torch.optim.SGD(parameters, lr=0.0, momentum=0.9, weight_decay=1e-4)
-    for step, drawn in enumerate(common.progress(loader.batches(range(loader.total_steps)), total=loader.total_steps, desc="fine-tuning", unit="step")):
+    batches = common.progress(loader.batches(range(loader.total_steps)), total=loader.total_steps, desc="fine-tuning", unit="step")
+    for step, (views, params, rows) in enumerate(batches):
         optimizer.param_groups[0]["lr"] = common.cosine(step / loader.total_steps, args.finetune_lr * batch / 256, 0.0)
-        views, params = loader.finish(drawn)
         with common.autocast(device, args.amp):
             scores = head(model.last_blocks(views["1"]))
-        labels = params["1"]["rot90"] if quarters else train.labels[drawn["rows"]["1"]]
+        labels = params["1"]["rot90"] if quarters else train.labels[rows["1"]]
         loss = F.cross_entropy(scores.float(), labels.to(device))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

@@ -996,7 +996,7 @@ def augmentations(subjects, data, args):
         params = {}  # condition: of each op, (N, ...)
         for condition in conditions:
             g = common.rng(args.seed, "augmentations", *condition)
-            params[condition] = [op.sample(len(data), g, torch.full((len(data), 2), size)) for op in ops[condition[0]]]
+            params[condition] = [op.sample(len(data), g) for op in ops[condition[0]]]
 
         def make(x, rows, condition):
             y = x.float() / 255

@@ -137,8 +137,9 @@ class Recrop:
     def __init__(self, size):
         self.crop = common.family("crop", size)
 
-    def sample(self, n, generator=None, sizes=None):
-        box = self.crop.sample(n, generator, torch.full((n, 2), self.crop.size))
+    def sample(self, n, generator=None):
+        box = self.crop.sample(n, generator)
+        self.crop.place(box, torch.full((n, 2), self.crop.size))
         return {f"recrop_{key}": value for key, value in box.items()}
 
     def __call__(self, x, params):  # whole levels of 255 go in and come out
@@ -172,12 +173,12 @@ def make_policies(args, posed):
 
 
 def draw_views(args, policies, families, generator):
-    """{view: (rows of the global batch, what its policy draws for them)}. View 2 shows view 1's crop; of the `families` all
+    """{view: (rows of the global batch, their params)}. View 2 shows view 1's crop; of the `families` all
     happen, or with --sie-single one per image; the others stay at the identity."""
     n = args.batch_size
-    drawn = {view: policy.draw(n, generator) for view, policy in policies.items()}
+    drawn = {view: policy.sample(n, generator) for view, policy in policies.items()}
     if families:
-        drawn["2"] |= {key: drawn["1"][key] for key in policies["1"].crop.draws}
+        drawn["2"] |= {key: drawn["1"][key] for key in common.BOX}
         chosen = torch.randint(len(families), (n,), generator=generator)
         for name in FAMILIES:
             happens = torch.full((n,), name in families)
@@ -479,17 +480,16 @@ def main(argv=None):
     run.introduce(seen, loader, model, peak, chance)
     patches = torch.compile(model.backbone.patches, dynamic=False) if args.compile else None
 
-    for step, batch in run.steps(loader, dump, begin):
+    for step, views, params, rows in run.steps(loader, dump, begin):
         epoch = step / loader.steps_per_epoch
         lr = common.warmup_cosine(epoch, args.epochs, args.warmup_epochs, peak)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        views, params = loader.finish(batch)
-        z = latents(params, batch["rows"]) if args.objective == "sie" else None
+        z = latents(params, rows) if args.objective == "sie" else None
         if step == 0:
             run.picture("views.png", [views["1"], views["2"]], model.backbone)
         with common.autocast(device, args.amp):
-            out, y = losses(model, views, z, seen.labels[batch["rows"]["1"]] if args.objective == "supervised" else None, patches)
+            out, y = losses(model, views, z, seen.labels[rows["1"]] if args.objective == "supervised" else None, patches)
         optimizer.zero_grad(set_to_none=True)
         out["loss"].backward()
         common.average_gradients(parameters)

@@ -244,7 +244,7 @@ def make_policies(args):
 
 
 def draw_views(args, policies, generator):
-    """{view: (rows of the global batch, what its policy draws for them)}. b2's rows lie evenly over the batch, so that the
+    """{view: (rows of the global batch, their params)}. b2's rows lie evenly over the batch, so that the
     contiguous rows of each process hold the same number of them; its views share a crop two by two. STL's rows share
     all but flip, blur and solarisation two by two."""
     rows = torch.arange(args.batch_size)
@@ -252,14 +252,14 @@ def draw_views(args, policies, generator):
     b2 = torch.arange(n2) * args.batch_size // max(n2, 1)  # (n2,)
     b1 = rows[~torch.isin(rows, b2)]  # (n1,)
     views = {name: (b2 if name.startswith("eq") else b1) for name in policies}
-    drawn = {name: (at, policies[name].draw(len(at), generator)) for name, at in views.items()}
+    drawn = {name: (at, policies[name].sample(len(at), generator)) for name, at in views.items()}
     for name, (_, draws) in drawn.items():
         if name in ("eq2", "eq4", "eq6"):
-            draws |= {key: drawn[f"eq{int(name[2]) - 1}"][1][key] for key in policies[name].crop.draws}
+            draws |= {key: drawn[f"eq{int(name[2]) - 1}"][1][key] for key in common.BOX}
         if args.equi == "stl":
-            for key in (*policies[name].crop.draws, "brightness", "contrast", "saturation", "hue", "order", "gray"):
+            for key in (*common.BOX, "brightness", "contrast", "saturation", "hue", "order", "gray"):
                 draws[key] = draws[key][::2].repeat_interleave(2, 0)
-            draws |= policies[name].crop.resolve(draws, torch.full((args.batch_size, 2), 224))  # one box, in fractions of whatever size
+            policies[name].crop.place(draws, torch.full((args.batch_size, 2), 224))  # one box, in fractions of images of any size
     return drawn
 
 
@@ -782,13 +782,12 @@ def main(argv=None):
     backbones = (model.backbone, model.teacher["backbone"] if model.teacher else None)
     traces = [torch.compile(b.trace, dynamic=False) if args.compile and b is not None else None for b in backbones]
 
-    for step, batch in run.steps(loader, dump, begin):
+    for step, views, params, _ in run.steps(loader, dump, begin):
         epoch = step / loader.steps_per_epoch
         lr = common.warmup_cosine(epoch, args.epochs, args.warmup_epochs, peak, args.lr_end * peak)
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.param_groups[0]["weight_decay"] = common.cosine(epoch / args.epochs, args.weight_decay, args.weight_decay_end)
-        views, params = loader.finish(batch)
         if step == 0:
             run.picture("views.png", [views[name] for name in sorted(views)], encoder)
         with common.autocast(device, args.amp):

@@ -111,13 +111,12 @@ def main():
     policies, transforms = our_policies(size), pil_transforms(size)
 
     def draw(generator):
-        return {name: (torch.arange(batch_size), p.draw(batch_size, generator)) for name, p in policies.items()}
+        return {name: (torch.arange(batch_size), p.sample(batch_size, generator)) for name, p in policies.items()}
 
     def ours(workers):
         data = Decoded(paths=[images[i % held] for i in range(n)]) if workers else common.ImageSet(images=images.repeat(n // held, 1, 1, 1))
         loader = common.Loader(data, policies, draw, argparse.Namespace(seed=0, batch_size=batch_size, workers=workers, epochs=1), device)
-        for batch in loader.batches(range(loader.steps_per_epoch)):
-            yield loader.finish(batch)
+        yield from loader.batches(range(loader.steps_per_epoch))
 
     def torchvision(workers):
         pictures = [Image.fromarray(x.permute(1, 2, 0).numpy()) for x in images]

@@ -33,7 +33,7 @@ def make_step(argv):
     model, policies = ser.build(args, device), ser.make_policies(args)
     images = torch.randint(0, 256, (args.batch_size, 3, args.img_size, args.img_size), dtype=torch.uint8, generator=common.rng("bench"))
     loader = common.Loader(common.ImageSet(images=images.to(device)), policies, partial(ser.draw_views, args, policies), args, device)
-    views, params = loader.finish(next(iter(loader.batches([0]))))
+    views, params, _ = next(loader.batches([0]))
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=device.type == "cuda")
     traces = [torch.compile(b.trace, dynamic=False) if args.compile and b is not None else None for b in (model.backbone, model.teacher and model.teacher["backbone"])]

@@ -22,6 +22,15 @@ def gen(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
+def sampled(op, n, generator, sizes):
+    """The params of an op, or a view, on images of these sizes (n, 2)."""
+    params = op.sample(n, generator)
+    crop = getattr(op, "crop", op)
+    if isinstance(crop, A.RandomResizedCrop):
+        crop.place(params, sizes)
+    return params
+
+
 def images(n, h, w, seed=0):
     """Smooth and noisy uint8 images with saturated, gray and tied pixels."""
     x = torch.rand(n, 3, h, w, generator=gen(seed)) * 300 - 20
@@ -54,7 +63,7 @@ def pixels(p, sizes):
 def test_crop_equals_torchvision(mode, h, w, size, layout):
     x, op = images(12, h, w).contiguous(memory_format=layout), A.RandomResizedCrop(size, interpolation=mode)
     sizes = torch.tensor([[h, w]]).expand(12, 2)
-    p = op.sample(12, gen(), sizes)
+    p = sampled(op, 12, gen(), sizes)
     for source in (x, list(x)):
         y = op(source, p)
         assert y.dtype == torch.uint8 and y.shape == (12, 3, size, size)
@@ -76,7 +85,7 @@ def test_crop_of_a_list():
     xs = [images(1, *s)[0] for s in shapes]
     for size in (16, 64):
         op = A.RandomResizedCrop(size)
-        p = op.sample(len(xs), gen(), torch.tensor(shapes))
+        p = sampled(op, len(xs), gen(), torch.tensor(shapes))
         y = op(xs, p)
         for i, box in enumerate(pixels(p, torch.tensor(shapes)).tolist()):
             assert_close(y[i], V2.resized_crop(xs[i], *box, [size, size], antialias=True), 1)
@@ -88,7 +97,7 @@ def test_extreme_sources(h, w, mode):
     x, sizes = images(3, h, w), torch.tensor([[h, w]] * 3)
     for size in (8, 48):
         op, whole = A.RandomResizedCrop(size, interpolation=mode), torch.tensor([[0, 0, h, w]] * 3)
-        y, p = A.crop_resize(x, whole, size, mode), op.sample(3, gen(), sizes)
+        y, p = A.crop_resize(x, whole, size, mode), sampled(op, 3, gen(), sizes)
         z = op(x, p)
         for i, box in enumerate(pixels(p, sizes).tolist()):
             assert_close(y[i], V2.resize(x[i], [size, size], MODES[mode], antialias=True), 1)
@@ -122,8 +131,8 @@ def test_crop_law_candidate_by_candidate(monkeypatch, scale, ratio):
         ]
     )
     n = len(sizes)
-    draws = op.draw(n, gen())
-    boxes = pixels(op.resolve(draws, sizes), sizes).tolist()
+    draws, params = op.sample(n, gen()), sampled(op, n, gen(), sizes)
+    boxes = pixels(params, sizes).tolist()
     fallbacks = 0
     for i in range(n):
         d = {k: v[i] for k, v in draws.items()}
@@ -132,14 +141,15 @@ def test_crop_law_candidate_by_candidate(monkeypatch, scale, ratio):
         area, r = d["area"].double() * h * w, d["aspect"].double()
         ch, cw = (area / r).sqrt().round(), (area * r).sqrt().round()
         fallbacks += not ((ch > 0) & (ch <= h) & (cw > 0) & (cw <= w)).any()
-        one = op.resolve({k: v[i : i + 1] for k, v in draws.items()}, sizes[i : i + 1])  # as a loader worker does
+        one = {k: v[i : i + 1] for k, v in draws.items()}
+        op.place(one, sizes[i : i + 1])  # as a loader worker does
         assert pixels(one, sizes[i : i + 1]).tolist()[0] == boxes[i]
     assert fallbacks > 5
 
 
 def test_crop_statistics():
     n, op, sizes = 20000, A.RandomResizedCrop(32), torch.tensor([[224, 280]]).expand(20000, 2)
-    p = op.sample(n, gen(), sizes)
+    p = sampled(op, n, gen(), sizes)
     box = pixels(p, sizes).double()
     torch.manual_seed(0)
     ref = torch.tensor([T.RandomResizedCrop.get_params(torch.empty(3, 224, 280), (0.08, 1.0), (3 / 4, 4 / 3)) for _ in range(4000)]).double()
@@ -208,7 +218,7 @@ def reference_jitter(x, p):
 @pytest.mark.parametrize("strength", [(0.4, 0.4, 0.2, 0.1), (0.8, 0.8, 0.8, 0.2), (1.0, 1.0, 1.0, 0.5), (0.4, 0.0, 0.4, 0.0), (0.0, 0.0, 0.0, 0.3)])
 def test_jitter_all_orders(dtype, h, w, strength):
     op, n = A.ColorJitter(*strength, p=0.9), 96
-    p, x = op.sample(n, gen(), None), floats(n, h, w).to(dtype)
+    p, x = op.sample(n, gen()), floats(n, h, w).to(dtype)
     p["order"] = torch.tensor(list(itertools.permutations(range(4)))).repeat(4, 1)
     assert_close(op(x.clone(), p), reference_jitter(x, p))
 
@@ -278,7 +288,7 @@ def recipe(size, grid=False):
 def test_compose_equals_the_ops_in_order_and_again(size, h, w):
     c, n = recipe(size), 20
     x, sizes = images(n, h, w), torch.tensor([[h, w]]).expand(n, 2)
-    p, before = c.sample(n, gen(), sizes), x.clone()
+    p, before = sampled(c, n, gen(), sizes), x.clone()
     assert set(p) == {
         "top",
         "left",
@@ -322,7 +332,7 @@ def test_compose_equals_the_ops_in_order_and_again(size, h, w):
 def test_compose_float64_lists_grids_and_names():
     c, n = recipe(32, grid=True), 9
     xs = [images(1, 20 + 7 * i, 50 - 4 * i)[0] for i in range(n)]
-    p = c.sample(n, gen(), torch.tensor([x.shape[1:] for x in xs]))
+    p = sampled(c, n, gen(), torch.tensor([x.shape[1:] for x in xs]))
     y = c(xs, p)
     assert y.shape == (n, 3, 4 * p["grid_h"][0], 4 * p["grid_w"][0]) and torch.equal(y, c(xs, p))
     x64 = c.crop(xs, p).double() / 255
@@ -368,7 +378,7 @@ def test_a_device_is_never_asked():
     """The meta device has shapes but no values: whatever would wait for a result raises on it."""
     for size, grid in ((32, False), (64, True)):
         c, n, sizes = recipe(size, grid), 6, torch.tensor([[70, 50]] * 6)
-        p, x = c.sample(n, gen(), sizes), images(6, 70, 50)
+        p, x = sampled(c, n, gen(), sizes), images(6, 70, 50)
         y = c(x.to("meta"), p)
         assert y.device.type == "meta" and y.shape == c(x, p).shape and y.dtype == torch.float32
         assert c.augment(torch.empty(n, 3, 64, 64, device="meta"), p).dtype == torch.float32
@@ -379,3 +389,13 @@ def test_float_input_in_channels_last_order():
     c, x = A.Compose(recipe(32).ops[1:]), floats(8, 32, 32)
     p = c.sample(8, gen())
     assert_close(c(x.contiguous(memory_format=torch.channels_last), p).contiguous(), c(x, p), 1e-5)
+
+
+def test_an_explicit_box_wins():
+    """A box that stands in the parameters is cut out whatever was sampled, by the crop and by a whole view."""
+    x, op = images(4, 40, 40), A.RandomResizedCrop(16)
+    box = dict(top=torch.zeros(4), left=torch.full((4,), 0.5), height=torch.full((4,), 0.5), width=torch.full((4,), 0.25))
+    expected = torch.stack([V2.resized_crop(v, 0, 20, 20, 10, [16, 16], antialias=True) for v in x])
+    assert_close(op(x, op.sample(4, gen()) | box), expected, 1)
+    view = A.Compose([op, A.HorizontalFlip(0)])
+    assert_close(view(x, view.sample(4, gen()) | box), expected.float() / 255, 1.01 / 255)

@@ -78,12 +78,11 @@ def step(objective, views="image", seed=0, **changes):
                            factors=dict(session=torch.arange(32) // 4 % 2, view=360 * torch.rand(32, 3, generator=g)))
     policies = ciper.make_policies(args)
     loader = common.Loader(data, policies, ciper.partial(ciper.draw_views, args, policies), args, torch.device("cpu"), ciper.ObjectViews(data) if views == "dataset" else None)
-    batch = loader[0]
-    views, params = loader.finish(batch)
+    views, params, rows = next(loader.batches([0]))
     if args.views == "image":
         r, session = torch.cat([ciper.augmentation(params[v], args.drop_aug) for v in "12"]), None
     else:
-        changes = [ciper.change(data.factors, batch["rows"]["0"], batch["rows"][v]) for v in "12"]
+        changes = [ciper.change(data.factors, rows["0"], rows[v]) for v in "12"]
         r, session = torch.cat([c[0] for c in changes]), torch.cat([c[1] for c in changes])
     model = ciper.build(args, torch.device("cpu"), r.shape[1] + ciper.SESSIONS * (session is not None)).double()
     return args, model, {k: v.double() for k, v in views.items()}, r.double(), session
@@ -165,7 +164,8 @@ def test_the_target_says_what_torchvision_would_do():
     args = args_for("ciper", batch_size=16, img_size=24)
     policy = ciper.make_policies(args)["1"]
     x = F.interpolate(torch.rand(16, 3, 6, 6, generator=common.rng(1)), (24, 24), mode="bicubic").clamp(0, 1).mul(255).round().to(torch.uint8)
-    params = policy.sample(16, common.rng(0), torch.full((16, 2), 24))
+    params = policy.sample(16, common.rng(0))
+    policy.crop.place(params, torch.full((16, 2), 24))
     r, views, (mean, std) = ciper.augmentation(params), policy(x, params), ciper.NORMALISE["blocks-views"]
     assert r.shape == (16, 10)
     for image, view, order, numbers in zip(x, views, params["order"], r.double().tolist()):
@@ -183,7 +183,8 @@ def test_the_target_says_what_torchvision_would_do():
 def test_the_variances_of_the_targets():
     n = 200_000
     policy = ciper.make_policies(args_for("ciper", img_size=32))["1"]
-    params = policy.sample(n, common.rng(0), torch.full((n, 2), 32))
+    params = policy.sample(n, common.rng(0))
+    policy.crop.place(params, torch.full((n, 2), 32))
     r = ciper.augmentation(params).double()
     assert r.var(0)[4:].tolist() == pytest.approx([0.16, 0.0426667, 0.0426667, 0.0426667, 0.00266667, 0.16], rel=0.03)
     assert (32 * r.mean(0)[:4]).tolist() == pytest.approx([4.311, 4.311, 23.379, 23.379], abs=0.1)

@@ -36,7 +36,7 @@ def step(base="dino", equi="clever", seed=0, **changes):
     data = common.ImageSet(images=torch.randint(0, 256, (32, 3, 16, 16), dtype=torch.uint8, generator=common.rng("test", seed)))
     policies = clever.make_policies(args)
     loader = common.Loader(data, policies, clever.partial(clever.draw_views, args, policies), args, torch.device("cpu"))
-    views, _ = loader.finish(loader[0])
+    views, _, _ = next(loader.batches([0]))
     return args, clever.build(args, torch.device("cpu")).double(), {k: v.double() for k, v in views.items()}
 
 

@@ -60,7 +60,7 @@ def train(base, equi, changes, steps=3):
     optimizer, losses = torch.optim.SGD(parameters, lr=0.01), []
     for step in range(steps):
         ser.update_teacher(model, 0.9)
-        views, params = loader.finish(loader[step])
+        views, params, _ = next(loader.batches([step]))
         out, _ = ser.losses(model, {name: x.double() for name, x in views.items()}, params, args)
         optimizer.zero_grad()
         out["loss"].backward()

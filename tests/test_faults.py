@@ -599,7 +599,7 @@ def test_N8_every_step_draws_its_own_augmentations(folder, tiny):
     policies = ser.make_policies(args)
     draw = common.partial(ser.draw_views, args, policies)
     loader = common.Loader(common.load_data("imagefolder", folder, "train", 16), policies, draw, args, torch.device("cpu"))
-    tops = [loader[step]["views"]["1"][1]["top"] for step in range(4)]
+    tops = [loader[step][0]["1"][1]["top"] for step in range(4)]
     assert all(not torch.equal(tops[i], tops[j]) for i in range(4) for j in range(i))
 
 

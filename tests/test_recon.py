@@ -33,7 +33,7 @@ def setup(objective="recon", posed=False, **changes):
     families = rx.known_families(args, False)
     policies = rx.make_policies(args, False)
     loader = common.Loader(data, policies, rx.partial(rx.draw_views, args, policies, families), args, torch.device("cpu"))
-    views, params = loader.finish(loader[0])
+    views, params, _ = next(loader.batches([0]))
     z = rx.latent(families, params["2"], 16)
     model = rx.build(args, torch.device("cpu"), z.shape[1] if objective == "sie" else 4).double()
     return args, model, {k: v.double() for k, v in views.items()}, z
@@ -209,9 +209,8 @@ def train(objective, steps=3):
     model, losses = rx.build(args, device, 15 if objective == "sie" else 4).double(), []
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     for step in range(steps):
-        batch = loader[step]
-        views, params = loader.finish(batch)
-        out, _ = rx.losses(model, {k: v.double() for k, v in views.items()}, rx.latent(common.FAMILIES, params["2"], 16), data.labels[batch["rows"]["1"]])
+        views, params, rows = next(loader.batches([step]))
+        out, _ = rx.losses(model, {k: v.double() for k, v in views.items()}, rx.latent(common.FAMILIES, params["2"], 16), data.labels[rows["1"]])
         optimizer.zero_grad()
         out["loss"].backward()
         common.average_gradients(list(model.parameters()))
@@ -275,7 +274,10 @@ def drawn_params(n=64, **changes):
     families = rx.known_families(args, False)
     policies = rx.make_policies(args, False)
     draws = rx.draw_views(args, policies, families, common.rng(0))
-    return families, policies, {v: policies[v].resolve(d, torch.full((n, 2), 16)) for v, (_, d) in draws.items()}
+    params = {v: p for v, (_, p) in draws.items()}
+    for v in params:
+        policies[v].crop.place(params[v], torch.full((n, 2), 16))
+    return families, policies, params
 
 
 def test_view_2_is_a_transformation_of_view_1():
@@ -335,10 +337,10 @@ def test_pairs_show_two_views_of_each_object_once_an_epoch():
     assert loader.steps_per_epoch == 2
     seen, epoch = set(), []
     for step in range(40):
-        batch = loader[step]
-        i, j = batch["rows"]["1"], batch["rows"]["2"]
+        made, rows = loader[step]
+        i, j = rows["1"], rows["2"]
         assert torch.equal(groups[i], groups[j]) and (i != j).all()
-        assert torch.equal(batch["views"]["1"][0][:, 0, 0, 0], i.to(torch.uint8)) and torch.equal(batch["views"]["2"][0][:, 0, 0, 0], j.to(torch.uint8))
+        assert torch.equal(made["1"][0][:, 0, 0, 0], i.to(torch.uint8)) and torch.equal(made["2"][0][:, 0, 0, 0], j.to(torch.uint8))
         epoch = [*epoch, *groups[i].tolist()][-4:]
         assert step % 2 == 0 or sorted(epoch) == [0, 1, 2, 3]
         seen |= set(zip(i.tolist(), j.tolist()))

@@ -297,7 +297,7 @@ def setup(equi="ser", base="mocov3", **changes):
     policies = ser.make_policies(args)
     data = common.ImageSet(images=torch.randint(0, 256, (32, 3, 16, 16), dtype=torch.uint8, generator=common.rng("test")))
     loader = common.Loader(data, policies, partial(ser.draw_views, args, policies), args, torch.device("cpu"))
-    views, params = loader.finish(loader[0])
+    views, params, _ = next(loader.batches([0]))
     return args, model, {name: x.double() for name, x in views.items()}, params
 
 
