@@ -131,7 +131,7 @@ def die(message, code=2, alone=False):
 def command(main):
     """Run a script's main() so that whatever ends it ends in one line: Ctrl-C anywhere (130), memory or disk that ran out, a
     process of the group that is gone (1). A reader that leaves (`| head`) or a full disk behind stdout ends nothing."""
-    sys.stdout, sys.stderr = Unfailing(sys.stdout), Unfailing(sys.stderr)
+    sys.stdout, sys.stderr = (Unfailing(stream or open(os.devnull, "w")) for stream in (sys.stdout, sys.stderr))
     try:
         main()
     except KeyboardInterrupt:

@@ -1010,6 +1010,18 @@ def open_case(path, encoder, state, args, device):
     return Case(encoder.to(device), state, train.to(device), test.to(device), args, device)
 
 
+def begin(path, args_for, device, evaluation):
+    """The Case of a checkpoint, args_for(what it says of itself) what is asked of it; None on all ranks where it fails on one."""
+    loaded = evaluation.attempt(path, partial(load, path), together=True)
+
+    def opened(encoder, state):
+        complaint = lambda a, rank, b: f"{path}: rank {rank} holds another file than rank 0; copy it to all machines"
+        common.same_on_all_ranks(state["sha256"], complaint)
+        return open_case(path, encoder, state, args_for(state), device)
+
+    return loaded and evaluation.attempt(path, partial(opened, *loaded), together=True)
+
+
 def run_task(name, case):
     """What rank 0 finds, on every rank: (results, what the protocol says)."""
     found = TASKS[name](case)
@@ -1376,12 +1388,9 @@ def main(argv=None):
         device = common.start(args.device)
         evaluation.at_end = lambda: evaluation.table(rows, args.format)
 
-        def begin(path):
-            encoder, state = load(path)
-            return open_case(path, encoder, state, arguments(argv, state["args"].get("base")), device)
-
+        args_for = lambda state: arguments(argv, state["args"].get("base"))
         for path in args.checkpoints:
-            case = evaluation.attempt(path, partial(begin, path), together=True)
+            case = begin(path, args_for, device, evaluation)
             if case is not None:
                 opened.append((path, case.state))
                 rows.append((row_names(*zip(*opened))[-1], {}))

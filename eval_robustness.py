@@ -1237,9 +1237,8 @@ def main(argv=None):
         probing = eval_probe.Args(tasks=("linear",), **shared)
         eval_probe.check(probing)
         device, subjects = common.start(args.device), []
-        open_case = lambda path: eval_probe.open_case(path, *eval_probe.load(path), probing, device)
         for path in args.checkpoints:
-            case = evaluation.attempt(path, partial(open_case, path), together=True)
+            case = eval_probe.begin(path, lambda state: probing, device, evaluation)
             if case is not None:
                 names = eval_probe.row_names(*zip(*[(s.path, s.case.state) for s in subjects], (path, case.state)))
                 subjects.append(Subject(names[-1], path, case))

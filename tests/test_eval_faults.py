@@ -91,6 +91,56 @@ def test_R6_one_bad_checkpoint_of_three_costs_its_own_row(main, bad, run, tmp_pa
     assert not out
 
 
+def on_two_ranks(paths, broken):
+    """An evaluation of several checkpoints on this rank, in which something fails -> its exit code."""
+    rank = common.rank()
+    knn, load = eval_probe.TASKS["knn"], eval_probe.load
+
+    def fails(case):
+        if broken == "a mistake":
+            common.die("boom")
+        return 1 / 0 if rank == 0 else knn(case)
+
+    def load_if(path):
+        return common.die("boom", alone=True) if rank == 1 and path == paths[0] else load(path)
+
+    if broken == "a checkpoint on one rank":
+        eval_probe.load = load_if
+    else:
+        eval_probe.TASKS["mlp"] = fails
+    try:
+        eval_probe.main([*paths, "--tasks", "knn", "mlp", "equivariance", "--mlp-epochs", "1", *QUICK])
+    except SystemExit as end:
+        return end.code
+    return 0
+
+
+@pytest.mark.parametrize("broken, kept", [("a mistake", [2, 2]), ("a checkpoint on one rank", [0, 3]), ("rank 0 alone", [1, 0])], ids=["R6 a mistake on 2 ranks", "R6 a checkpoint on 1 of 2", "R6 rank 0 of 2"])
+def test_R6_ranks_go_on_together_or_end(broken, kept, run, tmp_path):
+    shutil.copytree(run, tmp_path / "other")
+    paths = [str(p / "checkpoint.pt") for p in (run, tmp_path / "other")]
+    if broken == "rank 0 alone":  # the other one waits for it, and torchrun ends it
+        (code, _) = on_ranks_but_one(tmp_path, on_two_ranks, paths, broken)
+        assert code == 1
+    else:
+        assert on_ranks(2, tmp_path, on_two_ranks, paths, broken) == [1, 1]
+    assert [len(records(p)) for p in (run, tmp_path / "other")] == kept
+
+
+def on_ranks_but_one(tmp_path, fn, *args):
+    """fn(*args) on two forked gloo processes -> (what rank 0 gives, the exit code of rank 1, ended by rank 0's end)."""
+    children = []
+    for rank in range(2):
+        child = os.fork()
+        if child == 0:
+            torch.set_num_threads(1)
+            common.dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'rendezvous-one'}", rank=rank, world_size=2)
+            os._exit(fn(*args))
+        children.append(child)
+    code = os.waitstatus_to_exitcode(os.waitpid(children[0], 0)[1])
+    return code, os.waitstatus_to_exitcode(os.waitpid(children[1], 0)[1])
+
+
 def test_R6_a_mean_over_fewer_says_so():
     rows = [("a", dict(knn=1.0, mlp=1.0)), ("a", dict(knn=2.0))]
     assert "1.50 ± 0.71" in eval_probe.table(rows) and "1.00 (1 of 2)" in eval_probe.table(rows) and json.loads(eval_probe.table(rows, "json"))["a"]["mlp"]["n"] == 1
@@ -453,6 +503,25 @@ def test_F9_workers_start_once_and_serve_every_pass(folder, monkeypatch):
     for task in ("linear", "r2", "equivariance", "rotation"):
         eval_probe.TASKS[task](case)
     assert len(started) == 2  # of train and test images
+
+
+class Deadly(WhoAreYou):
+    def __call__(self, images, params):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_D11_a_killed_worker_is_one_line_and_others_take_its_place(folder, capsys):
+    reader = common.Reader(common.load_data("imagefolder", str(folder), "train", 16), 1)
+    with pytest.raises(SystemExit) as end:
+        list(reader.batches(Deadly(), torch.arange(24)))
+    err = capsys.readouterr().err
+    assert end.value.code == 1 and "--workers" in err and "Traceback" not in err
+    assert len(list(reader.batches(WhoAreYou(), torch.arange(24), batch_size=8))) == 3
+
+
+def test_F11_shared_memory_that_is_too_small_is_found_before_workers_start(run, capsys, monkeypatch):
+    monkeypatch.setattr(os, "statvfs", lambda path: os.statvfs_result((4096, 4096, 16, 16, 16, 0, 0, 0, 0, 255)))
+    expect_mistake(capsys, eval_probe.main, [str(run / "checkpoint.pt"), "--tasks", "knn", "--device", "cpu", "--workers", "1"], "--workers 1", "--shm-size")
 
 
 FORKSERVER = """
