@@ -326,6 +326,8 @@ def standardise(r, eps=1e-5):
 class Heads(nn.Module):
     """The encoder and the heads that an objective needs. M: width of the predictor's output."""
 
+    evaluated, compiled = "backbone", ()
+
     def __init__(self, backbone, args, M):
         super().__init__()
         self.backbone, self.args, d, hidden = backbone, args, backbone.dim, args.proj_hidden
@@ -340,34 +342,36 @@ class Heads(nn.Module):
             layer = lambda a, b: (nn.Linear(a, b), nn.LayerNorm(b), nn.ReLU(inplace=True))
             self.rotation = nn.Sequential(*layer(d, hidden), *layer(hidden, hidden), nn.Linear(hidden, 4))
 
+    def compile_encoder(self):
+        self.compiled = (torch.compile(self.backbone, dynamic=False),)  # in a tuple, or it would be a second child
 
-def losses(model, views, r=None, session=None, encode=None):
-    """All of a step's mathematics. views {"1", "2", ...} (b, 3, H, W); r (2 b, M) raw parameters and session (2 b,), or None, of
-    view 1 and then view 2; `encode` is the compiled encoder -> ({"loss", ...}, h of view 1 (b, d))."""
-    args, encode = model.args, model.backbone if encode is None else encode
-    h = {name: encode(view) for name, view in views.items() if name != "3"}  # (b, d) each
-    out, loss = {}, 0.0
-    if model.projector is not None:
-        z1, z2 = upcast(model.projector(h["1"])), upcast(model.projector(h["2"]))  # (b, D)
-        with common.full_precision():
-            out["L_c"] = (nt_xent if args.negatives == "both" else info_nce)(z1, z2, args.temp)
-        loss = loss + out["L_c"]
-    if model.predictor is not None:
-        p = upcast(model.predictor(torch.cat([h["0"] - h["1"], h["0"] - h["2"]])))  # (2 b, M)
-        M = r.shape[1]
-        L_p = F.mse_loss(p[:, :M], standardise(r).to(p)) if M else 0.0
-        if session is not None:
-            out["L_session"] = F.cross_entropy(p[:, M:], session)
-            out["session_accuracy"] = (p[:, M:].argmax(1) == session).float().mean()
-            L_p = L_p + out["L_session"]
-        loss, out["L_p"] = loss + args.alpha * L_p, L_p
-    if model.rotation is not None:
-        turned = torch.cat([views["3"].rot90(k, (2, 3)) for k in range(4)])  # (4 b, 3, H / 2, W / 2)
-        scores = upcast(model.rotation(encode(turned)))  # (4 b, 4)
-        k = torch.arange(4, device=scores.device).repeat_interleave(len(views["3"]))
-        out["L_rot"], out["rotation_accuracy"] = F.cross_entropy(scores, k), (scores.argmax(1) == k).float().mean()
-        loss = loss + args.alpha * out["L_rot"]
-    return dict(loss=loss) | out, h["1"]
+    def forward(self, views, r=None, session=None):
+        """All of a step's mathematics. views {"1", "2", ...} (b, 3, H, W); r (2 b, M) raw parameters and session (2 b,), or None, of
+        view 1 and then view 2 -> ({"loss", ...}, h of view 1 (b, d))."""
+        args, (encode,) = self.args, self.compiled or (self.backbone,)
+        h = {name: encode(view) for name, view in views.items() if name != "3"}  # (b, d) each
+        out, loss = {}, 0.0
+        if self.projector is not None:
+            z1, z2 = upcast(self.projector(h["1"])), upcast(self.projector(h["2"]))  # (b, D)
+            with common.full_precision():
+                out["L_c"] = (nt_xent if args.negatives == "both" else info_nce)(z1, z2, args.temp)
+            loss = loss + out["L_c"]
+        if self.predictor is not None:
+            p = upcast(self.predictor(torch.cat([h["0"] - h["1"], h["0"] - h["2"]])))  # (2 b, M)
+            M = r.shape[1]
+            L_p = F.mse_loss(p[:, :M], standardise(r).to(p)) if M else 0.0
+            if session is not None:
+                out["L_session"] = F.cross_entropy(p[:, M:], session)
+                out["session_accuracy"] = (p[:, M:].argmax(1) == session).float().mean()
+                L_p = L_p + out["L_session"]
+            loss, out["L_p"] = loss + args.alpha * L_p, L_p
+        if self.rotation is not None:
+            turned = torch.cat([views["3"].rot90(k, (2, 3)) for k in range(4)])  # (4 b, 3, H / 2, W / 2)
+            scores = upcast(self.rotation(encode(turned)))  # (4 b, 4)
+            k = torch.arange(4, device=scores.device).repeat_interleave(len(views["3"]))
+            out["L_rot"], out["rotation_accuracy"] = F.cross_entropy(scores, k), (scores.argmax(1) == k).float().mean()
+            loss = loss + args.alpha * out["L_rot"]
+        return dict(loss=loss) | out, h["1"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -433,43 +437,34 @@ def main(argv=None):
     sessions = SESSIONS if sampler and "session" in train.factors else 0
     M = numbers + sessions
     model = build(args, device, M)
-    parameters = list(model.parameters())
-    optimizer = torch.optim.SGD(parameters, lr=0.0, momentum=0.9, weight_decay=args.weight_decay, fused=device.type == "cuda")
-    run = common.Run("ciper", args, "-".join([args.objective, args.views] + [f"no-{name}" for name in args.drop_aug]), device)
-
-    def dump():
-        heads = {k: v for k, v in model.state_dict().items() if not k.startswith("backbone.")}
-        return model.backbone, dict(heads=heads, optimizer=optimizer.state_dict())
-
-    def restore(train_state, backbone_state):
-        model.load_state_dict(train_state["heads"] | {f"backbone.{k}": v for k, v in backbone_state.items()})
-        optimizer.load_state_dict(train_state["optimizer"])
-
-    begin = run.restore(restore, train)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9, weight_decay=args.weight_decay, fused=device.type == "cuda")
+    run = common.Run(args, "-".join([args.objective, args.views] + [f"no-{name}" for name in args.drop_aug]), model, optimizer)
+    run.restore(train)
     B = args.batch_size
     chance = [f"L_c {math.log(2 * B - 1 if args.negatives == 'both' else B):.2f}"] * (model.projector is not None)
     chance += [f"L_p about {(numbers > 0) + (math.log(sessions) if sessions else 0):.2f}"] * (model.predictor is not None)
     chance += ["L_rot 1.39"] * (model.rotation is not None)
-    run.introduce(train, loader, model, args.lr, ", ".join(chance))
-    encode = torch.compile(model.backbone, dynamic=False) if args.compile else None
+    run.introduce(train, loader, args.lr, ", ".join(chance))
+    if args.compile:
+        model.compile_encoder()
+    ddp = common.distributed(model)
 
-    for step, views, params, rows in run.steps(loader, dump, begin):
+    for step, views, params, rows in run.steps(loader):
         epoch = step / loader.steps_per_epoch
         lr = common.warmup_cosine(epoch, args.epochs, args.warmup_epochs, args.lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
         r, session = targets(params, rows) if model.predictor is not None else (None, None)
         if step == 0:
-            run.picture("views.png", [views[v] for v in sorted(views)], model.backbone)
+            run.picture("views.png", [views[v] for v in sorted(views)])
         with common.autocast(device, args.amp):
-            out, h = losses(model, views, *(v if v is None else v.to(device, non_blocking=True) for v in (r, session)), encode)
+            out, h = ddp(views, *(v if v is None else v.to(device, non_blocking=True) for v in (r, session)))
         optimizer.zero_grad(set_to_none=True)
         out["loss"].backward()
-        common.average_gradients(parameters)
         optimizer.step()
         run.log(step, features=h, lr=lr, epoch=epoch, **out)
 
-    run.finish(model.backbone, build(args, device, M).backbone, train, test)
+    run.finish(build(args, device, M), train, test)
 
 
 if __name__ == "__main__":

@@ -255,7 +255,7 @@ class DINOHead(nn.Module):
 class DINO(nn.Module):
     """Student, teacher, a head for each part and a centre for each head. The teacher is what is evaluated."""
 
-    evaluated = "teacher.backbone"
+    evaluated, compiled = "teacher.backbone", ()
 
     def __init__(self, backbone, args, inv):
         super().__init__()
@@ -275,11 +275,14 @@ class DINO(nn.Module):
     def last_layers(self):
         return [p for head in self.heads.values() for p in head.last.parameters()]
 
-    def losses(self, views, epoch=0.0, encode=(None, None)):
-        """views {"1", "2", ...} (b, 3, H, W) -> ({"loss", "L_CL", ...}, representation of view 1 (b, D)). Moves the centres. `encode`
-        holds the compiled student and teacher."""
+    def compile_encoder(self):
+        self.compiled = tuple(torch.compile(m, dynamic=False) for m in (self.backbone, self.teacher["backbone"]))
+
+    def forward(self, views, epoch=0.0):
+        """All of a step's mathematics: views {"1", "2", ...} (b, 3, H, W) -> ({"loss", "L_CL", ...}, representation of view 1
+        (b, D)). Moves the centres."""
         args, b = self.args, len(views["1"])
-        student, teacher = (m if e is None else e for m, e in zip((self.backbone, self.teacher["backbone"]), encode))
+        student, teacher = self.compiled or (self.backbone, self.teacher["backbone"])
         first, last = args.teacher_temp
         teacher_temp = last if epoch >= args.teacher_temp_epochs else first + (last - first) * epoch / args.teacher_temp_epochs
         both = torch.cat([views["1"], views["2"]])
@@ -320,7 +323,7 @@ class DINO(nn.Module):
 class SimSiam(nn.Module):
     """One encoder; projector and predictor for each part."""
 
-    evaluated = "backbone"
+    evaluated, compiled = "backbone", ()
 
     def __init__(self, backbone, args, inv):
         super().__init__()
@@ -341,10 +344,13 @@ class SimSiam(nn.Module):
     def last_layers(self):
         return []
 
-    def losses(self, views, epoch=0.0, encode=(None, None)):
-        """views {"1", "2"} (b, 3, H, W) -> ({"loss", "L_CL", ...}, representation of view 1 (b, D))."""
+    def compile_encoder(self):
+        self.compiled = (torch.compile(self.backbone, dynamic=False),)
+
+    def forward(self, views, epoch=0.0):
+        """All of a step's mathematics: views {"1", "2"} (b, 3, H, W) -> ({"loss", "L_CL", ...}, representation of view 1 (b, D))."""
         args, out = self.args, {}
-        student = self.backbone if encode[0] is None else encode[0]
+        (student,) = self.compiled or (self.backbone,)
         o1, o2 = (student(views[v]) for v in "12")  # (b, D) each
         for name, projector in self.projectors.items():
             part = slice(None, self.inv) if name == "inv" else slice(self.inv, None)
@@ -434,7 +440,6 @@ def main(argv=None):
     device = common.start(args.device)
     check(args)
     model = build(args, device)
-    encoder = model.get_submodule(model.evaluated)
     policies = make_policies(args)
     train, test = (common.load_data(args.data, args.data_dir, split, args.img_size, args.skip_corrupt, args.workers) for split in ("train", "test"))
     train = train.to(device)
@@ -444,24 +449,16 @@ def main(argv=None):
     loader.total_steps += extra
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = make_optimizer(model, args, device)
-    run = common.Run("clever", args, "-".join([args.base, args.equi, args.arch] + [args.aug] * (args.aug != "basic")), device)
-
-    def dump():
-        heads = {k: v for k, v in model.state_dict().items() if not k.startswith(f"{model.evaluated}.")}
-        return encoder, dict(heads=heads, optimizer=optimizer.state_dict())
-
-    def load(train_state, backbone_state):
-        model.load_state_dict(train_state["heads"] | {f"{model.evaluated}.{k}": v for k, v in backbone_state.items()})
-        optimizer.load_state_dict(train_state["optimizer"])
-
-    begin = run.restore(load, train)
+    run = common.Run(args, "-".join([args.base, args.equi, args.arch] + [args.aug] * (args.aug != "basic")), model, optimizer)
+    run.restore(train)
     chance = f"L_CL {math.log(args.head_dim):.2f}" if args.base == "dino" else "L_CL 0"
-    run.introduce(train, loader, model, args.lr * args.batch_size / 256, chance)
+    run.introduce(train, loader, args.lr * args.batch_size / 256, chance)
     run.say(*[f"  {args.warmup_epochs:g} epochs of warm-up come before these; the log counts them below 0"] * (extra > 0))
-    backbones = (model.backbone, model.teacher["backbone"] if args.base == "dino" else None)
-    encode = [torch.compile(b, dynamic=False) if args.compile and b is not None else None for b in backbones]
+    if args.compile:
+        model.compile_encoder()
+    ddp = common.distributed(model)
 
-    for step, views, *_ in run.steps(loader, dump, begin):
+    for step, views, *_ in run.steps(loader):
         epoch = (step - extra) / loader.steps_per_epoch
         rates = learning_rates(args, step, loader.steps_per_epoch, warmup)
         for group, lr in zip(optimizer.param_groups, rates):
@@ -471,12 +468,11 @@ def main(argv=None):
         if extra and step == extra:
             optimizer.state.clear()  # the warm-up has a momentum of its own
         if step == 0:
-            run.picture("views.png", [views[v] for v in sorted(views, key=int)], encoder)
+            run.picture("views.png", [views[v] for v in sorted(views, key=int)])
         with common.autocast(device, args.amp):
-            out, y = model.losses(views, epoch, encode)
+            out, y = ddp(views, epoch)
         optimizer.zero_grad(set_to_none=True)
         out["loss"].backward()
-        common.average_gradients(parameters)
         if args.clip is not None:
             common.clip_each_(parameters, args.clip)
         if epoch < args.freeze_last_epochs:
@@ -487,7 +483,7 @@ def main(argv=None):
             model.update_teacher(common.cosine(step / loader.total_steps, args.momentum, 1.0))
         run.log(step, features=y, lr=rates[0], epoch=epoch, **out)
 
-    run.finish(encoder, build(args, device).get_submodule(model.evaluated), train, test)
+    run.finish(build(args, device), train, test)
 
 
 if __name__ == "__main__":

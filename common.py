@@ -366,7 +366,7 @@ class _AllReduce(torch.autograd.Function):
 def gather(x):
     """(b, ...) on each of W ranks -> (W b, ...) on all, in the order of ranks; the gradient is summed over ranks.
 
-    If each rank's loss is a mean over its own rows, `average_gradients` then gives the gradient of the global mean.
+    If each rank's loss is a mean over its own rows, DistributedDataParallel then gives the gradient of the global mean.
     """
     return _Gather.apply(x) if world_size() > 1 else x
 
@@ -382,16 +382,9 @@ def same_on_ranks(value):
     return any_rank(number) == -any_rank(-number)
 
 
-@torch.no_grad()
-def average_gradients(parameters):
-    """Replace every gradient by its mean over ranks, in one collective. This is all of DistributedDataParallel that a
-    model of this size needs: modules stay unwrapped, and any of their methods may be called."""
-    if world_size() > 1:
-        grads = [p.grad for p in parameters if p.grad is not None]
-        flat = torch.cat([g.flatten() for g in grads])  # (total,)
-        dist.all_reduce(flat)
-        flat = (flat / world_size()).split([g.numel() for g in grads])
-        torch._foreach_copy_(grads, [f.view_as(g) for f, g in zip(flat, grads)])
+def distributed(model):
+    """The model, under DistributedDataParallel where there are several ranks: its backward pass averages the gradients."""
+    return nn.parallel.DistributedDataParallel(model) if world_size() > 1 else model
 
 
 class BatchNormOverRanks(nn.modules.batchnorm._BatchNorm):
@@ -563,12 +556,15 @@ def load_checkpoint(path, file=None):
 class Run:
     """A training run in its directory: log, progress bar, periodic saving, signals, resuming.
 
-        run = Run("ser", args, "mocov3-ser", device)
-        begin = run.restore(load, train)                    # 0, or where the checkpoint stands
-        for step, views, params, rows in run.steps(loader, dump, begin):  # saves every --save-every steps, on a signal, at the end
+        run = Run(args, "mocov3-ser", model, optimizer)
+        run.restore(train)  # with --resume
+        for step, views, params, rows in run.steps(loader):  # saves every --save-every steps, on a signal, at the end
             ...
             run.log(step, loss=loss, L_inv=L_inv, lr=lr, features=y)
-        run.finish(encoder, untrained_encoder, train, test)
+        run.finish(untrained_model, train, test)
+
+    The run is named after the script that defines `args`. `model.evaluated` names the encoder within the model that evaluation
+    uses.
     """
 
     # Arguments that a resumed run may change: where and how it runs, never what it computes.
@@ -576,9 +572,12 @@ class Run:
     # Of these, what may differ between the machines of one run.
     LOCAL = {"data_dir", "out", "workers"}
 
-    def __init__(self, method, args, variant, device):
-        self.method, self.args, self.device = method, args, device
-        self.out = Path(args.out or f"runs/{method}-{variant}-{args.data}-s{args.seed}")
+    def __init__(self, args, variant, model, optimizer):
+        self.script = Path(sys.modules[type(args).__module__].__file__)
+        self.method, self.args, self.model, self.optimizer = self.script.stem, args, model, optimizer
+        self.encoder = model.get_submodule(model.evaluated)
+        self.device = next(model.parameters()).device
+        self.out = Path(args.out or f"runs/{self.method}-{variant}-{args.data}-s{args.seed}")
         self.path = self.out / "checkpoint.pt"
         self.signal = self.bar = None
         self.resumed = self.waiting = self.torn = False
@@ -632,9 +631,9 @@ class Run:
             tqdm.write("\n".join(lines), file=sys.stdout)
             sys.stdout.flush()
 
-    def restore(self, load, data):
-        """Under --resume hand (train_state, backbone_state) of the checkpoint to `load` and return its step; else 0. Then
-        note in the directory what runs: args.json, the script and this file, a fresh log.jsonl for a fresh run.
+    def restore(self, data):
+        """Under --resume take model, optimiser and step from the checkpoint. Then note in the directory what runs: args.json,
+        the script and this file, a fresh log.jsonl for a fresh run.
 
         Rank 0 reads the checkpoint for all. `data` is the training set: all ranks must see the same, and a run goes on
         with nothing else than it began with."""
@@ -642,15 +641,16 @@ class Run:
         same_on_all_ranks(self.data, lambda a, r, b: f"--data-dir: rank {r} sees other images than rank 0 ({difference(a, b)}); give all machines the same")
         state = by_rank_0(lambda: self._read() if self.args.resume and self.path.exists() else None)
         if state is not None:
+            encoder = {f"{self.model.evaluated}.{k}": v for k, v in state["backbone_state"].items()}
             try:
-                load(state["train_state"], state["backbone_state"])
+                self.model.load_state_dict(state["train_state"]["heads"] | encoder)
+                self.optimizer.load_state_dict(state["train_state"]["optimizer"])
             except (KeyError, ValueError, RuntimeError, TypeError) as e:
                 die(f"{self.path}: its training state does not fit this run ({' '.join(str(e).split())[:200]}); take the script that wrote it, or start afresh with --overwrite")
             self.resumed = True
             self.say(f"resuming {self.path} at step {state['step']}")
-        step = state["step"] if self.resumed else 0
-        by_rank_0(lambda: self._prepare(step))
-        return step
+        self.begin = state["step"] if self.resumed else 0
+        by_rank_0(self._prepare)
 
     def _read(self):
         """The checkpoint to resume, if it is of this method, these arguments and these images."""
@@ -666,30 +666,30 @@ class Run:
             die(f"--data-dir {self.args.data_dir}: holds other images than {self.path} has seen ({difference(seen, self.data)}); resume with those or choose another --out")
         return state
 
-    def _prepare(self, step):
+    def _prepare(self):
         """What stands in the directory before the first step."""
         try:
             if not self.resumed:  # what an overwritten run has left must not pass for this one's
                 for name in ("checkpoint.pt", "log.jsonl", "backbone.safetensors", "eval.jsonl", "views.png", "reconstruction.png"):
                     (self.out / name).resolve().unlink(missing_ok=True)
             write(self.out / "args.json", (json.dumps(dataclasses.asdict(self.args), indent=1) + "\n").encode())
-            for source in {Path(sys.modules[type(self.args).__module__].__file__), Path(__file__)}:  # a copied script is archived as such
+            for source in {self.script, Path(__file__)}:
                 if source.resolve() != (self.out / source.name).resolve():
                     shutil.copy(source, self.out)
             log = self.out / "log.jsonl"
             lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
-            write(log, "".join(f"{line}\n" for line in lines if -1 < step_of(line) < step).encode())  # what was not saved is done again
+            write(log, "".join(f"{line}\n" for line in lines if -1 < step_of(line) < self.begin).encode())  # what was not saved is done again
         except OSError as e:
             die(f"--out {self.out}: cannot be written ({e.strerror}); make room, or choose another directory", 1)
 
-    def steps(self, loader, dump, begin=0):
-        """Yield (step, views, params, rows) from `begin`, counting from 0, until the epochs (or --max-steps) are done.
+    def steps(self, loader):
+        """Yield (step, views, params, rows), counting from 0, until the epochs (or --max-steps) are done.
 
-        Before each step the global generators are reseeded from (seed, step, rank). `dump() -> (backbone, train_state)`
-        is asked for whenever a checkpoint is due. SIGTERM, SIGHUP and SIGINT, and the end of torchrun, save at the next
+        Before each step the global generators are reseeded from (seed, step, rank). SIGTERM, SIGHUP and SIGINT, and the end of torchrun, save at the next
         step boundary, on all ranks at the same one, and exit with 128 + the signal's number; a second SIGINT ends at once.
         """
-        total = min(loader.total_steps, self.args.max_steps or loader.total_steps)
+        begin, self.total = self.begin, min(loader.total_steps, self.args.max_steps or loader.total_steps)
+        total = self.total
         # A signal that the shell has switched off (nohup, a job in the background) stays off.
         names = [s for s in (signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGHUP", None)) if s and signal.getsignal(s) is not signal.SIG_IGN]
         handlers = {s: signal.signal(s, self._on_signal) for s in names}
@@ -701,24 +701,28 @@ class Run:
             for step in range(begin, total):
                 batch = self._wait(batches)
                 if batch is None:
-                    self._stop(step, dump, self.signal)
+                    self._stop(step, self.signal)
                 seed_everything(self.args.seed, step, rank())
                 yield step, *batch
                 self.bar.update()
                 orphan = self.parent is not None and os.getppid() != self.parent
                 stop = any_rank(self.signal or (signal.SIGTERM if orphan else 0))
                 if stop:
-                    self._stop(step + 1, dump, stop)
-                if (step + 1) % self.args.save_every == 0 and step + 1 < total:
-                    self.save(step + 1, *dump())
+                    self._stop(step + 1, stop)
+                if self.due(step) and step + 1 < total:
+                    self.save(step + 1)
             if begin < total or not self.resumed:
-                self.save(total, *dump(), last=True)
+                self.save(total, last=True)
             else:
                 self.say(f"{self.path} is finished: {begin} of {total} steps")
         finally:
             self.bar.close()
             for s, handler in handlers.items():
                 signal.signal(s, handler)
+
+    def due(self, step):
+        """Whether a checkpoint is written after this step."""
+        return (step + 1) % self.args.save_every == 0 or step + 1 == self.total
 
     def _wait(self, batches):
         """The next batch. A signal need not wait for a loader that hangs: then None (a group of processes must stay in step)."""
@@ -730,9 +734,9 @@ class Run:
         finally:
             self.waiting = False
 
-    def _stop(self, step, dump, number):
+    def _stop(self, step, number):
         """Save what stands after `step` steps and end as the signal asks."""
-        saved = self.save(step, *dump())
+        saved = self.save(step)
         self.bar.close()
         what = f"{self.path} is saved, continue with --resume" if saved else f"step {step} could not be saved"
         die(f"stopped by {signal.Signals(number).name} after step {step}; {what}", 128 + number)
@@ -794,10 +798,10 @@ class Run:
     def _last_good(self):
         return f"the last good state is in {self.out}" if by_rank_0(self.path.exists) else "nothing was saved yet"
 
-    def introduce(self, data, loader, model, peak, chance):
+    def introduce(self, data, loader, peak, chance):
         """Print what is about to run: data, recipe in force, learning rate after scaling, the loss of pure chance."""
         recipe = " ".join(f"{k}={v}" for k, v in dataclasses.asdict(self.args).items() if k not in self.FREE)
-        count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        count = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         scaled = "" if peak == self.args.lr else f"{self.args.lr:g} x {self.args.batch_size}/256 = "
         if rank() == 0 and data.skipped:
             self._try("skipped.txt", lambda path: write(path, os.fsencode("".join(f"{name}\n" for name in data.skipped))))
@@ -808,10 +812,11 @@ class Run:
             *[f"  {data.note}"] * bool(data.note),
             f"  {count:,} trainable parameters; learning rate {scaled}{peak:g} at its peak; chance: {chance}")
 
-    def picture(self, name, views, backbone, n=8):
+    def picture(self, name, views, n=8):
         """Write what the model sees: a row of `n` images for each normalised (b, 3, H, W) in `views`."""
         if rank() == 0:
-            mean, std, side = torch.tensor(backbone.mean).view(3, 1, 1), torch.tensor(backbone.std).view(3, 1, 1), max(64, self.args.img_size)
+            mean, std = (torch.tensor(v).view(3, 1, 1) for v in (self.encoder.mean, self.encoder.std))
+            side = max(64, self.args.img_size)
             rows = [F.interpolate((v[:n].float().cpu() * std + mean).clamp(0, 1), (side, side)) for v in views]  # (n, 3, side, side)
             grid = torch.cat([F.pad(r, (0, 0, 0, 0, 0, 0, 0, n - len(r)), value=1.0) for r in rows])  # (rows n, 3, side, side)
             self._try(name, lambda path: save_image(grid, path, nrow=n))
@@ -823,27 +828,30 @@ class Run:
         except OSError as e:
             tqdm.write(f"--out {self.out}: could not write {name} ({e.strerror})", file=sys.stderr)
 
-    def finish(self, backbone, untrained, train, test):
+    def finish(self, untrained, train, test):
         """After the last step: export the encoder for timm, score it by k-NN beside the untrained one, say what is next."""
         if rank() == 0:
-            self.say(export_backbone(self.out / "backbone.safetensors", backbone))
+            self.say(export_backbone(self.out / "backbone.safetensors", self.encoder))
         if test is None or train.labels is None or train.classes != test.classes:
             notes = [data.note for data in (train, test) if data is not None and data.note]
             self.say(f"no k-NN score: {'; '.join(notes) or 'the data has no test split with the same classes'}")
         else:
-            score = lambda b: knn_accuracy(b, train, test, self.device, self.args)
-            self.say(f"k-NN accuracy on test images: {score(backbone):.3f} (the untrained encoder: {score(untrained):.3f}; chance: {1 / len(train.classes):.3f})")
+            score = lambda encoder: knn_accuracy(encoder, train, test, self.device, self.args)
+            trained, before = score(self.encoder), score(untrained.get_submodule(untrained.evaluated))
+            self.say(f"k-NN accuracy on test images: {trained:.3f} (the untrained encoder: {before:.3f}; chance: {1 / len(train.classes):.3f})")
         self.say(f"next: python eval_probe.py {shlex.quote(str(self.path))}")
         self._unlock()
 
-    def save(self, step, backbone, train_state, last=False):
+    def save(self, step, last=False):
         """Write checkpoint.pt from rank 0, never one that is not finite over one that is; return whether it was written. A disk
         that is full costs one line, and the run its exit code only at the end."""
         self.flush()
-        if any_rank(int(not finite([backbone.state_dict(), train_state]))):
+        heads = {k: v for k, v in self.model.state_dict().items() if not k.startswith(f"{self.model.evaluated}.")}
+        train_state = dict(heads=heads, optimizer=self.optimizer.state_dict(), data=self.data)
+        if any_rank(int(not finite([self.encoder.state_dict(), train_state]))):
             die(f"the weights are not finite after step {step - 1}; lower --lr; {self._last_good()}", 1)
-        state = dict(format=FORMAT, method=self.method, args=dataclasses.asdict(self.args), step=step, backbone=backbone.description,
-                     backbone_state=backbone.state_dict(), train_state=train_state | dict(data=self.data))
+        state = dict(format=FORMAT, method=self.method, args=dataclasses.asdict(self.args), step=step,
+                     backbone=self.encoder.description, backbone_state=self.encoder.state_dict(), train_state=train_state)
         error = 0
         if rank() == 0:
             try:

@@ -772,6 +772,17 @@ def draw_view(view, n, generator):
     return {"1": (torch.arange(n), view.sample(n, generator))}
 
 
+class Classifier(nn.Module):
+    """A linear layer on what linear probes look at: x -> scores."""
+
+    def __init__(self, encoder, head):
+        super().__init__()
+        self.encoder, self.head = encoder, head
+
+    def forward(self, x):
+        return self.head(self.encoder.last_blocks(x))
+
+
 def fine_tune(case, quarters=False, rows=None):
     """The encoder trained on with a linear layer on what linear probes look at, for the classes of all images or of some `rows`, or to
     tell quarter turns: SGD with momentum 0.9, weight decay 1e-4, cosine to 0, one rate for both, random crops and flips
@@ -783,31 +794,29 @@ def fine_tune(case, quarters=False, rows=None):
         head = nn.Linear(case.x[0].shape[1], 4 if quarters else len(case.train.classes))
         nn.init.normal_(head.weight, std=0.01)
         nn.init.zeros_(head.bias)
-    model, head = common.batchnorm_over_ranks(model, device), head.to(device)
+    model = common.batchnorm_over_ranks(Classifier(model, head), device).to(device)
     for module in model.modules():
         if isinstance(module, DropPath):
             module.drop_prob = 0.0
     batch = min(256, len(train)) // common.world_size() * common.world_size()
     if batch < 2:
         common.die(f"--tasks finetune: {len(train)} images are too few for {common.world_size()} processes")
-    view = Compose([RandomResizedCrop(model.img_size), HorizontalFlip(), *[Rot90()] * quarters, Normalize(model.mean, model.std)])
+    encoder, ddp = model.encoder, common.distributed(model)
+    view = Compose([RandomResizedCrop(encoder.img_size), HorizontalFlip(), *[Rot90()] * quarters, Normalize(encoder.mean, encoder.std)])
     run = SimpleNamespace(seed=args.seed, batch_size=batch, workers=args.workers, epochs=args.finetune_epochs)
     loader = common.Loader(train, {"1": view}, partial(draw_view, view, batch), run, device)
-    parameters = [*model.parameters(), *head.parameters()]
-    optimizer = torch.optim.SGD(parameters, lr=0.0, momentum=0.9, weight_decay=1e-4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9, weight_decay=1e-4)
     batches = common.progress(loader.batches(range(loader.total_steps)), total=loader.total_steps, desc="fine-tuning", unit="step")
     for step, (views, params, rows) in enumerate(batches):
         optimizer.param_groups[0]["lr"] = common.cosine(step / loader.total_steps, args.finetune_lr * batch / 256, 0.0)
         with common.autocast(device, args.amp):
-            scores = head(model.last_blocks(views["1"]))
+            scores = ddp(views["1"])
         labels = params["1"]["rot90"] if quarters else train.labels[rows["1"]]
         loss = F.cross_entropy(scores.float(), labels.to(device))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        common.average_gradients(parameters)
         optimizer.step()
-    model.eval()
-    return lambda x: head(model.last_blocks(x))
+    return model.eval()
 
 
 def finetune(case):

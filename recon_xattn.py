@@ -299,12 +299,32 @@ class CrossBlock(nn.Module):
         return h + self.mlp(self.norm(h))
 
 
-class Recon(nn.Module):
+class Objective(nn.Module):
+    """What the four objectives share: the encoder, and a step. Each is its heads and `terms`."""
+
+    evaluated, compiled = "backbone", ()
+
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone = backbone
+
+    def compile_encoder(self):
+        self.compiled = (torch.compile(self.backbone.patches, dynamic=False),)
+
+    def forward(self, views, z=None, labels=None):
+        """All of a step's mathematics: views {"1", "2"} (B, 3, H, W), z (B, K) for sie, labels (B,) -> ({"loss", ...}, y of
+        view 1)."""
+        (encode,) = self.compiled or (self.backbone.patches,)
+        t1, t2 = encode(views["1"]), encode(views["2"])  # (B, N, 512)
+        return self.terms(t1, t2, x2=views["2"], z=z, labels=labels), t1.mean(1)
+
+
+class Recon(Objective):
     """g_inv, g_equi and the decoder."""
 
     def __init__(self, backbone, args, _):
-        super().__init__()
-        self.backbone, self.args, self.half, d = backbone, args, args.neck // 2, args.embed_dim
+        super().__init__(backbone)
+        self.args, self.half, d = args, args.neck // 2, args.embed_dim
         self.patch = args.patch_size
         self.g_inv = expander(self.half, args.proj_hidden, args.proj_hidden, d)
         self.g_equi = nn.Linear(args.neck - self.half, d)
@@ -317,7 +337,7 @@ class Recon(nn.Module):
         z1, z2 = self.g_equi(t1[..., self.half :]), self.g_equi(t2[..., self.half :])  # (B, N, d)
         return unpatchify(self.pixels(self.blocks(self.cross(z2, z1))), self.patch)
 
-    def forward(self, t1, t2, x2, **_):
+    def terms(self, t1, t2, x2, **_):
         drawn = self.decode(t1, t2)
         self.drawn = drawn[:8].detach()  # for the picture
         L_recon = F.mse_loss(upcast(drawn), x2)
@@ -334,12 +354,12 @@ def unpatchify(t, p):
     return t.view(-1, side, side, 3, p, p).permute(0, 3, 1, 4, 2, 5).reshape(len(t), 3, side * p, side * p)
 
 
-class SIE(nn.Module):
+class SIE(Objective):
     """Two projectors and the hypernetwork: M(z) = sum_k z_k W_k."""
 
     def __init__(self, backbone, args, latents):
-        super().__init__()
-        self.backbone, self.args, self.half, d = backbone, args, args.neck // 2, args.proj_hidden
+        super().__init__(backbone)
+        self.args, self.half, d = args, args.neck // 2, args.proj_hidden
         self.inv, self.equi = expander(self.half, d, d, d), expander(args.neck - self.half, d, d, d)
         self.W = nn.Linear(latents, d * d, bias=False)  # weight (d_out d_in, K)
 
@@ -348,7 +368,7 @@ class SIE(nn.Module):
         d = equi.shape[1]
         return torch.einsum("bi,oik,bk->bo", equi, self.W.weight.view(d, d, -1), z)
 
-    def forward(self, t1, t2, z, **_):
+    def terms(self, t1, t2, z, **_):
         y1, y2 = t1.mean(1), t2.mean(1)  # (B, 512)
         inv1, inv2 = upcast(self.inv(y1[:, : self.half])), upcast(self.inv(y2[:, : self.half]))  # (B, d)
         equi1, equi2 = upcast(self.equi(y1[:, self.half :])), upcast(self.equi(y2[:, self.half :]))
@@ -356,40 +376,32 @@ class SIE(nn.Module):
             return split_loss(inv1, inv2, equi1, equi2, self.predict(equi1, z.to(equi1)), self.args)
 
 
-class VICReg(nn.Module):
+class VICReg(Objective):
     """The expander on the whole representation."""
 
     def __init__(self, backbone, args, _):
-        super().__init__()
-        self.backbone, self.args, d = backbone, args, 2 * args.proj_hidden
+        super().__init__(backbone)
+        self.args, d = args, 2 * args.proj_hidden
         self.expander = expander(args.neck, d, d, d)
 
-    def forward(self, t1, t2, **_):
+    def terms(self, t1, t2, **_):
         z1, z2 = upcast(self.expander(t1.mean(1))), upcast(self.expander(t2.mean(1)))  # (B, d)
         with common.full_precision():
             out = vicreg(z1, z2, self.args)
         return out | dict(loss=out["L_ssl"])
 
 
-class Supervised(nn.Module):
+class Supervised(Objective):
     """A linear classifier on both views."""
 
     def __init__(self, backbone, args, classes):
-        super().__init__()
-        self.backbone, self.head = backbone, nn.Linear(args.neck, classes)
+        super().__init__(backbone)
+        self.head = nn.Linear(args.neck, classes)
 
-    def forward(self, t1, t2, labels, **_):
+    def terms(self, t1, t2, labels, **_):
         scores = upcast(self.head(torch.cat([t1.mean(1), t2.mean(1)])))  # (2 B, classes)
         labels = labels.repeat(2).to(scores.device)
         return dict(loss=F.cross_entropy(scores, labels), accuracy=(scores.argmax(1) == labels).float().mean())
-
-
-def losses(model, views, z=None, labels=None, patches=None):
-    """All of a step's mathematics: views {"1", "2"} (B, 3, H, W), z (B, K) for sie, labels (B,) -> ({"loss", ...}, y of view 1).
-    `patches` is the compiled encoder."""
-    encode = model.backbone.patches if patches is None else patches
-    t1, t2 = encode(views["1"]), encode(views["2"])  # (B, N, 512)
-    return model(t1, t2, x2=views["2"], z=z, labels=labels), t1.mean(1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -462,41 +474,32 @@ def main(argv=None):
     optimizer = torch.optim.Adam(parameters, lr=0.0, weight_decay=args.weight_decay, fused=device.type == "cuda")
     peak = args.lr * args.batch_size / 256
     variant = [args.objective, *(families if args.sie_params != ("all",) else ()), *["single"] * args.sie_single]
-    run = common.Run("recon_xattn", args, "-".join(variant + [f"known{args.known_fraction:g}"] * (args.known_fraction < 1)), device)
-    views = None
-
-    def dump():
-        if args.objective == "recon" and views is not None:
-            run.picture("reconstruction.png", [views["1"], views["2"], model.drawn], model.backbone)
-        heads = {k: v for k, v in model.state_dict().items() if not k.startswith("backbone.")}
-        return model.backbone, dict(heads=heads, optimizer=optimizer.state_dict())
-
-    def load(train_state, backbone_state):
-        model.load_state_dict(train_state["heads"] | {f"backbone.{k}": v for k, v in backbone_state.items()})
-        optimizer.load_state_dict(train_state["optimizer"])
-
-    begin = run.restore(load, train)
+    run = common.Run(args, "-".join(variant + [f"known{args.known_fraction:g}"] * (args.known_fraction < 1)), model, optimizer)
+    run.restore(train)
     chance = dict(recon="L_recon about 1 (the mean colour)", supervised=f"loss {math.log(max(outputs, 1)):.2f}").get(args.objective, f"L_var {1 - 0.01:.2f} (collapse)")
-    run.introduce(seen, loader, model, peak, chance)
-    patches = torch.compile(model.backbone.patches, dynamic=False) if args.compile else None
+    run.introduce(seen, loader, peak, chance)
+    if args.compile:
+        model.compile_encoder()
+    ddp = common.distributed(model)
 
-    for step, views, params, rows in run.steps(loader, dump, begin):
+    for step, views, params, rows in run.steps(loader):
         epoch = step / loader.steps_per_epoch
         lr = common.warmup_cosine(epoch, args.epochs, args.warmup_epochs, peak)
         for group in optimizer.param_groups:
             group["lr"] = lr
         z = latents(params, rows) if args.objective == "sie" else None
         if step == 0:
-            run.picture("views.png", [views["1"], views["2"]], model.backbone)
+            run.picture("views.png", [views["1"], views["2"]])
         with common.autocast(device, args.amp):
-            out, y = losses(model, views, z, seen.labels[rows["1"]] if args.objective == "supervised" else None, patches)
+            out, y = ddp(views, z, seen.labels[rows["1"]] if args.objective == "supervised" else None)
         optimizer.zero_grad(set_to_none=True)
         out["loss"].backward()
-        common.average_gradients(parameters)
         optimizer.step()
         run.log(step, features=y, lr=lr, epoch=epoch, **out)
+        if args.objective == "recon" and run.due(step):
+            run.picture("reconstruction.png", [views["1"], views["2"], model.drawn])
 
-    run.finish(model.backbone, build(args, device, outputs).backbone, train, test)
+    run.finish(build(args, device, outputs), train, test)
 
 
 if __name__ == "__main__":

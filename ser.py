@@ -217,7 +217,7 @@ def second_part(batch_size, ratio):
 
 def make_policies(args):
     """{view: Compose}: "1" and "2" of T, and local views "3" to "6". SER has "eq1" to "eq6" of T_eq beside them, EquiMod
-    "plain", the un-augmented image, E-SSL "rotated", the crop that `losses` will rotate."""
+    "plain", the un-augmented image, E-SSL "rotated", the crop that a step will rotate."""
     normalise = Normalize(*NORMALISE.get(args.recipe, common.IMAGENET))
     crop = RandomResizedCrop(args.img_size, args.crop_scale, interpolation=args.interpolation)
     local_crop = RandomResizedCrop(args.local_size, args.local_scale)
@@ -351,7 +351,7 @@ def redundancy_reduction(z1, z2, weight):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Models: a base is its backbone, its heads, its teacher (if it has one), and `invariance`
+# Models
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -384,15 +384,65 @@ def moco_init_(backbone):
     projection.requires_grad_(False)
 
 
-class MoCoV3(nn.Module):
-    """Online encoder, projector and predictor make queries; the momentum encoder and projector make keys."""
+class Base(nn.Module):
+    """What the three bases share: a step. A base is its backbone, its heads, its teacher (if it has one) and `invariance`;
+    the equivariance term `equi` stands beside it, or None."""
 
-    evaluated, positions, last_layer = "backbone", "sincos", ()
+    last_layer, compiled = (), (None, None)
 
     def __init__(self, backbone, args):
         super().__init__()
+        self.backbone, self.teacher, self.equi = backbone, None, None
+        self.equi_layer, self.equi_weight, self.local_views = args.equi_layer, args.equi_weight, args.local_views
+
+    def compile_encoder(self):
+        """Compile the encoders, for views whose shape never changes (b2's grids do)."""
+        encoders = self.backbone, self.teacher and self.teacher["backbone"]
+        self.compiled = tuple(b and torch.compile(b.trace, dynamic=False) for b in encoders)
+
+    def forward(self, views, params, epoch=0.0):
+        """All of a step's mathematics: views {name: (n, 3, H, W)} and their params -> ({"loss", "L_inv", "L_equiv", ...}, y of
+        view 1)."""
+        if "rotated" in views:
+            views = views | dict(rotated=torch.cat([views["rotated"].rot90(k, (2, 3)) for k in range(4)]))  # 0, 90, 180, 270 degrees
+
+        def trace(backbone, compiled, view, taps=()):
+            return (compiled if compiled and not view.startswith("eq") else backbone.trace)(views[view], taps)
+
+        # Online encoder: [CLS] of every view, and for the equivariance term all tokens after block `equi_layer`.
+        y, e, taps = {}, {}, (self.equi_layer,) if self.equi_layer else ()
+        for view in views:
+            y[view], tapped = trace(self.backbone, self.compiled[0], view, taps)  # (n, D), the final [CLS]
+            e[view] = tapped[self.equi_layer] if taps else y[view][:, None]  # (n, N, D)
+
+        # Momentum encoder or teacher: [CLS] of views 1 and 2. For the base, b1 and b2 are one batch.
+        whole = lambda y, i: torch.cat([y[view] for view in (f"{i}", f"eq{i}") if view in y])  # (b, D): [b1; b2]
+        t = None
+        if self.teacher is not None:
+            with torch.no_grad():
+                t = {view: trace(self.teacher["backbone"], self.compiled[1], view)[0] for view in ("1", "2", "eq1", "eq2") if view in views}
+                t = [whole(t, 1), whole(t, 2)]
+        y = [whole(y, i + 1) for i in range(2 + self.local_views)]
+
+        # The base's loss on all images, and the equivariance term.
+        out = dict(L_inv=self.invariance(y, t, epoch))
+        out["loss"] = out["L_inv"]
+        if self.equi is not None:
+            with common.full_precision():
+                out |= self.equi(e, params)
+            out["loss"] = out["L_inv"] + self.equi_weight * out["L_equiv"]
+        return out, y[0]
+
+
+class MoCoV3(Base):
+    """Online encoder, projector and predictor make queries; the momentum encoder and projector make keys."""
+
+    evaluated, positions = "backbone", "sincos"
+
+    def __init__(self, backbone, args):
+        super().__init__(backbone, args)
         moco_init_(backbone)
-        self.backbone, self.temp = backbone, args.temp
+        self.temp = args.temp
         self.projector = mlp(backbone.dim, args.proj_hidden, args.proj_hidden, args.proj_dim)
         self.predictor = mlp(args.proj_dim, args.proj_hidden, args.proj_dim)
         self.teacher = copy.deepcopy(nn.ModuleDict(dict(backbone=backbone, head=self.projector))).requires_grad_(False)
@@ -426,16 +476,16 @@ class DINOHead(nn.Module):
         return self.last(F.normalize(self.mlp(y), dim=1))
 
 
-class DINO(nn.Module):
+class DINO(Base):
     """A student learns what its own moving average, the teacher, says of the other view; a centre keeps the teacher from
     saying always the same. The teacher is what is evaluated."""
 
     evaluated, positions = "teacher.backbone", "learned"
 
     def __init__(self, backbone, args):
-        super().__init__()
+        super().__init__(backbone, args)
         nn.init.trunc_normal_(backbone.cls_token, std=0.02)
-        self.backbone, self.temp, self.teacher_temp, self.teacher_temp_epochs = backbone, args.temp, args.teacher_temp, args.teacher_temp_epochs
+        self.temp, self.teacher_temp, self.teacher_temp_epochs = args.temp, args.teacher_temp, args.teacher_temp_epochs
         self.head = DINOHead(backbone.dim, args.proj_hidden, args.proj_dim, args.prototypes)
         self.teacher = copy.deepcopy(nn.ModuleDict(dict(backbone=backbone, head=self.head))).requires_grad_(False)
         for m in self.teacher.modules():
@@ -462,14 +512,14 @@ class DINO(nn.Module):
         return math.log(args.prototypes)
 
 
-class BarlowTwins(nn.Module):
+class BarlowTwins(Base):
     """One encoder, a wide projector; the cross-correlation of the two views should be the identity."""
 
-    evaluated, positions, last_layer, teacher = "backbone", "learned", (), None
+    evaluated, positions = "backbone", "learned"
 
     def __init__(self, backbone, args):
-        super().__init__()
-        self.backbone, self.redundancy = backbone, args.redundancy
+        super().__init__(backbone, args)
+        self.redundancy = args.redundancy
         self.projector = mlp(backbone.dim, args.proj_hidden, args.proj_hidden, args.proj_dim)  # ends in BN without affine
 
     def invariance(self, y, t, epoch):
@@ -652,40 +702,6 @@ class ESSL(Baseline):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# A step
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def losses(model, views, params, args, epoch=0.0, traces=(None, None)):
-    """All of a step's mathematics: views {name: (n, 3, H, W)} and their params -> ({"loss", "L_inv", "L_equiv", ...}, y of
-    view 1). `traces` holds the compiled `trace` of the online and teacher backbones, for views whose shape never changes."""
-    if "rotated" in views:
-        views = views | dict(rotated=torch.cat([views["rotated"].rot90(k, (2, 3)) for k in range(4)]))  # 0, 90, 180, 270 degrees
-
-    def trace(backbone, compiled, view, taps=()):
-        return (compiled if compiled and not view.startswith("eq") else backbone.trace)(views[view], taps)
-
-    y, e, taps = {}, {}, (args.equi_layer,) if args.equi_layer else ()
-    for view in views:
-        y[view], tapped = trace(model.backbone, traces[0], view, taps)  # (n, D), the final [CLS]
-        e[view] = tapped[args.equi_layer] if taps else y[view][:, None]  # (n, N, D)
-    whole = lambda y, i: torch.cat([y[view] for view in (f"{i}", f"eq{i}") if view in y])  # (b, D): [b1; b2]
-    t = None
-    if model.teacher is not None:
-        with torch.no_grad():
-            t = {view: trace(model.teacher["backbone"], traces[1], view)[0] for view in ("1", "2", "eq1", "eq2") if view in views}
-            t = [whole(t, 1), whole(t, 2)]
-    y = [whole(y, i + 1) for i in range(2 + args.local_views)]
-    out = dict(L_inv=model.invariance(y, t, epoch))
-    out["loss"] = out["L_inv"]
-    if model.equi is not None:
-        with common.full_precision():
-            out |= model.equi(e, params)
-        out["loss"] = out["L_inv"] + args.equi_weight * out["L_equiv"]
-    return out, y[0]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # Training
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -750,7 +766,6 @@ def main(argv=None):
     device = common.start(args.device)
     check(args)
     model = build(args, device)
-    encoder = model.get_submodule(model.evaluated)
     policies = make_policies(args)
     train, test = (common.load_data(args.data, args.data_dir, split, args.img_size, args.skip_corrupt, args.workers) for split in ("train", "test"))
     train = train.to(device)
@@ -764,37 +779,28 @@ def main(argv=None):
     variant = f"{args.base}-{args.equi}" + "-2+4" * (args.local_views > 0)
     if args.equi_layer != 3 * (args.equi == "ser"):
         variant += f"-{args.equi_layer}"
-    run = common.Run("ser", args, variant, device)
-
-    def dump():
-        heads = {k: v for k, v in model.state_dict().items() if not k.startswith(f"{model.evaluated}.")}
-        return encoder, dict(heads=heads, optimizer=optimizer.state_dict())
-
-    def load(train_state, backbone_state):
-        model.load_state_dict(train_state["heads"] | {f"{model.evaluated}.{k}": v for k, v in backbone_state.items()})
-        optimizer.load_state_dict(train_state["optimizer"])
-
-    begin = run.restore(load, train)
+    run = common.Run(args, variant, model, optimizer)
+    run.restore(train)
     chance = f"L_inv {model.chance(args):.2f}"
     if model.equi is not None and model.equi.chance is not None:
         chance += f", L_equiv {model.equi.chance:.2f}"
-    run.introduce(train, loader, model, peak, chance)
-    backbones = (model.backbone, model.teacher["backbone"] if model.teacher else None)
-    traces = [torch.compile(b.trace, dynamic=False) if args.compile and b is not None else None for b in backbones]
+    run.introduce(train, loader, peak, chance)
+    if args.compile:
+        model.compile_encoder()
+    ddp = common.distributed(model)
 
-    for step, views, params, _ in run.steps(loader, dump, begin):
+    for step, views, params, _ in run.steps(loader):
         epoch = step / loader.steps_per_epoch
         lr = common.warmup_cosine(epoch, args.epochs, args.warmup_epochs, peak, args.lr_end * peak)
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.param_groups[0]["weight_decay"] = common.cosine(epoch / args.epochs, args.weight_decay, args.weight_decay_end)
         if step == 0:
-            run.picture("views.png", [views[name] for name in sorted(views)], encoder)
+            run.picture("views.png", [views[name] for name in sorted(views)])
         with common.autocast(device, args.amp):
-            out, y = losses(model, views, params, args, epoch, traces)
+            out, y = ddp(views, params, epoch)
         optimizer.zero_grad(set_to_none=True)
         out["loss"].backward()
-        common.average_gradients(parameters)
         if args.clip is not None:
             common.clip_each_(parameters, args.clip)
         if epoch < args.freeze_last_epochs:
@@ -804,7 +810,7 @@ def main(argv=None):
         update_teacher(model, common.cosine((step + 1) / loader.total_steps, args.momentum, 1.0))  # MoCo-v3's, before its next keys
         run.log(step, features=y, lr=lr, epoch=epoch, **out)
 
-    run.finish(encoder, build(args, device).get_submodule(model.evaluated), train, test)
+    run.finish(build(args, device), train, test)
 
 
 if __name__ == "__main__":

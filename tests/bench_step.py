@@ -36,11 +36,12 @@ def make_step(argv):
     views, params, _ = next(loader.batches([0]))
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=device.type == "cuda")
-    traces = [torch.compile(b.trace, dynamic=False) if args.compile and b is not None else None for b in (model.backbone, model.teacher and model.teacher["backbone"])]
+    if args.compile:
+        model.compile_encoder()
 
     def step():
         with common.autocast(device, args.amp):
-            out, _ = ser.losses(model, views, params, args, traces=traces)
+            out, _ = model(views, params)
         optimizer.zero_grad(set_to_none=True)
         out["loss"].backward()
         optimizer.step()

@@ -91,7 +91,7 @@ def step(objective, views="image", seed=0, **changes):
 def test_the_whole_loss_equals_its_formula():
     """CIPER with views, sessions and alpha 0.7, term by term in loops."""
     args, model, views, r, session = step("ciper", "dataset", alpha=0.7)
-    out, h1 = ciper.losses(model, views, r, session)
+    out, h1 = model(views, r, session)
     h, h2 = model.backbone(views["0"]), model.backbone(views["2"])
     p = torch.cat([model.predictor(h - h1), model.predictor(h - h2)]).detach()  # (2 N, 3 + 11)
     standard = (r - r.mean(0)) / (r.var(0, correction=0) + 1e-5).sqrt()
@@ -106,7 +106,7 @@ def test_an_anchor_without_augmentation_says_nothing():
     """In eval mode a view that is the anchor itself gives h - h_k = 0, so all predictions are the same."""
     args, model, views, r, _ = step("predictive")
     model.eval()
-    out, _ = ciper.losses(model, dict.fromkeys("012", views["0"]), r)
+    out, _ = model(dict.fromkeys("012", views["0"]), r)
     p = model.predictor(torch.zeros(1, model.backbone.dim).double()).detach()
     assert out["L_p"].item() == pytest.approx((ciper.standardise(r) - p).square().mean().item(), rel=1e-9)
     out["loss"].backward()
@@ -117,14 +117,14 @@ def test_gradients_reach_the_encoder_through_the_anchor_too():
     args, model, views, r, _ = step("predictive")
     for v in views.values():
         v.requires_grad_()
-    ciper.losses(model, views, r)[0]["loss"].backward()
+    model(views, r)[0]["loss"].backward()
     assert all(views[v].grad.abs().max() > 0 for v in "012")
 
 
 def test_rotations_are_predicted_from_half_sized_views():
     args, model, views, *_ = step("essl")
     assert views["3"].shape == (8, 3, 8, 8) and set(views) == {"1", "2", "3"}
-    out, _ = ciper.losses(model, views)
+    out, _ = model(views)
     turned = torch.stack([torch.rot90(views["3"][i], k, (1, 2)) for k in range(4) for i in range(8)])
     scores = model.rotation(model.backbone(turned))
     expected = -scores.log_softmax(1)[torch.arange(32), torch.arange(32) // 8].mean()
@@ -325,15 +325,14 @@ def test_tdw_as_published(tmp_path, capsys):
 def train(objective, views, steps=2):
     """Tiny training in float64 -> (losses, gradients of the first step), as numpy."""
     args, model, *_ = step(objective, views)
-    optimizer, losses = torch.optim.SGD(model.parameters(), lr=0.01), []
+    optimizer, losses, ddp = torch.optim.SGD(model.parameters(), lr=0.01), [], common.distributed(model)
     W, rank = common.world_size(), common.rank()
     for k in range(steps):
         _, _, x, r, session = step(objective, views, seed=k)  # this rank's share, as the loader cuts it
         assert len(x["1"]) == args.batch_size // W and rank < W
-        out, _ = ciper.losses(model, x, r, session)
+        out, _ = ddp(x, r, session)
         optimizer.zero_grad()
         out["loss"].backward()
-        common.average_gradients(list(model.parameters()))
         losses.append([common.all_reduce(v.detach().double()).item() / W for v in out.values()])
         if k == 0:
             gradients = [p.grad.clone().numpy() for p in model.parameters()]

@@ -104,7 +104,7 @@ def test_the_penalty_on_a_toy():
 def test_the_whole_loss_equals_its_formula(base, equi):
     args, model, views = step(base, equi, alpha=0.9, beta=0.7, lambda_preg=0.01)
     torch.manual_seed(0)
-    out, _ = model.losses(views)
+    out, _ = model(views)
     heads = [model.heads] if base == "dino" else [model.projectors, model.predictors]
     squares = lambda h: sum(float((p.detach() ** 2).sum()) for n, p in h.named_parameters() if not n.endswith("original0"))
     penalty = sum(abs(squares(h["equi"]) - squares(h["inv"])) for h in heads) / len(heads)
@@ -144,7 +144,7 @@ def test_which_head_learns_from_what(base, equi):
     args, model, views = step(base, equi)
     made = []
     model.backbone.register_forward_hook(lambda *args: made.append(args[2]))
-    out, _ = model.losses(views)
+    out, _ = model(views)
     for name, own, other in (("L_CL", "inv", "equi"), ("L_Orth", "equi", "inv")):
         names = touched(model, out[name])
         assert any(n.startswith("backbone") for n in names) and any(f".{own}." in f".{n}" or f"s.{own}." in n for n in names if not n.startswith("backbone"))
@@ -159,7 +159,7 @@ def test_which_head_learns_from_what(base, equi):
 
 def test_without_orthogonality_and_penalty_it_is_the_base_on_the_invariant_part():
     args, model, views = step(beta=0.0, lambda_preg=0.0)
-    out, _ = model.losses(views)
+    out, _ = model(views)
     names = touched(model, out["loss"])
     assert out["loss"].item() == out["L_CL"].item() and not any("heads.equi" in n for n in names)
     _, plain, _ = step(equi="none")
@@ -178,7 +178,7 @@ def test_without_orthogonality_and_penalty_it_is_the_base_on_the_invariant_part(
     base.teacher["heads"].load_state_dict(base.heads.state_dict())
     base.teacher["backbone"] = Cut(model.teacher["backbone"])
     model.centre_inv.zero_()
-    assert base.losses(views)[0]["loss"].item() == pytest.approx(model.losses(views)[0]["loss"].item(), rel=1e-9)
+    assert base(views)[0]["loss"].item() == pytest.approx(model(views)[0]["loss"].item(), rel=1e-9)
 
 
 def test_what_simsiam_alone_does():
@@ -224,7 +224,7 @@ def test_centres_and_their_update():
         both = model.teacher["backbone"](torch.cat([views["1"], views["2"]]))
         mean = model.teacher["heads"]["equi"](both[:, model.inv :]).mean(0)
     for n in (1, 2, 3):
-        model.losses(views)
+        model(views)
         assert torch.allclose(model.centre_equi, (1 - 0.9**n) * mean) and before.abs().max() == 0
     assert model.centre_inv.shape == (24,) and model.centre_equi.shape == (20,)
 
@@ -426,13 +426,12 @@ def train(base, equi, arch, steps=2):
     """Tiny training in float64 -> (losses, gradients of the first step), as numpy."""
     args, model, _ = step(base, equi, arch=arch, beta=0.5)
     parameters, losses = [p for p in model.parameters() if p.requires_grad], []
-    optimizer = torch.optim.SGD(parameters, lr=0.01)
+    optimizer, ddp = torch.optim.SGD(parameters, lr=0.01), common.distributed(model)
     for k in range(steps):
         _, _, views = step(base, equi, seed=k, arch=arch)
-        out, _ = model.losses(views)
+        out, _ = ddp(views)
         optimizer.zero_grad()
         out["loss"].backward()
-        common.average_gradients(parameters)
         losses.append([common.all_reduce(v.detach().double()).item() / common.world_size() for v in out.values()])
         if k == 0:
             gradients = [p.grad.clone().numpy() for p in parameters]

@@ -57,14 +57,13 @@ def train(base, equi, changes, steps=3):
     data = common.ImageSet(images=torch.randint(0, 256, (40, 3, 16, 16), dtype=torch.uint8, generator=common.rng("test")))
     loader = common.Loader(data, policies, partial(ser.draw_views, args, policies), args, device)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer, losses = torch.optim.SGD(parameters, lr=0.01), []
+    optimizer, losses, ddp = torch.optim.SGD(parameters, lr=0.01), [], common.distributed(model)
     for step in range(steps):
         ser.update_teacher(model, 0.9)
         views, params, _ = next(loader.batches([step]))
-        out, _ = ser.losses(model, {name: x.double() for name, x in views.items()}, params, args)
+        out, _ = ddp({name: x.double() for name, x in views.items()}, params)
         optimizer.zero_grad()
         out["loss"].backward()
-        common.average_gradients(parameters)
         losses.append([common.all_reduce(v.detach()).item() / common.world_size() for v in out.values()])
         if step == 0:
             gradients = [p.grad.clone().numpy() for p in parameters]
@@ -103,8 +102,7 @@ def collectives():
         weight.grad = None
         local = z[mine] @ weight
         F.cross_entropy(local @ gather(local).T, torch.arange(8)[mine].roll(0)).backward()
-        common.average_gradients([weight])
-        return weight.grad.clone().numpy()
+        return (common.all_reduce(weight.grad) / common.world_size()).numpy()
 
     norm = common.batchnorm_over_ranks(nn.BatchNorm1d(4).double(), torch.device("cpu"))
     out = norm(x[mine])

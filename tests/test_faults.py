@@ -147,6 +147,13 @@ def test_F4_a_run_goes_on_with_the_images_it_began_with(tiny, folder, tmp_path, 
     assert common.load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 2
 
 
+def nothing():
+    """A model and an optimiser that say nothing."""
+    model = torch.nn.Module()
+    model.backbone, model.evaluated = torch.nn.Linear(1, 1), "backbone"
+    return model, torch.optim.SGD(model.parameters(), lr=0.1)
+
+
 SCRIPTS = {"ser": ser, "recon_xattn": recon_xattn, "ciper": ciper, "clever": clever}
 
 
@@ -166,7 +173,7 @@ def test_C14_a_resumed_run_may_change_no_argument_that_says_what_is_computed(sav
     now.resume = True
     value = getattr(now, name)
     setattr(now, name, "other" if isinstance(value, str) or value is None else (9.5,) if isinstance(value, tuple) else value + 1)
-    run = common.Run("ser", now, "", torch.device("cpu"))
+    run = common.Run(now, "", *nothing())
     run.data = common.load_checkpoint(saved / "checkpoint.pt")["train_state"]["data"]
     refused(capsys, run._read, f"--{name.replace('_', '-')}", "was made with")
 
@@ -302,7 +309,7 @@ def test_R1_a_refused_second_run_leaves_the_first_ones_save_alone(tiny, tmp_path
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
-        common.Run("ser", ser.Args(out=str(tmp_path)), "", torch.device("cpu"))
+        common.Run(ser.Args(out=str(tmp_path)), "", *nothing())
         (tmp_path / "checkpoint.pt.tmp").write_text("half a save")
         os.write(write, b".")
         time.sleep(30)
@@ -329,7 +336,7 @@ def test_F15_a_worker_does_not_keep_the_lock(tmp_path):
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
-        common.Run("ser", ser.Args(out=str(tmp_path)), "", torch.device("cpu"))
+        common.Run(ser.Args(out=str(tmp_path)), "", *nothing())
         worker = os.fork()
         if worker == 0:
             common.detach_worker(0)
@@ -384,7 +391,7 @@ def test_C8_a_small_file_that_claims_much_is_refused_before_it_is_allocated(how,
 
 def stopped(tiny, out, number, before=lambda: None, at=2):
     """The exit code of a run that gets the signal in its step `at`."""
-    losses, seen = ser.losses, []
+    forward, seen = ser.Base.forward, []
 
     def act():
         before()
@@ -393,9 +400,9 @@ def stopped(tiny, out, number, before=lambda: None, at=2):
             seen.append(1)
             if len(seen) == at:
                 os.kill(os.getpid(), number)
-            return losses(*a, **k)
+            return forward(*a, **k)
 
-        ser.losses = interrupted
+        ser.Base.forward = interrupted
         ser.main([*tiny, "--out", str(out)])
 
     return in_child(act)

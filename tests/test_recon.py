@@ -164,7 +164,7 @@ def test_cross_attention_equals_the_loop(decoder):
 def test_which_half_learns_from_what():
     """L_recon: no gradient to g_inv and to the neck's first half, some to its second half from both views; L_ssl: the reverse."""
     args, model, views, z = setup()
-    out, _ = rx.losses(model, views)
+    out, _ = model(views)
     for name, half, other in (("L_recon", slice(16, 32), slice(0, 16)), ("L_ssl", slice(0, 16), slice(16, 32))):
         model.zero_grad()
         out[name].backward(retain_graph=True)
@@ -179,8 +179,8 @@ def test_which_half_learns_from_what():
 
 def test_swapping_the_views_changes_the_reconstruction_only():
     args, model, views, _ = setup()
-    a, _ = rx.losses(model, views)
-    b, _ = rx.losses(model, {"1": views["2"], "2": views["1"]})
+    a, _ = model(views)
+    b, _ = model({"1": views["2"], "2": views["1"]})
     assert a["L_ssl"].item() == pytest.approx(b["L_ssl"].item(), rel=1e-9) and abs(a["L_recon"].item() - b["L_recon"].item()) > 1e-4
 
 
@@ -190,7 +190,7 @@ def test_8_pairs_are_overfitted(objective):
     model, views, labels = model.float(), {k: v.float() for k, v in views.items()}, torch.arange(8) % 4
     optimizer, values = torch.optim.Adam(model.parameters(), lr=2e-3), []
     for _ in range(60):
-        out, y = rx.losses(model, views, z, labels)
+        out, y = model(views, z, labels)
         optimizer.zero_grad()
         out["loss"].backward()
         optimizer.step()
@@ -207,13 +207,12 @@ def train(objective, steps=3):
     policies, device = rx.make_policies(args, False), torch.device("cpu")
     loader = common.Loader(data, policies, rx.partial(rx.draw_views, args, policies, common.FAMILIES), args, device)
     model, losses = rx.build(args, device, 15 if objective == "sie" else 4).double(), []
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    optimizer, ddp = torch.optim.SGD(model.parameters(), lr=0.01), common.distributed(model)
     for step in range(steps):
         views, params, rows = next(loader.batches([step]))
-        out, _ = rx.losses(model, {k: v.double() for k, v in views.items()}, rx.latent(common.FAMILIES, params["2"], 16), data.labels[rows["1"]])
+        out, _ = ddp({k: v.double() for k, v in views.items()}, rx.latent(common.FAMILIES, params["2"], 16), data.labels[rows["1"]])
         optimizer.zero_grad()
         out["loss"].backward()
-        common.average_gradients(list(model.parameters()))
         losses.append([common.all_reduce(v.detach().double()).item() / common.world_size() for v in out.values()])
         if step == 0:
             gradients = [p.grad.clone().numpy() for p in model.parameters()]

@@ -205,15 +205,15 @@ def test_a_killed_run_resumes_to_the_bits_of_an_uninterrupted_one(tiny, tmp_path
     ser.main([*tiny, "--out", str(tmp_path / "whole")])
     child = os.fork()
     if child == 0:
-        losses, steps = ser.losses, []
+        forward, steps = ser.Base.forward, []
 
         def interrupted(*a, **k):
             steps.append(1)
             if len(steps) == 4:
                 os.kill(os.getpid(), how)
-            return losses(*a, **k)
+            return forward(*a, **k)
 
-        ser.losses, code = interrupted, 1
+        ser.Base.forward, code = interrupted, 1
         try:
             ser.main([*tiny, "--out", str(tmp_path / "killed"), "--save-every", "1"])
         except SystemExit as end:
@@ -259,17 +259,17 @@ def test_a_finished_run_is_left_alone(tiny, tmp_path, capsys):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tiny, tmp_path, capsys, monkeypatch):
-    losses, steps = ser.losses, []
+    forward, steps = ser.Base.forward, []
 
     def poisoned(*a, **k):
-        out, y = losses(*a, **k)
+        out, y = forward(*a, **k)
         steps.append(1)
         if len(steps) == 4:
             out["L_equiv"] = out["L_equiv"] * math.nan
             out["loss"] = out["L_inv"] + out["L_equiv"]
         return out, y
 
-    monkeypatch.setattr(ser, "losses", poisoned)
+    monkeypatch.setattr(ser.Base, "forward", poisoned)
     with pytest.raises(SystemExit) as end:
         ser.main([*tiny, "--out", str(tmp_path), "--save-every", "1"])
     err = capsys.readouterr().err

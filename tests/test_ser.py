@@ -206,7 +206,7 @@ def test_distill_equals_the_loop_and_never_compares_a_view_with_itself():
 def test_the_centre_follows_the_teacher():
     args, model, views, params = setup("none", "dino")
     before = [model.teacher["head"](model.teacher["backbone"](views[v])) for v in "12"]
-    ser.losses(model, views, params, args)
+    model(views, params)
     assert torch.allclose(model.centre, 0.1 * torch.cat(before).mean(0))
     assert all(p.grad is None for p in model.teacher.parameters())
 
@@ -218,7 +218,7 @@ def test_teacher_temperature_warms_up():
     try:
         ser.distill = lambda *a: seen.append(a[4]) or original(*a)
         for epoch in (0.0, 5.0, 10.0, 50.0):
-            ser.losses(model, views, params, args, epoch)
+            model(views, params, epoch)
     finally:
         ser.distill = original
     assert seen == pytest.approx([0.04, 0.055, 0.07, 0.07])
@@ -304,7 +304,7 @@ def setup(equi="ser", base="mocov3", **changes):
 @pytest.mark.parametrize("base", ser.BASES)
 def test_l_equiv_trains_f1_and_its_projector_and_nothing_else(base):
     args, model, views, params = setup(base=base, equi_layer=2)
-    out, _ = ser.losses(model, views, params, args)
+    out, _ = model(views, params)
     out["L_equiv"].backward()
     for name, p in model.named_parameters():
         touched = name.startswith(("equi.", "backbone.blocks.0.", "backbone.blocks.1."))
@@ -315,7 +315,7 @@ def test_l_equiv_trains_f1_and_its_projector_and_nothing_else(base):
 
 def test_lambda_0_leaves_the_gradients_of_l_inv():
     args, model, views, params = setup(equi_weight=0.0)
-    out, _ = ser.losses(model, views, params, args)
+    out, _ = model(views, params)
     gradients = [torch.autograd.grad(out[name], model.backbone.blocks[0].attn.qkv.weight, retain_graph=True)[0] for name in ("loss", "L_inv")]
     assert torch.equal(*gradients)
 
@@ -323,7 +323,7 @@ def test_lambda_0_leaves_the_gradients_of_l_inv():
 def test_without_ser_it_is_moco_v3():
     """L_inv recomputed from the published formulas: both directions, keys from the momentum branch, no gradient there."""
     args, model, views, params = setup("none")
-    out, _ = ser.losses(model, views, params, args)
+    out, _ = model(views, params)
     y = [model.backbone(views[v]) for v in "12"]
     q = [F.normalize(model.predictor(model.projector(v)), dim=1) for v in y]
     k = [F.normalize(model.teacher["head"](model.teacher["backbone"](views[v])), dim=1) for v in "12"]
@@ -366,14 +366,14 @@ def test_losses_fall_when_32_images_are_overfitted(base, equi, L_inv):
     model, views = model.float(), {k: v.float() for k, v in views.items()}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3 if base == "barlow" else 3e-3)
     if base == "dino":  # from a centred teacher, or the first losses are those of a teacher that says always the same
-        ser.losses(model, views, params, args)
+        model(views, params)
         model.centre *= 10
     centre = model.centre.clone() if base == "dino" else None
-    first, _ = ser.losses(model, views, params, args)
+    first, _ = model(views, params)
     for _ in range(30):
         if base == "dino":
             model.centre = centre
-        out, _ = ser.losses(model, views, params, args)
+        out, _ = model(views, params)
         optimizer.zero_grad()
         out["loss"].backward()
         optimizer.step()
@@ -399,7 +399,7 @@ def test_flops_of_ser_are_those_of_its_base():
         group = dict(rot90=torch.zeros(n2, dtype=torch.long), flip=torch.zeros(n2, dtype=torch.bool), grid_h=torch.full((n2,), 14), grid_w=torch.full((n2,), 14))
         params = dict(eq1=group, eq2=group)
         with FlopCounterMode(display=False) as counter:
-            ser.losses(model, views, params, args)[0]["loss"].backward()
+            model(views, params)[0]["loss"].backward()
         return counter.get_total_flops()
 
     ratio = count("ser") / count("none")

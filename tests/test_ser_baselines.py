@@ -33,7 +33,7 @@ def outputs(args, model, views):
 def test_a_step_of_every_combination_trains_what_it_should(base, equi, layer):
     """L_equiv reaches the blocks up to its layer and its own head, L_inv the base's heads; nothing reaches a teacher."""
     args, model, views, params = setup(equi, base, equi_layer=layer, local_size=8)
-    out, y = ser.losses(model, views, params, args)
+    out, y = model(views, params)
     assert out["loss"].item() == pytest.approx(out["L_inv"].item() + args.equi_weight * out["L_equiv"].item(), rel=1e-9) and y.shape == (16, 128)
     out["L_equiv"].backward(retain_graph=True)
     depth = layer or len(model.backbone.blocks)
@@ -54,7 +54,7 @@ def test_l_equiv_falls_when_32_images_are_overfitted(equi, layer):
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
     values = []
     for _ in range(25):
-        out, _ = ser.losses(model, views, params, args)
+        out, _ = model(views, params)
         optimizer.zero_grad()
         out["loss"].backward()
         optimizer.step()
@@ -226,7 +226,7 @@ def test_essl_sees_four_blocks_of_rotations_in_order():
     term = model.equi
     del model.equi
     model.equi = lambda e, params: seen.update(e) or dict(L_equiv=e["1"].sum())
-    ser.losses(model, views, params, args)
+    model(views, params)
     assert seen["rotated"].shape[0] == 64
     block = views["rotated"]
     for k in range(4):
@@ -246,7 +246,7 @@ def test_essl_sees_four_blocks_of_rotations_in_order():
 def test_local_views_give_ten_terms_and_three_pairs(base):
     args, model, views, params = setup("ser", base, local_views=4, local_size=8, equi_ratio=0.5)
     centre = model.centre.clone() if base == "dino" else None
-    out, _ = ser.losses(model, views, params, args)
+    out, _ = model(views, params)
     y = [torch.cat([model.backbone(views[f"{i}"]), model.backbone(views[f"eq{i}"])]) for i in range(1, 7)]
     t = [torch.cat([model.teacher["backbone"](views[f"{i}"]), model.teacher["backbone"](views[f"eq{i}"])]) for i in (1, 2)]
     total, terms = 0.0, 0
