@@ -1632,7 +1632,7 @@ def digest_of(value):
     if isinstance(value, dict):
         value = [(name, digest_of(v)) for name, v in value.items()]
     elif isinstance(value, torch.Tensor):
-        value, content = (value.dtype, value.shape), value.reshape(-1).numpy()
+        value, content = (value.dtype, value.shape), value.reshape(-1).contiguous().numpy()
     out = hashlib.blake2b(repr(value).encode(), digest_size=16)
     out.update(content)
     return out.hexdigest()
