@@ -51,10 +51,12 @@ import math
 from functools import partial
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import DropPath
+from torchvision.models.resnet import BasicBlock, Bottleneck
 
 import common
 from common import Affine, ColorJitter, Compose, Elastic, GaussianBlur, Grayscale, HorizontalFlip, Normalize, RandomResizedCrop, Solarize, upcast
@@ -151,13 +153,16 @@ RECIPES["cifar100"] = RECIPES["cifar10"]
 NORMALISE = dict(blocks=common.BLOCKS, cifar10=common.CIFAR10, cifar100=common.CIFAR100)  # all others: ImageNet's mean and std
 
 
+VMAMBAS = dict(vmamba_tiny=(96, (2, 2, 8, 2)))  # width of the first stage, blocks of each
+
+
 def values_in_force(first):
     """What base, recipe and architecture, named in a first look at the command line, set as defaults for the second."""
     name = first.recipe or first.data
     if name not in RECIPES:
         return {}  # `check` will complain
     values = BASES[first.base] | RECIPES[name][first.base]
-    if first.arch in common.VMAMBAS and "drop_path" not in values:
+    if first.arch in VMAMBAS and "drop_path" not in values:
         values["drop_path"] = 0.2
     return dict(recipe=name) | values
 
@@ -228,6 +233,134 @@ def diagnostics(name, head, z):
     """Table 1: log10 of |h|^2, and of the squared norm of its output z (b, d), mean over the global batch. The floor is float32's."""
     norm = common.all_reduce(z.square().sum(1).mean()) / common.world_size()
     return {f"log_h_{name}": size(head).clamp(min=1e-37).log10(), f"log_z_{name}": norm.clamp(min=1e-37).log10()}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# VMamba, in plain torch
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def selective_scan(u, delta, A, B, C, D):
+    """h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t,  y_t = C_t h_t + D u_t,  h_0 = 0, along the last axis.
+
+    u, delta (b, k, d, L); A, D (k, d), A < 0; B, C (b, k, L) -> y (b, k, d, L). In chunks of about sqrt(L): all chunks step through
+    their recurrence side by side from 0, then what each inherits from those before it is added. Linear in L, and no
+    exponential of a sum can overflow, since every factor is below 1.
+    """
+    L = u.shape[3]
+    T = math.ceil(math.sqrt(L))  # steps of a chunk
+    chunked = lambda v, fill: F.pad(v, (0, -L % T), value=fill).unflatten(3, (-1, T)).unbind(4)  # T times (b, k, d, chunks)
+    a, x = chunked(torch.exp(delta * A[..., None]), 1.0), chunked(delta * B[:, :, None] * u, 0.0)
+    h, decay = [x[0]], [a[0]]
+    for t in range(1, T):
+        h.append(a[t] * h[-1] + x[t])
+        decay.append(a[t] * decay[-1])
+    carry = [torch.zeros_like(h[0][..., 0])]  # the state that each chunk starts from
+    for end, kept in zip(h[-1].unbind(3)[:-1], decay[-1].unbind(3)[:-1]):
+        carry.append(end + kept * carry[-1])
+    h = torch.stack(h, 4) + torch.stack(decay, 4) * torch.stack(carry, 3)[..., None]  # (b, k, d, chunks, T)
+    return C[:, :, None] * h.flatten(3)[..., :L] + D[..., None] * u
+
+
+class SS2D(nn.Module):
+    """VMamba's 2-D selective scan with state size 1 and no gate: rows and columns, each forwards and backwards."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.rank = rank = math.ceil(dim / 16)
+        self.in_proj, self.out_proj = nn.Linear(dim, dim, bias=False), nn.Linear(dim, dim, bias=False)
+        self.conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False)
+        self.norm = nn.LayerNorm(dim)
+        self.x_proj = nn.Parameter(torch.empty(4, rank + 2, dim).uniform_(-(dim**-0.5), dim**-0.5))  # to the rank of delta, B and C
+        self.dt_proj = nn.Parameter(torch.empty(4, dim, rank).uniform_(-(rank**-0.5), rank**-0.5))
+        dt = torch.empty(4, dim).uniform_(math.log(1e-3), math.log(0.1)).exp().clamp(min=1e-4)
+        self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # softplus(dt_bias) = dt
+        self.A_log, self.D = nn.Parameter(torch.zeros(4 * dim, 1)), nn.Parameter(torch.ones(4 * dim))
+
+    def forward(self, x):
+        """x (B, H, W, d) -> the same shape."""
+        _, H, W, d = x.shape
+        x = F.silu(self.conv(self.in_proj(x).permute(0, 3, 1, 2)))  # (B, d, H, W)
+        u = cross_scan(x)  # (B, 4, d, L)
+        with common.full_precision():
+            u = upcast(u)
+            delta, B, C = torch.einsum("bkdl,krd->bkrl", u, upcast(self.x_proj)).split([self.rank, 1, 1], dim=2)
+            delta = F.softplus(torch.einsum("bkrl,kdr->bkdl", delta, upcast(self.dt_proj)) + self.dt_bias[..., None])  # (B, 4, d, L)
+            y = selective_scan(u, delta, -torch.exp(self.A_log).view(4, d), B[:, :, 0], C[:, :, 0], self.D.view(4, d))
+        return self.out_proj(self.norm(cross_merge(y, H, W).permute(0, 2, 3, 1)))
+
+
+def cross_scan(x):
+    """x (B, d, H, W) -> (B, 4, d, H W): by rows, by columns, and both backwards."""
+    both = torch.stack([x.flatten(2), x.transpose(2, 3).flatten(2)], 1)  # (B, 2, d, L)
+    return torch.cat([both, both.flip(3)], 1)
+
+
+def cross_merge(y, H, W):
+    """y (B, 4, d, H W) -> the sum of all four, each back in its place (B, d, H, W)."""
+    rows, columns = (y[:, :2] + y[:, 2:].flip(3)).unbind(1)  # (B, d, L) each
+    return rows.unflatten(2, (H, W)) + columns.unflatten(2, (W, H)).transpose(2, 3)
+
+
+class VMambaBlock(nn.Module):
+    """Scan and MLP, each on normalised features and added to them."""
+
+    def __init__(self, dim, drop_path):
+        super().__init__()
+        self.norm1, self.scan, self.norm2, self.drop = nn.LayerNorm(dim), SS2D(dim), nn.LayerNorm(dim), DropPath(drop_path)
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+
+    def forward(self, x):  # (B, H, W, d)
+        x = x + self.drop(self.scan(self.norm1(x)))
+        return x + self.drop(self.mlp(self.norm2(x)))
+
+
+class ChannelsLast(nn.Module):
+    """A 3x3 convolution of stride 2 and layer norm on (B, H, W, C)."""
+
+    def __init__(self, before, after):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(before, after, 3, 2, 1), nn.LayerNorm(after)
+
+    def forward(self, x):
+        return self.norm(self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+
+
+class VMamba(common.Pyramid, nn.Module):
+    """VMamba-Tiny [s1l8] (Liu et al. 2024, arXiv 2401.10166; its public code), in plain torch: four stages of 2, 2, 8, 2 blocks,
+    96 to 768 wide, with strides 4, 8, 16, 32; representation: mean of the normalised last map. Images of any size."""
+
+    def __init__(self, arch="vmamba_tiny", img_size=224, drop_path=0.2):
+        super().__init__()
+        width, depths = VMAMBAS[arch]
+        self.dim = 8 * width
+        rates = iter(np.linspace(0, drop_path, sum(depths)).tolist())
+        self.stem = nn.Sequential(ChannelsLast(3, width // 2), nn.GELU(), ChannelsLast(width // 2, width))
+        self.stages = nn.ModuleList()
+        for i, n in enumerate(depths):
+            blocks = [VMambaBlock(width * 2**i, next(rates)) for _ in range(n)]
+            self.stages.append(nn.Sequential(*([ChannelsLast(width * 2**i // 2, width * 2**i)] if i else []), *blocks))
+        self.norm = nn.LayerNorm(self.dim)
+        for m in self.modules():
+            if isinstance(m, nn.Linear):
+                nn.init.trunc_normal_(m.weight, std=0.02)
+                if m.bias is not None:
+                    nn.init.zeros_(m.bias)
+
+    def timm_arguments(self):
+        return "timm has no VMamba"
+
+    def trace(self, x, taps=()):
+        """x (B, 3, H, W) -> y (B, dim), and {k: map after stage k (B, h, w, C)} for `taps`."""
+        z, tapped = self.stem(x.permute(0, 2, 3, 1)), {}
+        for k, stage in enumerate(self.stages, 1):
+            z = stage(z)
+            if k in taps:
+                tapped[k] = z
+        return self.norm(z).mean((1, 2)), tapped
+
+
+common.BACKBONES |= dict.fromkeys(VMAMBAS, VMamba)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -338,8 +471,8 @@ class SimSiam(nn.Module):
         if args.equi == "none":  # plain SimSiam
             self.projectors["inv"][-2].bias.requires_grad_(False)
             for m in backbone.modules():
-                if isinstance(m, (common.BasicBlock, common.Bottleneck)):
-                    nn.init.zeros_((m.bn2 if isinstance(m, common.BasicBlock) else m.bn3).weight)
+                if isinstance(m, (BasicBlock, Bottleneck)):
+                    nn.init.zeros_((m.bn2 if isinstance(m, BasicBlock) else m.bn3).weight)
 
     def last_layers(self):
         return []
@@ -418,7 +551,7 @@ def learning_rates(args, step, per_epoch, warmup):
 
 def check(args):
     """Refuse what cannot work, in one line each, before anything is made."""
-    common.check_run(args, RECIPES, RANGES, common.VITS, common.RESNETS, common.VMAMBAS)
+    common.check_run(args, RECIPES, RANGES, common.VITS, common.RESNETS, VMAMBAS)
     if args.equi not in dict(dino=("clever", "none"), simsiam=("ddcl", "none"))[args.base]:
         common.die(f"--equi {args.equi}: goes with --base {'dino' if args.equi == 'clever' else 'simsiam'}")
     for name in ("crop_scale", "local_scale"):

@@ -19,6 +19,7 @@ import copy
 import dataclasses
 import errno
 import hashlib
+import importlib
 import inspect
 import io
 import itertools
@@ -48,7 +49,6 @@ import torch.nn.functional as F
 import torchvision
 import tyro
 from PIL import Image, ImageOps
-from timm.layers import DropPath
 from timm.models.vision_transformer import VisionTransformer
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.utils import save_image
@@ -2516,11 +2516,10 @@ RESNETS = dict(  # block, blocks of each stage, width of the first stage
     resnet18=(BasicBlock, (2, 2, 2, 2), 64),
     resnet50=(Bottleneck, (3, 4, 6, 3), 64),
 )
-VMAMBAS = dict(vmamba_tiny=(96, (2, 2, 8, 2)))  # width of the first stage, blocks of each
 
 
 def check_arch(arch, *families):
-    """Refuse an architecture that is not in `families`, of VITS, RESNETS, VMAMBAS."""
+    """Refuse an architecture that is not in `families`, such as VITS and RESNETS."""
     known = [name for family in families for name in family]
     if arch not in known:
         die(f"--arch {arch}: not one of {', '.join(known)}")
@@ -2538,10 +2537,11 @@ def sincos_positions(h, w, dim):
 class ViT(VisionTransformer):
     """timm's VisionTransformer, with timm's parameter names, for any grid of patches and with a late [CLS].
 
-    cls_layer: [CLS] enters after this block (0: at the input, as usual; None, of NeckViT: there is none); before it the tokens
-    are a map.
+    cls_layer: [CLS] enters after this block (0: at the input, as usual; None: there is none); before it the tokens are a map.
     pos: "learned", or "sincos" (fixed). A late [CLS] has no position; at the input a sin-cos one is zero.
     """
+
+    feature = "final [CLS]"
 
     def __init__(self, arch="vit_small", img_size=224, patch_size=16, cls_layer=0, pos="learned", drop_path=0.0):
         super().__init__(img_size=img_size, patch_size=patch_size, num_classes=0, drop_path_rate=drop_path, class_token=cls_layer is not None,
@@ -2595,6 +2595,14 @@ class ViT(VisionTransformer):
         tapped = self.trace(x, blocks)[1]
         return torch.cat([self.norm(tapped[k][:, 0]) for k in blocks], dim=1)
 
+    def timm_arguments(self):
+        """Arguments of the timm model with these features, or why there is none."""
+        if self.cls_layer > 0:
+            return "timm has no ViT whose [CLS] enters after a block"
+        d = self.description
+        sizes = dict(img_size=d["img_size"], patch_size=d["patch_size"], **VITS[d["arch"]])
+        return dict(model_name="vit_small_patch16_224", num_classes=0, **sizes)
+
     def tokens(self, x, after):
         """x (B, 3, H, W) -> the patch tokens after block `after`, un-normalised, as a map (B, h, w, dim); after several: a list."""
         (h, w), layers = self.cells(x), after if isinstance(after, tuple) else (after,)
@@ -2603,32 +2611,10 @@ class ViT(VisionTransformer):
         return maps if isinstance(after, tuple) else maps[0]
 
 
-class NeckViT(ViT):
-    """A ViT without [CLS] and with a linear neck on every normalised patch token. The representation is the mean of the
-    tokens; its first half is meant to be invariant, its second equivariant. The encoder of RECON and SIE."""
-
-    def __init__(self, neck=512, **kwargs):
-        super().__init__(cls_layer=None, **kwargs)
-        self.neck, self.dim = nn.Linear(self.embed_dim, neck), neck
-
-    def patches(self, x):
-        """x (B, 3, H, W) -> tokens (B, h w, neck)."""
-        return self.neck(self.run_blocks(x)[0])
-
-    def trace(self, x, taps=()):
-        """x (B, 3, H, W) -> the representation (B, neck), and the tokens after the blocks in `taps`."""
-        z, tapped = self.run_blocks(x, taps)
-        return self.neck(z).mean(1), tapped
-
-    def last_blocks(self, x, n=1):
-        """The representation: there is no [CLS] to take from other blocks."""
-        return self(x)
-
-
 class Pyramid:
     """What encoders of four stages have in common, beside their `trace`."""
 
-    depth = 4
+    depth, feature = 4, "mean of the last map"
 
     def forward(self, x):
         return self.trace(x)[0]
@@ -2667,6 +2653,13 @@ class ResNet(Pyramid, torchvision.models.ResNet):
             if isinstance(m, nn.Conv2d):
                 nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
 
+    def timm_arguments(self):
+        """Arguments of the timm model with these features, or why there is none."""
+        d = self.description
+        if d.get("stem") == "cifar" or self.coords or d["arch"] == "resnet_pico":
+            return "timm has no ResNet with a 3x3 stem, coordinate channels or of this width"
+        return dict(model_name=d["arch"], num_classes=0)
+
     def trace(self, x, taps=()):
         """x (B, 3, H, W) -> y (B, dim), the mean over the last map, and {k: map after stage k (B, h, w, C)} for `taps`."""
         if self.coords:
@@ -2681,135 +2674,25 @@ class ResNet(Pyramid, torchvision.models.ResNet):
         return self.avgpool(z).flatten(1), tapped
 
 
-def selective_scan(u, delta, A, B, C, D):
-    """h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t,  y_t = C_t h_t + D u_t,  h_0 = 0, along the last axis.
-
-    u, delta (b, k, d, L); A, D (k, d), A < 0; B, C (b, k, L) -> y (b, k, d, L). In chunks of about sqrt(L): all chunks step through
-    their recurrence side by side from 0, then what each inherits from those before it is added. Linear in L, and no
-    exponential of a sum can overflow, since every factor is below 1.
-    """
-    L = u.shape[3]
-    T = math.ceil(math.sqrt(L))  # steps of a chunk
-    chunked = lambda v, fill: F.pad(v, (0, -L % T), value=fill).unflatten(3, (-1, T)).unbind(4)  # T times (b, k, d, chunks)
-    a, x = chunked(torch.exp(delta * A[..., None]), 1.0), chunked(delta * B[:, :, None] * u, 0.0)
-    h, decay = [x[0]], [a[0]]
-    for t in range(1, T):
-        h.append(a[t] * h[-1] + x[t])
-        decay.append(a[t] * decay[-1])
-    carry = [torch.zeros_like(h[0][..., 0])]  # the state that each chunk starts from
-    for end, kept in zip(h[-1].unbind(3)[:-1], decay[-1].unbind(3)[:-1]):
-        carry.append(end + kept * carry[-1])
-    h = torch.stack(h, 4) + torch.stack(decay, 4) * torch.stack(carry, 3)[..., None]  # (b, k, d, chunks, T)
-    return C[:, :, None] * h.flatten(3)[..., :L] + D[..., None] * u
-
-
-class SS2D(nn.Module):
-    """VMamba's 2-D selective scan with state size 1 and no gate: rows and columns, each forwards and backwards."""
-
-    def __init__(self, dim):
-        super().__init__()
-        self.rank = rank = math.ceil(dim / 16)
-        self.in_proj, self.out_proj = nn.Linear(dim, dim, bias=False), nn.Linear(dim, dim, bias=False)
-        self.conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False)
-        self.norm = nn.LayerNorm(dim)
-        self.x_proj = nn.Parameter(torch.empty(4, rank + 2, dim).uniform_(-(dim**-0.5), dim**-0.5))  # to the rank of delta, B and C
-        self.dt_proj = nn.Parameter(torch.empty(4, dim, rank).uniform_(-(rank**-0.5), rank**-0.5))
-        dt = torch.empty(4, dim).uniform_(math.log(1e-3), math.log(0.1)).exp().clamp(min=1e-4)
-        self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # softplus(dt_bias) = dt
-        self.A_log, self.D = nn.Parameter(torch.zeros(4 * dim, 1)), nn.Parameter(torch.ones(4 * dim))
-
-    def forward(self, x):
-        """x (B, H, W, d) -> the same shape."""
-        _, H, W, d = x.shape
-        x = F.silu(self.conv(self.in_proj(x).permute(0, 3, 1, 2)))  # (B, d, H, W)
-        u = cross_scan(x)  # (B, 4, d, L)
-        with full_precision():
-            u = upcast(u)
-            delta, B, C = torch.einsum("bkdl,krd->bkrl", u, upcast(self.x_proj)).split([self.rank, 1, 1], dim=2)
-            delta = F.softplus(torch.einsum("bkrl,kdr->bkdl", delta, upcast(self.dt_proj)) + self.dt_bias[..., None])  # (B, 4, d, L)
-            y = selective_scan(u, delta, -torch.exp(self.A_log).view(4, d), B[:, :, 0], C[:, :, 0], self.D.view(4, d))
-        return self.out_proj(self.norm(cross_merge(y, H, W).permute(0, 2, 3, 1)))
-
-
-def cross_scan(x):
-    """x (B, d, H, W) -> (B, 4, d, H W): by rows, by columns, and both backwards."""
-    both = torch.stack([x.flatten(2), x.transpose(2, 3).flatten(2)], 1)  # (B, 2, d, L)
-    return torch.cat([both, both.flip(3)], 1)
-
-
-def cross_merge(y, H, W):
-    """y (B, 4, d, H W) -> the sum of all four, each back in its place (B, d, H, W)."""
-    rows, columns = (y[:, :2] + y[:, 2:].flip(3)).unbind(1)  # (B, d, L) each
-    return rows.unflatten(2, (H, W)) + columns.unflatten(2, (W, H)).transpose(2, 3)
-
-
-class VMambaBlock(nn.Module):
-    """Scan and MLP, each on normalised features and added to them."""
-
-    def __init__(self, dim, drop_path):
-        super().__init__()
-        self.norm1, self.scan, self.norm2, self.drop = nn.LayerNorm(dim), SS2D(dim), nn.LayerNorm(dim), DropPath(drop_path)
-        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
-
-    def forward(self, x):  # (B, H, W, d)
-        x = x + self.drop(self.scan(self.norm1(x)))
-        return x + self.drop(self.mlp(self.norm2(x)))
-
-
-class ChannelsLast(nn.Module):
-    """A 3x3 convolution of stride 2 and layer norm on (B, H, W, C)."""
-
-    def __init__(self, before, after):
-        super().__init__()
-        self.conv, self.norm = nn.Conv2d(before, after, 3, 2, 1), nn.LayerNorm(after)
-
-    def forward(self, x):
-        return self.norm(self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
-
-
-class VMamba(Pyramid, nn.Module):
-    """VMamba-Tiny [s1l8] (Liu et al. 2024, arXiv 2401.10166; its public code), in plain torch: four stages of 2, 2, 8, 2 blocks,
-    96 to 768 wide, with strides 4, 8, 16, 32; representation: mean of the normalised last map. Images of any size."""
-
-    def __init__(self, arch="vmamba_tiny", img_size=224, drop_path=0.2):
-        super().__init__()
-        width, depths = VMAMBAS[arch]
-        self.dim = 8 * width
-        rates = iter(np.linspace(0, drop_path, sum(depths)).tolist())
-        self.stem = nn.Sequential(ChannelsLast(3, width // 2), nn.GELU(), ChannelsLast(width // 2, width))
-        self.stages = nn.ModuleList()
-        for i, n in enumerate(depths):
-            blocks = [VMambaBlock(width * 2**i, next(rates)) for _ in range(n)]
-            self.stages.append(nn.Sequential(*([ChannelsLast(width * 2**i // 2, width * 2**i)] if i else []), *blocks))
-        self.norm = nn.LayerNorm(self.dim)
-        for m in self.modules():
-            if isinstance(m, nn.Linear):
-                nn.init.trunc_normal_(m.weight, std=0.02)
-                if m.bias is not None:
-                    nn.init.zeros_(m.bias)
-
-    def trace(self, x, taps=()):
-        """x (B, 3, H, W) -> y (B, dim), and {k: map after stage k (B, h, w, C)} for `taps`."""
-        z, tapped = self.stem(x.permute(0, 2, 3, 1)), {}
-        for k, stage in enumerate(self.stages, 1):
-            z = stage(z)
-            if k in taps:
-                tapped[k] = z
-        return self.norm(z).mean((1, 2)), tapped
+# Architecture -> class of the encoder. A script adds its own, under the name of an architecture, or of an option that no
+# other encoder has. An encoder has `feature`, `dim`, `depth`, `trace`, `tokens`, `last_blocks` and `timm_arguments`.
+BACKBONES = dict.fromkeys(VITS, ViT) | dict.fromkeys(RESNETS, ResNet)
+METHODS = "ser", "recon_xattn", "ciper", "clever"  # scripts that may add to it; loading a checkpoint imports no other
 
 
 def make_backbone(arch, mean, std, img_size, inv=None, **kwargs):
     """The encoder that a checkpoint's "backbone" describes. It keeps that description, and in `mean`, `std`, `img_size`
     what it expects as input; `dim` is the width of `backbone(x)`, `inv` that of its invariant part, which comes first (None:
     it is not split)."""
-    check_arch(arch, VITS, RESNETS, VMAMBAS)
+    check_arch(arch, BACKBONES)
     patch_size = kwargs.get("patch_size", 1)
     if img_size % patch_size:
-        die(f"--img-size {img_size}: not divisible by --patch-size {patch_size}; the nearest that is: {max(1, round(img_size / patch_size)) * patch_size}")
-    family = ResNet if arch in RESNETS else VMamba if arch in VMAMBAS else NeckViT if "neck" in kwargs else ViT
-    backbone = family(arch=arch, img_size=img_size, **kwargs)
+        nearest = max(1, round(img_size / patch_size)) * patch_size
+        die(f"--img-size {img_size}: not divisible by --patch-size {patch_size}; the nearest that is: {nearest}")
+    kind = next(name for name in (*kwargs, arch) if name in BACKBONES)
+    backbone = BACKBONES[kind](arch=arch, img_size=img_size, **kwargs)
     backbone.mean, backbone.std, backbone.img_size = mean, std, img_size
-    backbone.inv = kwargs["neck"] // 2 if "neck" in kwargs else inv
+    backbone.inv = getattr(backbone, "inv", inv)
     backbone.description = dict(arch=arch, mean=list(mean), std=list(std), img_size=img_size, inv=inv, **kwargs)
     return backbone
 
@@ -2818,6 +2701,8 @@ def load_backbone(path, file=None):
     """Checkpoint, read from `file` where it is open -> (frozen encoder in eval mode, checkpoint dict). Strict: weights that
     do not fit are an error."""
     state = load_checkpoint(path, file)
+    if state["method"] in METHODS:
+        importlib.import_module(state["method"])  # encoders of its own are in the table then
     try:
         backbone = make_backbone(**state["backbone"])
         backbone.load_state_dict(state["backbone_state"])
@@ -2832,19 +2717,9 @@ def export_backbone(path, backbone):
     import timm
     from safetensors.torch import save
 
-    d = backbone.description
-    if d["arch"] in VMAMBAS:
-        return f"{path.name}: not written, timm has no VMamba"
-    if d["arch"] in RESNETS:
-        if d.get("stem") == "cifar" or d.get("coords") or d["arch"] == "resnet_pico":
-            return f"{path.name}: not written, timm has no ResNet with a 3x3 stem, coordinate channels or of this width"
-        arguments = dict(model_name=d["arch"], num_classes=0)
-    elif "neck" in d:
-        return f"{path.name}: not written, timm has no ViT with a neck"
-    elif d["cls_layer"] > 0:
-        return f"{path.name}: not written, timm has no ViT whose [CLS] enters after a block"
-    else:
-        arguments = dict(model_name="vit_small_patch16_224", num_classes=0, img_size=d["img_size"], patch_size=d["patch_size"], **VITS[d["arch"]])
+    d, arguments = backbone.description, backbone.timm_arguments()
+    if isinstance(arguments, str):
+        return f"{path.name}: not written, {arguments}"
     backbone, twin = copy.deepcopy(backbone).cpu().eval(), timm.create_model(**arguments).eval()
     twin.load_state_dict(backbone.state_dict())
     x = torch.randn(2, 3, d["img_size"], d["img_size"], generator=rng("export"))

@@ -598,7 +598,7 @@ class Case:
     @property
     def feature(self):
         """What x is, for the protocol."""
-        name = {common.NeckViT: "mean of the tokens", common.ViT: "final [CLS]", Timm: "final representation"}.get(type(self.backbone), "mean of the last map")
+        name = self.backbone.feature
         return name if self.x[0].shape[1] == self.backbone.dim else f"[CLS] of the last {self.x[0].shape[1] // self.backbone.dim} blocks"
 
     @functools.cached_property
@@ -870,6 +870,8 @@ TASKS = dict(knn=knn, linear=linear, mlp=mlp, finetune=finetune, fewshot=fewshot
 
 class Timm(nn.Module):
     """A timm model in the shape of our encoders."""
+
+    feature = "final representation"
 
     def __init__(self, model):
         super().__init__()

@@ -279,6 +279,36 @@ def heads(dim):
     return max(1, dim // 64)
 
 
+class NeckViT(common.ViT):
+    """A ViT without [CLS] and with a linear neck on every normalised patch token. The representation is the mean of the
+    tokens; its first half is meant to be invariant, its second equivariant. The encoder of RECON and SIE."""
+
+    feature = "mean of the tokens"
+
+    def __init__(self, neck=512, **kwargs):
+        super().__init__(cls_layer=None, **kwargs)
+        self.neck, self.dim, self.inv = nn.Linear(self.embed_dim, neck), neck, neck // 2
+
+    def timm_arguments(self):
+        return "timm has no ViT with a neck"
+
+    def patches(self, x):
+        """x (B, 3, H, W) -> tokens (B, h w, neck)."""
+        return self.neck(self.run_blocks(x)[0])
+
+    def trace(self, x, taps=()):
+        """x (B, 3, H, W) -> the representation (B, neck), and the tokens after the blocks in `taps`."""
+        z, tapped = self.run_blocks(x, taps)
+        return self.neck(z).mean(1), tapped
+
+    def last_blocks(self, x, n=1):
+        """The representation: there is no [CLS] to take from other blocks."""
+        return self(x)
+
+
+common.BACKBONES["neck"] = NeckViT
+
+
 class CrossBlock(nn.Module):
     """Cross-attention and an MLP. The query's tokens are not added to the result, which starts from positions alone."""
 

@@ -184,7 +184,7 @@ def test_without_orthogonality_and_penalty_it_is_the_base_on_the_invariant_part(
 def test_what_simsiam_alone_does():
     for equi, zero in (("none", True), ("ddcl", False)):
         _, model, _ = step("simsiam", equi, arch="resnet_pico")
-        assert all((m.bn2.weight == 0).all() == zero for m in model.backbone.modules() if isinstance(m, common.BasicBlock))
+        assert all((m.bn2.weight == 0).all() == zero for m in model.backbone.modules() if isinstance(m, clever.BasicBlock))
         assert model.projectors["inv"][-2].bias.requires_grad is not zero and set(model.projectors) == ({"inv"} if zero else {"inv", "equi"})
 
 
@@ -266,7 +266,7 @@ def test_parameter_counts_and_sizes_at_the_start():
         model = clever.SimSiam(common.ResNet("resnet50"), args, 1638)
         assert (count(model.projectors["inv"]), count(model.projectors["equi"]), count(model.predictors["inv"])) == (11_753_472, 9_238_528, 2_100_224)
         assert count(clever.SimSiam(common.ResNet("resnet50"), clever.dataclasses.replace(args, equi="none"), 2048).projectors["inv"]) == 12_593_152
-        assert count(common.VMamba()) == 29_480_064 and count(common.ViT("vit_tiny")) == 5_524_416 and count(common.ResNet("resnet50")) == 23_508_032
+        assert count(clever.VMamba()) == 29_480_064 and count(common.ViT("vit_tiny")) == 5_524_416 and count(common.ResNet("resnet50")) == 23_508_032
     torch.manual_seed(0)
     K = 4096
     head = clever.DINOHead(307, clever.Args(), K)
@@ -322,7 +322,7 @@ def test_who_decays():
     assert "backbone.cls_token" in decayed and "backbone.pos_embed" in decayed and all(n.endswith("bias") or "norm" in n for n in plain) and plain
     assert not any("original0" in n or n.startswith("teacher") for n in decayed + plain)
     with torch.device("meta"):
-        vmamba = clever.DINO(common.VMamba(), args_for(), 614)
+        vmamba = clever.DINO(clever.VMamba(), args_for(), 614)
     groups = clever.make_optimizer(vmamba, args_for(), torch.device("cpu")).param_groups
     backbone = {id(p) for p in vmamba.backbone.parameters()}
     assert sum(p.numel() for p in groups[0]["params"] if id(p) in backbone) == 29_396_304
@@ -336,9 +336,9 @@ def test_who_decays():
 
 def test_scan_of_constants():
     one = torch.ones(1, 1, 1, 50).double()
-    y = common.selective_scan(one, math.log(2) * one, -torch.ones(1, 1).double(), one[:, 0], one[:, 0], torch.ones(1, 1).double())[0, 0, 0]
+    y = clever.selective_scan(one, math.log(2) * one, -torch.ones(1, 1).double(), one[:, 0], one[:, 0], torch.ones(1, 1).double())[0, 0, 0]
     assert y[:4].tolist() == pytest.approx([1.693147, 2.039721, 2.213008, 2.299651], abs=1e-6) and y[-1].item() == pytest.approx(2.386294, abs=1e-6)
-    assert torch.equal(common.selective_scan(one, one, -one[0, :, :, 0], 0 * one[:, 0], one[:, 0], 3 * one[0, :, :, 0]), 3 * one)
+    assert torch.equal(clever.selective_scan(one, one, -one[0, :, :, 0], 0 * one[:, 0], one[:, 0], 3 * one[0, :, :, 0]), 3 * one)
 
 
 @pytest.mark.parametrize("L", [1, 2, 9, 36, 37, 100])
@@ -351,7 +351,7 @@ def test_scan_in_chunks_equals_the_recurrence(L):
     for s in range(L):
         h = (delta[..., s] * A).exp() * h + delta[..., s] * B[:, :, None, s] * u[..., s]
         rows.append(C[:, :, None, s] * h + D * u[..., s])
-    y, expected = common.selective_scan(*tensors), torch.stack(rows, 3)
+    y, expected = clever.selective_scan(*tensors), torch.stack(rows, 3)
     assert torch.allclose(y, expected, atol=1e-10)
     weight = draw(*y.shape)
     for a, b in zip(torch.autograd.grad((y * weight).sum(), tensors), torch.autograd.grad((expected * weight).sum(), tensors)):
@@ -360,14 +360,14 @@ def test_scan_in_chunks_equals_the_recurrence(L):
 
 def test_a_long_step_overflows_nothing():
     u = torch.ones(1, 1, 1, 400)
-    y = common.selective_scan(u, 1e3 * u, -torch.ones(1, 1), u[:, 0], u[:, 0], torch.zeros(1, 1))
+    y = clever.selective_scan(u, 1e3 * u, -torch.ones(1, 1), u[:, 0], u[:, 0], torch.zeros(1, 1))
     assert torch.isfinite(y).all() and torch.allclose(y, 1e3 * u)
 
 
 def test_cross_scan_and_merge():
     x = t([1, 2, 3], [4, 5, 6])[None, None]
-    assert ["".join(str(int(v)) for v in row) for row in common.cross_scan(x)[0, :, 0]] == ["123456", "142536", "654321", "635241"]
-    assert torch.equal(common.cross_merge(common.cross_scan(x), 2, 3), 4 * x)
+    assert ["".join(str(int(v)) for v in row) for row in clever.cross_scan(x)[0, :, 0]] == ["123456", "142536", "654321", "635241"]
+    assert torch.equal(clever.cross_merge(clever.cross_scan(x), 2, 3), 4 * x)
 
 
 @pytest.mark.parametrize("size, sides", [(96, (24, 12, 6, 3)), (224, (56, 28, 14, 7))])
@@ -489,7 +489,7 @@ def test_frozen_prototypes_stay_where_they_are(small, tmp_path):
 def test_vmamba_trains(small, tmp_path, capsys):
     clever.main([*small, "--arch", "vmamba_tiny", "--local-crops", "1", "--max-steps", "1", "--batch-size", "4", "--out", str(tmp_path / "run")])
     encoder, _ = common.load_backbone(tmp_path / "run" / "checkpoint.pt")
-    assert isinstance(encoder, common.VMamba) and encoder.inv == 614
+    assert isinstance(encoder, clever.VMamba) and encoder.inv == 614
 
 
 @pytest.mark.parametrize("argv, words", [

@@ -94,9 +94,9 @@ def test_parameter_counts_of_the_paper():
     count = lambda m: sum(p.numel() for p in m.parameters())
     args = rx.Args(recipe="imagenet")
     with torch.device("meta"):
-        backbone = common.NeckViT(arch="vit_small")
+        backbone = rx.NeckViT(arch="vit_small")
         model = rx.Recon(backbone, args, None)
-        small = common.NeckViT(arch="vit_small", img_size=32, patch_size=4)
+        small = rx.NeckViT(arch="vit_small", img_size=32, patch_size=4)
         cifar = rx.Recon(small, rx.Args(recipe="cifar10", patch_size=4, img_size=32), None)
         sie = rx.SIE(backbone, args, 4)
     assert count(backbone) - count(backbone.neck) == 21_664_896 and count(backbone.neck) == 197_120
