@@ -135,8 +135,7 @@ RECIPES = {
 }
 OBJECTIVES = {"essl": dict(alpha=0.4, negatives="cross", coords=False, flip_p=0.5, lr=0.12, batch_size=512, warmup_epochs=10)}
 VALID = dict(ciper=("image", "dataset"), predictive=("image", "dataset"), simclr=("image", "dataset", "time"), essl=("image",))
-NORMALISE = {"cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)), "cifar100": common.CIFAR100, "tdw": common.TDW, "core50": common.CORE50,
-             "blocks-views": common.BLOCKS, "blocks": common.BLOCKS}  # cifar10: [E]
+CIFAR10 = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)  # mean and std with which [E] normalises it
 SESSIONS = 11  # of core50 and blocks-views
 
 
@@ -151,13 +150,18 @@ def values_in_force(first):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def normalisation(args):
+    """Mean and std of each channel: the data set's own, but for cifar10."""
+    return CIFAR10 if args.recipe == "cifar10" and args.data in ("cifar10", "imagefolder") else common.normalisation(args)
+
+
 def make_policies(args):
     """{view: Compose}: "1" and "2" are contrasted, "0" is the anchor; "3", half as large, is what E-SSL turns."""
 
     def view(size, augmented):
         ops = dict(crop=RandomResizedCrop(size, args.crop_scale), flip=HorizontalFlip(args.flip_p), jitter=ColorJitter(*args.jitter), gray=Grayscale())
         ops = {name: op for name, op in ops.items() if augmented and name not in args.drop_aug}
-        return Compose([ops.pop("crop", CenterCrop(size, resize=size)), *ops.values(), Normalize(*NORMALISE[args.recipe])])
+        return Compose([ops.pop("crop", CenterCrop(size, resize=size)), *ops.values(), Normalize(*normalisation(args))])
 
     policies = {"1": view(args.img_size, args.views == "image"), "2": view(args.img_size, args.views == "image")}
     if args.objective in ("ciper", "predictive"):
@@ -382,7 +386,7 @@ class Heads(nn.Module):
 def build(args, device, M):
     """The model with its initial weights: seeded, the same on every process. M: width of the predictor's output."""
     common.seed_everything(args.seed, "weights")
-    backbone = common.make_backbone(args.arch, *NORMALISE[args.recipe], img_size=args.img_size, stem="cifar", coords=args.coords)
+    backbone = common.make_backbone(args.arch, *normalisation(args), img_size=args.img_size, stem="cifar", coords=args.coords)
     return common.batchnorm_over_ranks(Heads(backbone, args, M), device).to(device, memory_format=torch.channels_last)
 
 

@@ -150,7 +150,6 @@ RECIPES = {  # for each base; epochs of the tables are 500 (Tables 2 to 7), 200 
                    simsiam=SMALL["simsiam"] | MINUTES | dict(lr=0.1, warmup_epochs=0, head_dim=256, head_dim_equi=256, bottleneck=64)),
 }
 RECIPES["cifar100"] = RECIPES["cifar10"]
-NORMALISE = dict(blocks=common.BLOCKS, cifar10=common.CIFAR10, cifar100=common.CIFAR100)  # all others: ImageNet's mean and std
 
 
 VMAMBAS = dict(vmamba_tiny=(96, (2, 2, 8, 2)))  # width of the first stage, blocks of each
@@ -174,7 +173,7 @@ def values_in_force(first):
 
 def make_policies(args):
     """{view: Compose}: "1" and "2" are the global crops, "3", "4", ... the small ones."""
-    normalise = Normalize(*NORMALISE.get(args.recipe, common.IMAGENET))
+    normalise = Normalize(*common.normalisation(args))
     warps = [Affine(degrees=90, interpolation="nearest"), Elastic(alpha=100)][: dict(basic=0, complex=1, complex_plus=2)[args.aug]]
     if args.base == "simsiam":
         blur = [GaussianBlur(p=0.5)] * args.blur
@@ -508,7 +507,7 @@ class SimSiam(nn.Module):
 def build(args, device):
     """The model with its initial weights: seeded, the same on every process."""
     common.seed_everything(args.seed, "weights")
-    mean, std = NORMALISE.get(args.recipe, common.IMAGENET)
+    mean, std = common.normalisation(args)
     if args.arch in common.VITS:
         kwargs = dict(patch_size=args.patch_size, cls_layer=0, pos="learned", drop_path=args.drop_path)
     elif args.arch in common.RESNETS:

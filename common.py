@@ -35,7 +35,7 @@ import time
 import types
 import zipfile
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -944,7 +944,6 @@ CORE50 = ((0.6000, 0.5681, 0.5411), (0.1817, 0.1944, 0.2039))
 TDW = ((0.7709, 0.7642, 0.7470), (0.0835, 0.0842, 0.0840))
 BENCH3DIE = ((0.5016, 0.5037, 0.5060), (0.1030, 0.0999, 0.0969))
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
-DATA_SETS = ("blocks", "blocks-views", "cifar10", "cifar100", "imagenet", "imagenet100", "3diebench", "core50", "tdw", "imagefolder", "food101", "sun397", "dtd", "pets", "aircraft", "flowers102", "cub200")
 IMAGENET100 = """01558993 01692333 01729322 01735189 01749939 01773797 01820546 01855672 01978455 01980166 01983481 02009229 02018207
     02085620 02086240 02086910 02087046 02089867 02089973 02090622 02091831 02093428 02099849 02100583 02104029 02105505 02106550 02107142
     02108089 02109047 02113799 02113978 02114855 02116738 02119022 02123045 02138441 02172182 02231487 02259212 02326432 02396427 02483362
@@ -1221,7 +1220,7 @@ def imagefolder(root, split, classes=None):
     return ImageSet(paths=paths, labels=labels, classes=tuple(found), note="; ".join(notes))
 
 
-def cifar(name, root, split):
+def cifar(name, root, split, **_):
     """CIFAR-10 or -100 as torchvision keeps it: 50,000 and 10,000 images of 32 x 32 px."""
     try:
         data = getattr(torchvision.datasets, name.upper())(root, train=split == "train")
@@ -1237,11 +1236,11 @@ def cifar(name, root, split):
     )
 
 
-def threediebench(root, split, workers=None, complete=True):
+def threediebench(root, split, workers=None, skip_corrupt=False, **_):
     """3DIEBench (Garrido et al. 2023) as published: root/<synset>/<object>/image_0..49.jpg and latent_0..49.npy, and
     beside them (or in root/data) the split's train_ or val_images.npy and _labels.npy. A latent is three angles
     (extrinsic xyz, radians), floor hue, two angles of the light, its hue. All are read once and kept in the cache
-    directory, until one of these files changes. `complete`: no view may be missing.
+    directory, until one of these files changes. No view may be missing, but with `skip_corrupt`.
     """
     root, part = Path(root), dict(train="train", test="val")[split]
 
@@ -1288,7 +1287,7 @@ def threediebench(root, split, workers=None, complete=True):
             out[i] = z
         return gather(out).unflatten(0, (world_size(), -1)).transpose(0, 1).flatten(0, 1)[: len(objects)].clone()
 
-    stamps = of_objects(partial(stamp_of, complete=complete), torch.tensor(0))  # (objects,)
+    stamps = of_objects(partial(stamp_of, complete=not skip_corrupt), torch.tensor(0))  # (objects,)
     key = number_of(str(root.resolve()), objects, code_of(latents_of))
     make = lambda: dict(stamps=stamps, latents=of_objects(latents_of, torch.zeros(50, 7)))
     kept = cached(f"3diebench-{key:x}", make, lambda kept: torch.equal(kept["stamps"], stamps))
@@ -1358,7 +1357,7 @@ TRANSFER = dict(  # torchvision's class; its train and test splits
 )
 
 
-def transfer_set(name, root, split):
+def transfer_set(name, root, split, **_):
     """A data set of TRANSFER as torchvision keeps it, or prepared as an image folder with train/ and val/ or test/.
     sun397 needs the authors' Training_01.txt and Testing_01.txt (19,850 images each) beside its folder or in it."""
     if os.path.isdir(root) and "train" in split_folders(root)[0]:
@@ -1396,7 +1395,7 @@ def transfer_set(name, root, split):
     return ImageSet(paths=paths, labels=torch.tensor(labels), classes=tuple(parts[0].classes))
 
 
-def cub200(root, split):
+def cub200(root, split, **_):
     """CUB-200-2011 as published: [CUB_200_2011/]images.txt, image_class_labels.txt, train_test_split.txt, classes.txt,
     images/; or prepared as an image folder."""
     if os.path.isdir(root) and "train" in split_folders(root)[0]:
@@ -1435,7 +1434,7 @@ CORE50_CLASSES = (
 )
 
 
-def core50(root, split, sessions):
+def core50(root, split, sessions=(1, 2), **_):
     """CORe50 (Lomonaco and Maltoni 2017) as published:
     [core50_128x128/]s1..s11/o1..o50/C_<session>_<object>_<frame>.png.
 
@@ -1499,10 +1498,12 @@ TDW_CLASSES = (
 )
 
 
-def tdw(root, split):
+def tdw(root, split, skip_corrupt=False, **_):
     """The toys of CLTT (Schneider et al. 2021) as published: train/ and test/ with 12,096 images each, whose sorted
     names count 12 objects x 4 distances x 7 elevations x 36 azimuths. Factor view (N, 3): azimuth, elevation in
     degrees, distance in metres."""
+    if skip_corrupt:
+        die("--skip-corrupt: tdw tells its images by their number, so none can be left out; leave the flag out")
     nested = Path(root) / "spherical_photoreal_64x64_DoF" / split
     folder = nested if os.path.isdir(nested) and not os.path.isdir(Path(root) / split) else Path(root) / split
     paths = [folder / name for name in sorted(visible(folder)[1])] if os.path.isdir(folder) else []
@@ -1533,47 +1534,6 @@ def known_part(data, fraction, seed):
         objects = groups[data.labels == c].unique()
         kept.append(objects[torch.randperm(len(objects), generator=g)[: max(1, round(fraction * len(objects)))]])
     return data.subset(torch.isin(groups, torch.cat(kept)).nonzero()[:, 0])
-
-
-def check_data(name):
-    if name not in DATA_SETS:
-        die(f"--data {name}: unknown data set; there are {', '.join(DATA_SETS)}")
-
-
-def load_data(name, root, split, size, skip_corrupt=False, workers=None, sessions=(1, 2)):
-    """The "train" or "test" split of a data set as an ImageSet; None when it has no such split. `size` is the side at
-    which `blocks` and `blocks-views` are rendered; everything else keeps its own. `skip_corrupt` opens every file first
-    and leaves out the ones that cannot be read. `sessions`: those of core50 that train."""
-    check_data(name)
-    if name.startswith("blocks"):
-        render = blocks if name == "blocks" else blocks_views
-        return ImageSet(**cached(f"{name}-{size}-{split}-{code_of(render)}", lambda: render(split, size)))
-    if root is None:
-        die(f"--data-dir: {name} needs the directory of its images")
-    if os.path.isdir(root):
-        visible(root)  # one that cannot be listed ends here, whatever the set
-    if name.startswith("cifar"):
-        return cifar(name, root, split)
-    if name == "tdw":
-        if skip_corrupt:
-            die("--skip-corrupt: tdw tells its images by their number, so none can be left out; leave the flag out")
-        return tdw(root, split)
-    if name in ("3diebench", "core50", "cub200", *TRANSFER):
-        bench = partial(threediebench, workers=workers, complete=not skip_corrupt)
-        read = {"3diebench": bench, "core50": partial(core50, sessions=sessions), "cub200": cub200}
-        data = read.get(name, partial(transfer_set, name))(root, split)
-    else:
-        data = imagefolder(root, split, {f"n{wnid}" for wnid in IMAGENET100.split()} if name == "imagenet100" else None)
-        expected = dict(imagenet=1000, imagenet100=100).get(name)
-        if expected and (data is None or len(data.classes) != expected):
-            found = f"{len(data.classes)}{data.note and f' ({data.note})'}" if data else f"no {split}"
-            die(
-                f"--data-dir {root}: {name} is train/<wnid>/*.JPEG and val/<wnid>/*.JPEG with {expected} classes, "
-                f"found {found}; or use --data imagefolder"
-            )
-    if not same_on_ranks(data is None):
-        die(f"--data-dir {root}: some machines have a {split} split there, others have none; copy the data set anew")
-    return without_unreadable(data, workers) if skip_corrupt and data is not None else data
 
 
 def unreadable(data, rows):
@@ -1863,6 +1823,85 @@ def pose_target(name, factors, i, j):
         conjugate = factors["rotation"][i] * torch.tensor([-1.0, -1.0, -1.0, 1.0])
         return multiply(conjugate, factors["rotation"][j])
     return torch.stack([factors[k][j] - factors[k][i] for k in ("floor_hue", "light_hue")], 1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data: the table of all sets
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def imagenet(wnids, root, split, **_):
+    """An ImageNet in folders: train/<wnid>/*.JPEG and val/<wnid>/*.JPEG, of some `wnids`, or (None) of all 1,000."""
+    name, expected = ("imagenet100", len(wnids)) if wnids else ("imagenet", 1000)
+    data = imagefolder(root, split, wnids)
+    if data is None or len(data.classes) != expected:
+        found = f"{len(data.classes)}{data.note and f' ({data.note})'}" if data else f"no {split}"
+        die(
+            f"--data-dir {root}: {name} is train/<wnid>/*.JPEG and val/<wnid>/*.JPEG with {expected} classes, "
+            f"found {found}; or use --data imagefolder"
+        )
+    return data
+
+
+def rendered(render, root, split, size, **_):
+    """A set that is drawn on the spot, at `size` px, and kept in the cache."""
+    name = render.__name__.replace("_", "-")
+    return ImageSet(**cached(f"{name}-{size}-{split}-{code_of(render)}", lambda: render(split, size)))
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSet:
+    """A row of DATA. read(root, split, size=, sessions=, workers=, skip_corrupt=) -> ImageSet of the "train" or "test" split,
+    or None where the set has no such split; mean and std of each channel, of images in [0, 1]."""
+
+    read: Callable
+    mean: tuple
+    std: tuple
+
+
+# To add a data set, write its reader above and its row here.
+DATA = {
+    "blocks": DataSet(partial(rendered, blocks), *BLOCKS),
+    "blocks-views": DataSet(partial(rendered, blocks_views), *BLOCKS),
+    "cifar10": DataSet(partial(cifar, "cifar10"), *CIFAR10),
+    "cifar100": DataSet(partial(cifar, "cifar100"), *CIFAR100),
+    "imagenet": DataSet(partial(imagenet, None), *IMAGENET),
+    "imagenet100": DataSet(partial(imagenet, {f"n{wnid}" for wnid in IMAGENET100.split()}), *IMAGENET),
+    "3diebench": DataSet(threediebench, *BENCH3DIE),
+    "core50": DataSet(core50, *CORE50),
+    "tdw": DataSet(tdw, *TDW),
+    "imagefolder": DataSet(lambda root, split, **_: imagefolder(root, split), *IMAGENET),
+    **{name: DataSet(partial(transfer_set, name), *IMAGENET) for name in TRANSFER},
+    "cub200": DataSet(cub200, *IMAGENET),
+}
+
+
+def check_data(name):
+    if name not in DATA:
+        die(f"--data {name}: unknown data set; there are {', '.join(DATA)}")
+
+
+def normalisation(args):
+    """Mean and std of each channel: those of the data set; a folder of images takes those of its recipe's."""
+    row = DATA[args.recipe if args.data == "imagefolder" else args.data]
+    return row.mean, row.std
+
+
+def load_data(name, root, split, size, skip_corrupt=False, workers=None, sessions=(1, 2)):
+    """The "train" or "test" split of a data set as an ImageSet; None when it has no such split. `size` is the side at
+    which `blocks` and `blocks-views` are rendered; everything else keeps its own. `skip_corrupt` opens every file first
+    and leaves out the ones that cannot be read. `sessions`: those of core50 that train."""
+    check_data(name)
+    if not name.startswith("blocks"):
+        if root is None:
+            die(f"--data-dir: {name} needs the directory of its images")
+        if os.path.isdir(root):
+            visible(root)  # one that cannot be listed ends here, whatever the set
+    data = DATA[name].read(root, split, size=size, sessions=sessions, workers=workers, skip_corrupt=skip_corrupt)
+    if not same_on_ranks(data is None):
+        die(f"--data-dir {root}: some machines have a {split} split there, others have none; copy the data set anew")
+    opens = skip_corrupt and data is not None and data.images is None
+    return without_unreadable(data, workers) if opens else data
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -117,7 +117,6 @@ RECIPES = {
     "cifar100": PAPER | dict(img_size=32, patch_size=4),  # not in the paper
     "blocks": dict(arch="vit_pico", img_size=32, patch_size=8, epochs=60, batch_size=128, lr=2e-3, warmup_epochs=3, embed_dim=96, decoder_depth=3, proj_hidden=256),  # ours
 }
-NORMALISE = {"3diebench": common.BENCH3DIE, "blocks": common.BLOCKS, "cifar10": common.CIFAR10, "cifar100": common.CIFAR100}  # all others: ImageNet's
 
 
 def values_in_force(first):
@@ -163,7 +162,7 @@ KEYS = dict(rotation=("angle",), color=("brightness", "contrast", "saturation", 
 
 def make_policies(args, posed):
     """{view: Compose}: "1" is plain. Of posed objects "2" is plain too, of images it is view 1 under all families."""
-    normalise = Normalize(*NORMALISE.get(args.recipe, common.IMAGENET))
+    normalise = Normalize(*common.normalisation(args))
     if posed:
         return {view: Compose([common.CenterCrop(args.img_size, resize=args.img_size), normalise]) for view in "12"}
     S, crop = args.img_size, RandomResizedCrop(args.img_size, args.crop_scale)
@@ -452,7 +451,7 @@ def known_families(args, posed):
 def build(args, device, outputs):
     """The model with its initial weights: seeded, the same on every process. `outputs`: latents of sie, or classes."""
     common.seed_everything(args.seed, "weights")
-    mean, std = NORMALISE.get(args.recipe, common.IMAGENET)
+    mean, std = common.normalisation(args)
     backbone = common.make_backbone(args.arch, mean, std, img_size=args.img_size, patch_size=args.patch_size, neck=args.neck)
     objective = dict(recon=Recon, sie=SIE, vicreg=VICReg, supervised=Supervised)[args.objective]
     return common.batchnorm_over_ranks(objective(backbone, args, outputs), device).to(device)

@@ -193,7 +193,6 @@ SMALL_BASES = dict(  # and what the two small recipes, both ours, change for a b
     dino=dict(lr=1e-3, prototypes=1024, teacher_temp=(0.04, 0.04), momentum=0.99, freeze_last_epochs=0.0, clip=3.0),
     barlow=dict(proj_dim=512, clip=3.0),
 )
-NORMALISE = dict(blocks=common.BLOCKS, cifar10=common.CIFAR10, cifar100=common.CIFAR100)  # all others: ImageNet's mean and std
 
 
 def values_in_force(first):
@@ -218,7 +217,7 @@ def second_part(batch_size, ratio):
 def make_policies(args):
     """{view: Compose}: "1" and "2" of T, and local views "3" to "6". SER has "eq1" to "eq6" of T_eq beside them, EquiMod
     "plain", the un-augmented image, E-SSL "rotated", the crop that a step will rotate."""
-    normalise = Normalize(*NORMALISE.get(args.recipe, common.IMAGENET))
+    normalise = Normalize(*common.normalisation(args))
     crop = RandomResizedCrop(args.img_size, args.crop_scale, interpolation=args.interpolation)
     local_crop = RandomResizedCrop(args.local_size, args.local_scale)
 
@@ -710,7 +709,7 @@ def build(args, device):
     """The model with its initial weights: seeded, the same on every process."""
     common.seed_everything(args.seed, "weights")
     base = dict(mocov3=MoCoV3, dino=DINO, barlow=BarlowTwins)[args.base]
-    mean, std = NORMALISE.get(args.recipe, common.IMAGENET)
+    mean, std = common.normalisation(args)
     model = base(common.make_backbone(args.arch, mean, std, img_size=args.img_size, patch_size=args.patch_size, cls_layer=args.cls_layer,
                                       pos=base.positions, drop_path=args.drop_path), args)
     equi = dict(none=None, ser=SER, augself=AugSelf, stl=STL, equimod=EquiMod, essl=ESSL)[args.equi]

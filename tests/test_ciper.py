@@ -166,7 +166,7 @@ def test_the_target_says_what_torchvision_would_do():
     x = F.interpolate(torch.rand(16, 3, 6, 6, generator=common.rng(1)), (24, 24), mode="bicubic").clamp(0, 1).mul(255).round().to(torch.uint8)
     params = policy.sample(16, common.rng(0))
     policy.crop.place(params, torch.full((16, 2), 24))
-    r, views, (mean, std) = ciper.augmentation(params), policy(x, params), ciper.NORMALISE["blocks-views"]
+    r, views, (mean, std) = ciper.augmentation(params), policy(x, params), common.BLOCKS
     assert r.shape == (16, 10)
     for image, view, order, numbers in zip(x, views, params["order"], r.double().tolist()):
         left, top, height, width = (round(24 * v) for v in numbers[:4])
