@@ -58,14 +58,31 @@ the paper builds on; [C] that of Contrastive Learning Through Time, [S] its succ
 import dataclasses
 import math
 from functools import partial
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 import common
-from common import CenterCrop, ColorJitter, Compose, Grayscale, HorizontalFlip, Normalize, RandomResizedCrop, upcast
+from common import (
+    CenterCrop,
+    ColorJitter,
+    Compose,
+    Count,
+    Grayscale,
+    HorizontalFlip,
+    Natural,
+    NonNegative,
+    Normalize,
+    Plural,
+    Positive,
+    RandomResizedCrop,
+    Share,
+    ShareAbove0,
+    ShareBelow1,
+    upcast,
+)
 
 
 @dataclasses.dataclass
@@ -76,53 +93,49 @@ class Args(common.RunArgs):
     """data set: blocks-views, blocks (rendered on the spot); cifar10, cifar100, core50, tdw or imagefolder with --data-dir"""
     arch: str = "resnet18"
     """encoder: resnet_pico, resnet18 or resnet50, with a 3x3 stem for small images"""
-    img_size: int = 32
+    img_size: Count = 32
     """side of the (square) training images in pixels"""
-    patch_size: int = 16
+    patch_size: Count = 16
     """not used: ResNets have no patches"""
-    epochs: int = 800
+    epochs: Natural = 800
     """passes over the data; the schedules follow it; 0 writes the untrained encoder"""
-    batch_size: int = 256
+    batch_size: Plural = 256
     """images per step over all processes together, each in two or three views"""
-    lr: float = 0.03
+    lr: NonNegative = 0.03
     """learning rate at its peak, as it is: not scaled with the batch"""
     objective: Literal["ciper", "simclr", "predictive", "essl"] = "ciper"
     """what trains the encoder"""
     views: Literal["image", "dataset", "time"] = "image"
     """what the views of an image are: augmentations of it, other images of its object, the next image of a stream"""
-    alpha: float = 1.0
+    alpha: NonNegative = 1.0
     """weight of the equivariant part: of L_p, or of the rotations (essl)"""
     drop_aug: tuple[Literal["crop", "flip", "jitter", "gray"], ...] = ()
     """augmentations to leave out; their parameters leave the target"""
-    sessions: tuple[int, ...] = (1, 2)
+    sessions: tuple[Annotated[int, "[1, 11]"], ...] = (1, 2)
     """sessions of core50 to train on, counted from 1; the others test"""
-    time_continue: float = 0.95
+    time_continue: ShareBelow1 = 0.95
     """probability that the next image of the stream (--views time) shows the same object; and then, that it is of the same session"""
-    temp: float = 0.5
+    temp: Positive = 0.5
     """tau"""
     negatives: Literal["both", "cross"] = "both"
     """what an embedding is told apart from: both views of other images, or only the other view of them"""
-    proj_hidden: int = 2048
+    proj_hidden: Count = 2048
     """hidden width of the projector, and of E-SSL's rotation head"""
-    proj_dim: int = 2048
+    proj_dim: Count = 2048
     """width of the embeddings that are contrasted"""
     coords: bool = True
     """give the encoder two more channels that hold the coordinates of the pixels"""
-    flip_p: float = 0.8
+    flip_p: Share = 0.8
     """probability of a flip"""
-    crop_scale: tuple[float, float] = (0.2, 1.0)
+    crop_scale: tuple[ShareAbove0, ShareAbove0] = (0.2, 1.0)
     """area of the random crops, relative to the image"""
-    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1)
+    jitter: tuple[NonNegative, NonNegative, NonNegative, NonNegative] = (0.4, 0.4, 0.4, 0.1)
     """strengths of brightness, contrast, saturation and hue jitter, applied to 80 % of the views"""
-    weight_decay: float = 5e-4
+    weight_decay: NonNegative = 5e-4
     """of SGD, on all parameters"""
-    warmup_epochs: float = 0
+    warmup_epochs: NonNegative = 0
     """linear warm-up; then the learning rate falls along half a cosine"""
 
-
-RANGES = common.RANGES | dict(
-    alpha="[0, inf)", sessions="[1, 11]", time_continue="[0, 1)", temp="(0, inf)", proj_hidden="[1, inf)", proj_dim="[1, inf)", flip_p="[0, 1]", crop_scale="(0, 1]",
-    jitter="[0, inf)", weight_decay="[0, inf)", warmup_epochs="[0, inf)")
 
 SMALL = dict(arch="resnet_pico", epochs=3, batch_size=64, lr=0.03, warmup_epochs=0, proj_hidden=256, proj_dim=128)  # ours
 RECIPES = {
@@ -392,7 +405,7 @@ def build(args, device, M):
 
 def check(args):
     """Refuse what cannot work, in one line each, before anything is made."""
-    common.check_run(args, RECIPES, RANGES, common.RESNETS)
+    common.check_run(args, RECIPES, common.RESNETS)
     if args.views not in VALID[args.objective]:
         common.die(f"--views {args.views}: {args.objective} goes with {', '.join(VALID[args.objective])}")
     if args.drop_aug and args.views != "image":

@@ -49,7 +49,7 @@ import copy
 import dataclasses
 import math
 from functools import partial
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -59,7 +59,27 @@ from timm.layers import DropPath
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 import common
-from common import Affine, ColorJitter, Compose, Elastic, GaussianBlur, Grayscale, HorizontalFlip, Normalize, RandomResizedCrop, Solarize, upcast
+from common import (
+    Affine,
+    ColorJitter,
+    Compose,
+    Count,
+    Elastic,
+    GaussianBlur,
+    Grayscale,
+    HorizontalFlip,
+    Natural,
+    NonNegative,
+    Normalize,
+    Plural,
+    Positive,
+    RandomResizedCrop,
+    Share,
+    ShareAbove0,
+    ShareBelow1,
+    Solarize,
+    upcast,
+)
 
 
 @dataclasses.dataclass
@@ -74,64 +94,58 @@ class Args(common.RunArgs):
     """what makes the rest equivariant: clever (of dino), ddcl (of simsiam); none is exactly the base"""
     aug: Literal["basic", "complex", "complex_plus"] = "basic"
     """basic: the base's own; complex: with rotations by up to 90 degrees; complex_plus: and elastic deformations of half the views"""
-    inv_ratio: float = 0.8
+    inv_ratio: Annotated[float, "(0, 1)"] = 0.8
     """share of the representation that is the invariant part"""
-    alpha: float = 1.0
+    alpha: NonNegative = 1.0
     """weight of L_CL"""
-    beta: float = 1.0
+    beta: NonNegative = 1.0
     """weight of L_Orth"""
-    lambda_preg: float = 0.001
+    lambda_preg: NonNegative = 0.001
     """lambda, weight of L_PReg; 0 switches it off"""
     orth: Literal["cos", "dot"] = "cos"
     """similarity in L_Orth (dino): cosine of the softmaxes, or their dot product"""
-    head_dim: int = 65536
+    head_dim: Plural = 65536
     """prototypes of h_IR (dino); width of the embeddings (simsiam)"""
-    head_dim_equi: int = 65536
+    head_dim_equi: Plural = 65536
     """prototypes of h_EF (dino); width of the equivariant embeddings (simsiam)"""
-    proj_hidden: int = 2048
+    proj_hidden: Count = 2048
     """hidden width of the heads (dino) or projectors (simsiam)"""
-    bottleneck: int = 256
+    bottleneck: Count = 256
     """width before the prototypes (dino), hidden width of the predictors (simsiam)"""
-    local_crops: int = 8
+    local_crops: Natural = 8
     """small crops of each image beside the two global ones (dino)"""
-    local_size: int = 96
+    local_size: Count = 96
     """their side in pixels"""
-    crop_scale: tuple[float, float] = (0.4, 1.0)
+    crop_scale: tuple[ShareAbove0, ShareAbove0] = (0.4, 1.0)
     """area of the global crops, relative to the image"""
-    local_scale: tuple[float, float] = (0.05, 0.4)
+    local_scale: tuple[ShareAbove0, ShareAbove0] = (0.05, 0.4)
     """area of the small ones"""
     blur: bool = True
     """Gaussian blur and solarisation (both are usual on large images only)"""
-    temp: float = 0.1
+    temp: Positive = 0.1
     """tau, temperature of the student (dino)"""
-    teacher_temp: tuple[float, float] = (0.04, 0.04)
+    teacher_temp: tuple[Positive, Positive] = (0.04, 0.04)
     """tau_t, temperature of the teacher: first and last value of its linear warm-up, step by step (dino)"""
-    teacher_temp_epochs: float = 0
+    teacher_temp_epochs: NonNegative = 0
     """epochs of that warm-up"""
-    momentum: float = 0.996
+    momentum: Share = 0.996
     """of the teacher (dino) at the start; it rises to 1 along half a cosine"""
-    freeze_last_epochs: float = 1
+    freeze_last_epochs: NonNegative = 1
     """epochs at the start in which the prototypes do not learn (dino)"""
-    weight_decay: float = 0.04
+    weight_decay: NonNegative = 0.04
     """at the start: AdamW's on parameters of two or more dimensions (dino), SGD's on all (simsiam)"""
-    weight_decay_end: float = 0.4
+    weight_decay_end: NonNegative = 0.4
     """and at the end of half a cosine (dino)"""
-    warmup_epochs: float = 10
+    warmup_epochs: NonNegative = 10
     """linear warm-up, within the --epochs (dino), or before them, epoch by epoch from almost 0 (simsiam); then the learning rate
     falls along half a cosine"""
-    lr_end: float = 1e-6
+    lr_end: NonNegative = 1e-6
     """the learning rate at the end"""
-    clip: float | None = 3.0
+    clip: Positive | None = 3.0
     """largest norm of the gradient of each parameter tensor; none: no clipping"""
-    drop_path: float = 0.1
+    drop_path: ShareBelow1 = 0.1
     """stochastic depth of the student (ViT, VMamba)"""
 
-
-RANGES = common.RANGES | dict(
-    inv_ratio="(0, 1)", alpha="[0, inf)", beta="[0, inf)", lambda_preg="[0, inf)", head_dim="[2, inf)", head_dim_equi="[2, inf)", proj_hidden="[1, inf)", bottleneck="[1, inf)",
-    local_crops="[0, inf)", local_size="[1, inf)", crop_scale="(0, 1]", local_scale="(0, 1]", temp="(0, inf)", teacher_temp="(0, inf)", teacher_temp_epochs="[0, inf)",
-    momentum="[0, 1]", freeze_last_epochs="[0, inf)", weight_decay="[0, inf)", weight_decay_end="[0, inf)", warmup_epochs="[0, inf)", lr_end="[0, inf)", clip="(0, inf)",
-    drop_path="[0, 1)")
 
 BASES = dict(
     dino=dict(batch_size=512, lr=5e-4),
@@ -550,7 +564,7 @@ def learning_rates(args, step, per_epoch, warmup):
 
 def check(args):
     """Refuse what cannot work, in one line each, before anything is made."""
-    common.check_run(args, RECIPES, RANGES, common.VITS, common.RESNETS, VMAMBAS)
+    common.check_run(args, RECIPES, common.VITS, common.RESNETS, VMAMBAS)
     if args.equi not in dict(dino=("clever", "none"), simsiam=("ddcl", "none"))[args.base]:
         common.die(f"--equi {args.equi}: goes with --base {'dino' if args.equi == 'clever' else 'simsiam'}")
     for name in ("crop_scale", "local_scale"):

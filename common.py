@@ -39,7 +39,7 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
@@ -59,6 +59,18 @@ from tqdm import tqdm
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+# Numbers of an argument, with the interval in which they must lie.
+Natural = Annotated[int, "[0, inf)"]
+Count = Annotated[int, "[1, inf)"]
+Plural = Annotated[int, "[2, inf)"]
+Seed = Annotated[int, "[0, 4294967296)"]
+NonNegative = Annotated[float, "[0, inf)"]
+Positive = Annotated[float, "(0, inf)"]
+Share = Annotated[float, "[0, 1]"]
+ShareBelow1 = Annotated[float, "[0, 1)"]
+ShareAbove0 = Annotated[float, "(0, 1]"]
+
+
 @dataclasses.dataclass
 class RunArgs:
     """The arguments that every method script has. Values in force: these defaults, then what the method's variant
@@ -73,19 +85,19 @@ class RunArgs:
     """named set of hyper-parameters; defaults to the name of the data set"""
     arch: str = "vit_small"
     """encoder: vit_pico, vit_tiny, vit_small, vit_base; of ciper.py resnet_pico, resnet18, resnet50"""
-    img_size: int = 224
+    img_size: Count = 224
     """side of the (square) training images in pixels"""
-    patch_size: int = 16
+    patch_size: Count = 16
     """side of a ViT patch in pixels; must divide --img-size"""
-    epochs: int = 100
+    epochs: Natural = 100
     """passes over the data; the schedules follow it; 0 writes the untrained encoder"""
-    batch_size: int = 2048
+    batch_size: Plural = 2048
     """images per step over all processes together"""
-    lr: float = 3e-4
+    lr: NonNegative = 3e-4
     """base learning rate per 256 images: the peak is lr x batch_size / 256"""
-    max_steps: int | None = None
+    max_steps: Count | None = None
     """stop after this many steps (schedules still follow --epochs)"""
-    seed: int = 0
+    seed: Seed = 0
     """seed of weights, data order and augmentations"""
     out: str | None = None
     """run directory; default runs/<script>-<variant>-<data>-s<seed>"""
@@ -93,7 +105,7 @@ class RunArgs:
     """continue the run in --out (start it when there is none)"""
     overwrite: bool = False
     """start afresh although --out already holds a checkpoint"""
-    workers: int | None = None
+    workers: Natural | None = None
     """loader processes for image folders; default: as many as this process has cores, at most 8; results do not depend on it"""
     skip_corrupt: bool = False
     """open every image of a folder first and leave out those that cannot be read (they are counted and listed)"""
@@ -103,14 +115,10 @@ class RunArgs:
     """auto is bfloat16 autocast on CUDA and float32 elsewhere"""
     compile: bool = False
     """torch.compile the encoder (worth its minutes on a GPU)"""
-    save_every: int = 1000
+    save_every: Count = 1000
     """steps between checkpoints; one is written at the end in any case"""
-    log_every: int = 50
+    log_every: Count = 50
     """steps between lines of log.jsonl; the first 20 steps are logged each"""
-
-
-RANGES = dict(img_size="[1, inf)", patch_size="[1, inf)", epochs="[0, inf)", batch_size="[2, inf)", lr="[0, inf)",
-              max_steps="[1, inf)", seed="[0, 4294967296)", workers="[0, inf)", save_every="[1, inf)", log_every="[1, inf)")
 
 
 def die(message, code=2, alone=False):
@@ -213,18 +221,30 @@ def parse(Args, values_in_force, argv=None, description=None):
     return args
 
 
-def check_run(args, recipes, ranges, *archs):
-    """Refuse what no method script can work with: names that do not exist, numbers out of `ranges`."""
+def check_run(args, recipes, *archs):
+    """Refuse what no method script can work with: names that do not exist, numbers out of their range."""
     check_data(args.data)
     if args.recipe not in recipes:
         die(f"--recipe {args.recipe or 'is missing'}: name one of {', '.join(recipes)} (for --data {args.data})")
     check_arch(args.arch, *archs)
-    check_ranges(args, ranges)
+    check_ranges(args)
 
 
-def check_ranges(args, ranges):
-    """Refuse numbers outside `ranges`: a dict of field -> interval such as "[0, 1)". None and NaN: skipped and refused."""
-    for name, interval in ranges.items():
+def ranges(Args):
+    """{field: interval such as "[0, 1)"} of all numbers among the arguments, from their annotations."""
+
+    def interval(hint):  # of Count, Count | None, tuple[Share, Share], ...
+        if get_origin(hint) is Annotated:
+            return next((m for m in hint.__metadata__ if isinstance(m, str)), None)
+        return next(filter(None, map(interval, get_args(hint))), None)
+
+    hints = {name: interval(hint) for name, hint in get_type_hints(Args, include_extras=True).items()}
+    return {name: found for name, found in hints.items() if found}
+
+
+def check_ranges(args):
+    """Refuse numbers outside their range. None is skipped, NaN refused."""
+    for name, interval in ranges(type(args)).items():
         value = getattr(args, name)
         low, high = (float(v) for v in interval[1:-1].split(","))
         for v in value if isinstance(value, (tuple, list)) else [value]:

@@ -84,7 +84,23 @@ from timm.layers import DropPath
 from tqdm import tqdm
 
 import common
-from common import FAMILIES, Affine, CenterCrop, Compose, GridResize, HorizontalFlip, Normalize, RandomResizedCrop, Rot90
+from common import (
+    FAMILIES,
+    Affine,
+    CenterCrop,
+    Compose,
+    Count,
+    GridResize,
+    HorizontalFlip,
+    Natural,
+    Normalize,
+    Plural,
+    Positive,
+    RandomResizedCrop,
+    Rot90,
+    Seed,
+    ShareAbove0,
+)
 
 POSES = ("pose", "hues")
 SHARES = (0.01, 0.1)  # of the labels, for fewshot
@@ -111,7 +127,7 @@ class Args:
     """data set to probe on; default: the one the checkpoint was trained on"""
     data_dir: str | None = None
     """where it lies; default, of the same data set: where it lay then"""
-    knn_k: int = 20
+    knn_k: Count = 20
     """neighbours that vote"""
     protocol: Literal["default", "ser", "clever", "ciper", "recon"] = "default"
     """a paper's own way to probe: it sets the flags below, as --help then shows"""
@@ -123,45 +139,41 @@ class Args:
     """train them (sgd) on random crops and flips, encoded anew each epoch"""
     fewshot: Literal["linear", "finetune"] = "linear"
     """what learns from few labels: a linear probe, or the whole encoder"""
-    linear_epochs: int = 50
+    linear_epochs: Count = 50
     """epochs of the linear probe (sgd)"""
-    linear_lrs: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+    linear_lrs: tuple[Positive, ...] = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
     """learning rates of the linear probe (sgd), per 256 images"""
-    mlp_epochs: int = 50
+    mlp_epochs: Count = 50
     """epochs of the MLP"""
-    finetune_epochs: int = 20
+    finetune_epochs: Count = 20
     """epochs of fine-tuning"""
-    finetune_lr: float = 0.001
+    finetune_lr: Positive = 0.001
     """its learning rate, of encoder and head, per 256 images"""
-    layers: tuple[int, ...] | None = None
+    layers: tuple[Count, ...] | None = None
     """blocks (of ResNets and VMamba: stages) after which `layers` looks; default: 1, 3, 6, 9, 12, or all stages"""
     r2_targets: tuple[Literal["rotation", "color", "blur", "translation", "crop", "flip", "pose", "hues"], ...] | None = None
     """what to regress; default: pose and hues on posed objects, the six families of transformations on other images"""
     part: tuple[Literal["all", "inv", "equi"], ...] = ("all",)
     """what knn, linear, mlp, fewshot, r2 and rotation look at: the representation, and of the encoders of recon_xattn.py and clever.py its invariant (first) and
     its equivariant (last) part"""
-    known_fraction: float = 1.0
+    known_fraction: ShareAbove0 = 1.0
     """train the probes on this share of every class, the one that recon_xattn.py --known-fraction knew"""
-    r2_epochs: int = 50
+    r2_epochs: Count = 50
     """epochs of the regression"""
-    r2_images: int = 10_000
+    r2_images: Plural = 10_000
     """training images of the regression, evenly spaced (test images: half as many); a forward pass each per target"""
     format: Literal["table", "markdown", "csv", "json"] = "table"
     """how the table is printed; csv and json hold all digits"""
-    seed: int = 0
+    seed: Seed = 0
     """seed of the probes' weights, of their batches and of the transformations"""
     skip_corrupt: bool = False
     """open every image of a folder first and leave out those that cannot be read"""
-    workers: int | None = None
+    workers: Natural | None = None
     """loader processes for image folders; default: as many as this process has cores, at most 8"""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """auto takes CUDA, then MPS, then the CPU"""
     amp: Literal["auto", "off"] = "auto"
     """auto is bfloat16 autocast on CUDA and float32 elsewhere"""
-
-
-RANGES = dict(known_fraction="(0, 1]", knn_k="[1, inf)", linear_epochs="[1, inf)", linear_lrs="(0, inf)", mlp_epochs="[1, inf)", finetune_epochs="[1, inf)", finetune_lr="(0, inf)", layers="[1, inf)", r2_epochs="[1, inf)", r2_images="[2, inf)",
-              seed="[0, 4294967296)", workers="[0, inf)")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1394,7 +1406,7 @@ def main(argv=None):
     rows, opened = [], []  # of the table; (path, state) of the checkpoints so far
     with Evaluation() as evaluation:
         args = arguments(argv)
-        common.check_ranges(args, RANGES)
+        common.check_ranges(args)
         check(args)
         device = common.start(args.device)
         evaluation.at_end = lambda: evaluation.table(rows, args.format)

@@ -54,6 +54,7 @@ from PIL import Image, ImageDraw
 
 import common
 import eval_probe
+from common import Count, Natural, Positive, Seed
 
 
 @dataclasses.dataclass
@@ -68,7 +69,7 @@ class Args:
     """corruptions: a finished ImageNet-C or CIFAR-10-C; shifts: one or more folders of classes"""
     types: tuple[str, ...] = ()
     """which corruptions or perturbations; default: all"""
-    images_per_class: int | None = None
+    images_per_class: Count | None = None
     """test on the first so many images of each class; default: all"""
     data: str | None = None
     """data set; default: the one the checkpoint was trained on"""
@@ -80,7 +81,7 @@ class Args:
     """pass corrupted images of 224 px through JPEG of quality 85, as in the published set"""
     frost_dir: str | None = None
     """photographs of frost, instead of a texture"""
-    passes: int = 3
+    passes: Count = 3
     """draws of each random augmentation"""
     save_images: str | None = None
     """directory for a contact sheet of each suite of corruptions or perturbations"""
@@ -90,25 +91,22 @@ class Args:
     """how the probe learns, as in eval_probe.py"""
     augment: bool = False
     """train it (sgd) on random crops and flips, as CLeVER does"""
-    linear_epochs: int = 50
+    linear_epochs: Count = 50
     """its epochs (sgd)"""
-    linear_lrs: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+    linear_lrs: tuple[Positive, ...] = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
     """its learning rates (sgd), per 256 images"""
     format: Literal["table", "markdown", "csv", "json"] = "table"
     """how tables are printed; csv and json hold all digits"""
-    seed: int = 0
+    seed: Seed = 0
     """seed of the probe and of everything random in the suites"""
     skip_corrupt: bool = False
     """open every image of a folder first and leave out those that cannot be read"""
-    workers: int | None = None
+    workers: Natural | None = None
     """loader processes for image folders; default: as many as this process has cores, at most 8"""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """auto takes CUDA, then MPS, then the CPU"""
     amp: Literal["auto", "off"] = "auto"
     """auto is bfloat16 autocast on CUDA and float32 elsewhere"""
-
-
-RANGES = dict(images_per_class="[1, inf)", passes="[1, inf)", linear_epochs="[1, inf)", linear_lrs="(0, inf)", seed="[0, 4294967296)", workers="[0, inf)")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1230,7 +1228,7 @@ def main(argv=None):
     with eval_probe.Evaluation() as evaluation:
         eval_probe.checkpoints_first(argv, Args)
         args = common.parse(Args, lambda first: {}, argv, description=__doc__)
-        common.check_ranges(args, RANGES)
+        common.check_ranges(args)
         check(args)
         fields = {f.name for f in dataclasses.fields(eval_probe.Args)}
         shared = {k: v for k, v in dataclasses.asdict(args).items() if k in fields}

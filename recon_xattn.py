@@ -53,7 +53,7 @@ Where the paper is silent this file takes (source in brackets; [F] is the same a
 import dataclasses
 import math
 from functools import partial
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn as nn
@@ -61,7 +61,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 
 import common
-from common import FAMILIES, Compose, Normalize, RandomResizedCrop, upcast
+from common import FAMILIES, Compose, Count, NonNegative, Normalize, Plural, RandomResizedCrop, ShareAbove0, upcast
 
 
 @dataclasses.dataclass
@@ -70,43 +70,39 @@ class Args(common.RunArgs):
 
     objective: Literal["recon", "sie", "vicreg", "supervised"] = "recon"
     """what trains the encoder"""
-    neck: int = 512
+    neck: Plural = 512
     """width of the representation; its first half is the invariant one"""
-    embed_dim: int = 192
+    embed_dim: Annotated[int, "[4, inf)"] = 192
     """width of the decoder and of Z_inv (recon)"""
-    decoder_depth: int = 6
+    decoder_depth: Count = 6
     """blocks of the decoder; the first is the cross-attention"""
-    proj_hidden: int = 1024
+    proj_hidden: Count = 1024
     """width of g_inv (recon), of each of the two projectors (sie); twice that of the expander (vicreg)"""
-    ssl_weight: float = 1.0
+    ssl_weight: NonNegative = 1.0
     """lambda_ssl, weight of VICReg's loss (recon)"""
-    recon_weight: float = 1.0
+    recon_weight: NonNegative = 1.0
     """lambda_recon, weight of the reconstruction"""
-    sim_weight: float = 10.0
+    sim_weight: NonNegative = 10.0
     """weight of the distance between views"""
-    var_weight: float = 10.0
+    var_weight: NonNegative = 10.0
     """weight of the variance terms"""
-    cov_weight: float = 1.0
+    cov_weight: NonNegative = 1.0
     """weight of the covariance terms"""
-    equi_factor: float = 0.45
+    equi_factor: NonNegative = 0.45
     """weight of SIE's prediction, relative to --sim-weight"""
     sie_params: tuple[Literal["rotation", "color", "blur", "translation", "crop", "flip", "all"], ...] = ("all",)
     """what happens between the views of sie, and is known; of posed objects: rotation and color (the hues)"""
     sie_single: bool = False
     """only one of them at a time, at random for each image"""
-    known_fraction: float = 1.0
+    known_fraction: ShareAbove0 = 1.0
     """share of each class whose parameters (sie) or labels (supervised) are known; these two see no other images"""
-    weight_decay: float = 1e-6
+    weight_decay: NonNegative = 1e-6
     """of Adam, as an L2 penalty"""
-    warmup_epochs: float = 10
+    warmup_epochs: NonNegative = 10
     """linear warm-up; then the learning rate falls along half a cosine"""
-    crop_scale: tuple[float, float] = (0.2, 1.0)
+    crop_scale: tuple[ShareAbove0, ShareAbove0] = (0.2, 1.0)
     """area of view 1, relative to the image"""
 
-
-RANGES = common.RANGES | dict(
-    neck="[2, inf)", embed_dim="[4, inf)", decoder_depth="[1, inf)", proj_hidden="[1, inf)", ssl_weight="[0, inf)", recon_weight="[0, inf)", sim_weight="[0, inf)",
-    var_weight="[0, inf)", cov_weight="[0, inf)", equi_factor="[0, inf)", known_fraction="(0, 1]", weight_decay="[0, inf)", warmup_epochs="[0, inf)", crop_scale="(0, 1]")
 
 PAPER = dict(epochs=800, lr=1e-4)  # ViT-S/16, batch 2048: peak lr 8e-4
 RECIPES = {
@@ -459,7 +455,7 @@ def build(args, device, outputs):
 
 def check(args):
     """Refuse what cannot work, in one line each, before anything is made."""
-    common.check_run(args, RECIPES, RANGES, common.VITS)
+    common.check_run(args, RECIPES, common.VITS)
     if args.crop_scale[0] > args.crop_scale[1]:
         common.die(f"--crop-scale {args.crop_scale[0]} {args.crop_scale[1]}: the lower end comes first")
     if args.embed_dim % (4 * heads(args.embed_dim)):

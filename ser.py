@@ -76,7 +76,28 @@ from timm.layers import DropPath
 from torch.utils.checkpoint import checkpoint
 
 import common
-from common import CenterCrop, ColorJitter, Compose, GaussianBlur, Grayscale, GridResize, HorizontalFlip, Normalize, RandomResizedCrop, Rot90, Solarize, upcast
+from common import (
+    CenterCrop,
+    ColorJitter,
+    Compose,
+    Count,
+    GaussianBlur,
+    Grayscale,
+    GridResize,
+    HorizontalFlip,
+    Natural,
+    NonNegative,
+    Normalize,
+    Plural,
+    Positive,
+    RandomResizedCrop,
+    Rot90,
+    Share,
+    ShareAbove0,
+    ShareBelow1,
+    Solarize,
+    upcast,
+)
 
 
 @dataclasses.dataclass
@@ -87,80 +108,73 @@ class Args(common.RunArgs):
     """the invariant method underneath"""
     equi: Literal["ser", "none", "augself", "stl", "equimod", "essl"] = "ser"
     """the equivariance term; none is exactly the base"""
-    equi_layer: int = 3
+    equi_layer: Natural = 3
     """block after which the tokens (ser) or [CLS] (the others) are made equivariant; 0: the final [CLS]"""
-    cls_layer: int | None = None
+    cls_layer: Natural | None = None
     """block after which [CLS] enters; default: --equi-layer with ser, 0 (the input) with all others"""
-    equi_weight: float = 1.0
+    equi_weight: NonNegative = 1.0
     """lambda, the weight of L_equiv (0 keeps the late [CLS] and the views of SER: the paper's control)"""
-    equi_ratio: float = 0.01
+    equi_ratio: ShareBelow1 = 0.01
     """share of the global batch in b2, rounded to a multiple of 8 and never below 8"""
-    equi_temp: float = 0.3
+    equi_temp: Positive = 0.3
     """tau, the temperature of L_equiv (ser, stl, equimod)"""
-    equi_dim: int = 512
+    equi_dim: Count = 512
     """width of the projector p of the tokens"""
-    equi_area: tuple[float, float] = (0.7, 1.3)
+    equi_area: tuple[Positive, Positive] = (0.7, 1.3)
     """range of the scaling: number of cells relative to the square grid"""
     equi_crop: Literal["random", "center"] = "random"
     """what b2's two large views are made of: one random crop shared by both, or the centre of the image"""
     equi_params: tuple[Literal["crop", "color", "flip", "blur", "solarize", "rotation"], ...] = ("crop", "color")
     """which parameters AugSelf predicts; rotation also turns the views"""
-    equi_trans_weight: float = 0.1
+    equi_trans_weight: NonNegative = 0.1
     """weight of STL's L_trans within its L_equiv"""
     local_views: Literal[0, 4] = 0
     """small crops of each image beside the two large ones"""
-    local_size: int = 96
+    local_size: Count = 96
     """their side in pixels, and that of E-SSL's rotated crop"""
-    local_scale: tuple[float, float] = (0.05, 0.25)
+    local_scale: tuple[ShareAbove0, ShareAbove0] = (0.05, 0.25)
     """area of these crops, relative to the image"""
-    proj_hidden: int = 4096
+    proj_hidden: Count = 4096
     """hidden width of projector and predictor (mocov3, barlow) or of the head (dino)"""
-    proj_dim: int = 256
+    proj_dim: Count = 256
     """width of the embeddings that are contrasted (mocov3), decorrelated (barlow), or of the head's bottleneck (dino)"""
-    temp: float = 0.2
+    temp: Positive = 0.2
     """temperature T of MoCo-v3; of DINO's student"""
-    momentum: float = 0.99
+    momentum: Share = 0.99
     """of the momentum encoder (mocov3) or the teacher (dino) at the start; it rises to 1 along half a cosine"""
-    prototypes: int = 65536
+    prototypes: Plural = 65536
     """width K of DINO's output"""
-    teacher_temp: tuple[float, float] = (0.04, 0.07)
+    teacher_temp: tuple[Positive, Positive] = (0.04, 0.07)
     """temperature of DINO's teacher: first and last value of its linear warm-up"""
-    teacher_temp_epochs: float = 10
+    teacher_temp_epochs: NonNegative = 10
     """epochs of that warm-up"""
-    freeze_last_epochs: float = 1
+    freeze_last_epochs: NonNegative = 1
     """epochs at the start in which DINO's last layer does not learn"""
-    redundancy: float = 0.0051
+    redundancy: NonNegative = 0.0051
     """weight of the off-diagonal terms of Barlow Twins"""
-    weight_decay: float = 0.1
+    weight_decay: NonNegative = 0.1
     """AdamW's at the start: on all parameters (mocov3, barlow), on those of two or more dimensions (dino)"""
-    weight_decay_end: float | None = None
+    weight_decay_end: NonNegative | None = None
     """and at the end of half a cosine; default: it stays as it is"""
-    warmup_epochs: float = 10
+    warmup_epochs: NonNegative = 10
     """linear warm-up; then the learning rate falls along half a cosine"""
-    lr_end: float = 0.0
+    lr_end: Share = 0.0
     """the learning rate at the end, as a share of the peak"""
-    clip: float | None = None
+    clip: Positive | None = None
     """largest norm of the gradient of each parameter tensor; default: no clipping"""
-    drop_path: float = 0.0
+    drop_path: ShareBelow1 = 0.0
     """stochastic depth of the trained encoder"""
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     """of the crops"""
-    crop_scale: tuple[float, float] = (0.08, 1.0)
+    crop_scale: tuple[ShareAbove0, ShareAbove0] = (0.08, 1.0)
     """area of the random crops, relative to the image"""
-    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
+    jitter: tuple[NonNegative, NonNegative, NonNegative, NonNegative] = (0.4, 0.4, 0.2, 0.1)
     """strengths of brightness, contrast, saturation and hue jitter, applied to 80 % of the views"""
-    blur: tuple[float, float] = (1.0, 0.1)
+    blur: tuple[Share, Share] = (1.0, 0.1)
     """probability of Gaussian blur in view 1 and view 2; where both are 0 no other view is blurred either"""
-    solarize: tuple[float, float] = (0.0, 0.2)
+    solarize: tuple[Share, Share] = (0.0, 0.2)
     """probability of solarisation in view 1 and view 2"""
 
-
-RANGES = common.RANGES | dict(
-    equi_layer="[0, inf)", cls_layer="[0, inf)", equi_weight="[0, inf)", equi_ratio="[0, 1)", equi_temp="(0, inf)", equi_dim="[1, inf)",
-    equi_area="(0, inf)", equi_trans_weight="[0, inf)", local_size="[1, inf)", local_scale="(0, 1]", proj_hidden="[1, inf)", proj_dim="[1, inf)",
-    temp="(0, inf)", momentum="[0, 1]", prototypes="[2, inf)", teacher_temp="(0, inf)", teacher_temp_epochs="[0, inf)",
-    freeze_last_epochs="[0, inf)", redundancy="[0, inf)", weight_decay="[0, inf)", weight_decay_end="[0, inf)", warmup_epochs="[0, inf)",
-    lr_end="[0, 1]", clip="(0, inf)", drop_path="[0, 1)", crop_scale="(0, 1]", jitter="[0, inf)", blur="[0, 1]", solarize="[0, 1]")
 
 # What a base needs: the settings of SER's ImageNet runs [its public code, where the paper only says "as published"].
 BASES = dict(
@@ -719,7 +733,7 @@ def build(args, device):
 
 def check(args):
     """Refuse what cannot work, in one line each, before anything is made."""
-    common.check_run(args, RECIPES, RANGES, common.VITS)
+    common.check_run(args, RECIPES, common.VITS)
     for name in ("crop_scale", "equi_area", "local_scale"):
         if getattr(args, name)[0] > getattr(args, name)[1]:
             common.die(f"--{name.replace('_', '-')} {' '.join(map(str, getattr(args, name)))}: the lower end comes first")

@@ -108,7 +108,7 @@ def test_every_argument_that_computes_is_fixed_on_resume(script):
     """A new argument is either free to change on resumption or compared: none slips through unnamed."""
     assert common.Run.FREE <= {f.name for f in common.dataclasses.fields(script.Args)}
     numbers = {f.name for f in common.dataclasses.fields(script.Args) if any(t in str(f.type) for t in ("int", "float"))}
-    assert numbers == set(script.RANGES)  # every number has a range
+    assert numbers == set(common.ranges(script.Args))  # every number has a range
 
 
 def test_mistakes_of_probing(tiny, folder, tmp_path, capsys):
