@@ -267,8 +267,8 @@ def draw_views(args, policies, generator):
     views = {name: (b2 if name.startswith("eq") else b1) for name in policies}
     drawn = {name: (at, policies[name].sample(len(at), generator)) for name, at in views.items()}
     for name, (_, draws) in drawn.items():
-        if name in ("eq2", "eq4", "eq6"):
-            draws |= {key: drawn[f"eq{int(name[2]) - 1}"][1][key] for key in common.BOX}
+        if name in ("eq2", "eq4", "eq6"):  # the first view's random crop, if it is one
+            draws |= {key: value for key, value in drawn[f"eq{int(name[2]) - 1}"][1].items() if key in common.BOX}
         if args.equi == "stl":
             for key in (*common.BOX, "brightness", "contrast", "saturation", "hue", "order", "gray"):
                 draws[key] = draws[key][::2].repeat_interleave(2, 0)
