@@ -201,10 +201,11 @@ def one_line(error):
     return None
 
 
-def parse(Args, values_in_force, argv=None, description=None):
+def parse(Args, values_in_force, argv=None, description=""):
     """Command line -> Args, in two passes: the first reads the choices (--base, --data, --recipe ...), from which
     `values_in_force(first) -> dict` looks up defaults; the second parses over those, so `--help` shows what would run."""
     argv = sys.argv[1:] if argv is None else list(argv)
+    description = description.partition("\n\nWhere the paper is silent")[0]  # what follows is for readers of the file
     speak = os.environ.get("RANK", "0") == "0"  # tyro's own error box comes from one rank
     try:
         first, _ = tyro.cli(Args, args=argv, return_unknown_args=True, add_help=False, console_outputs=speak)

@@ -20,6 +20,7 @@ from test_run import content, refused, same, state
 import ciper
 import clever
 import common
+import eval_probe
 import recon_xattn
 import ser
 
@@ -662,3 +663,21 @@ def test_F20_a_copied_and_renamed_script_trains_and_archives_itself(tiny, tmp_pa
     done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "mine.py").read_text() == (ROOT / "ser.py").read_text() and (tmp_path / "run" / "common.py").exists()
+    assert common.load_checkpoint(tmp_path / "run" / "checkpoint.pt")["method"] == "mine"
+    (_, scores), *_ = eval_probe.main([str(tmp_path / "run" / "checkpoint.pt"), "--tasks", "knn", "--workers", "0", "--device", "cpu"])
+    assert scores["knn"] > 0
+
+
+@pytest.mark.parametrize("name", ["hostile", "os", "../hostile", "tests.hostile", ""])
+def test_C7_loading_a_checkpoint_imports_none_but_the_four_methods(name, saved, tmp_path, monkeypatch):
+    (tmp_path / "hostile.py").write_text(f"open({str(tmp_path / 'marker')!r}, 'w')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    c = common.load_checkpoint(saved / "checkpoint.pt") | dict(method=name)
+    common.save_checkpoint(tmp_path / "checkpoint.pt", c)
+    imported = []
+    monkeypatch.setattr(common.importlib, "import_module", imported.append)
+    common.load_backbone(tmp_path / "checkpoint.pt")
+    assert not imported and not (tmp_path / "marker").exists()
+    common.save_checkpoint(tmp_path / "checkpoint.pt", c | dict(method="clever"))
+    common.load_backbone(tmp_path / "checkpoint.pt")
+    assert imported == ["clever"]
