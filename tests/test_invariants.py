@@ -70,10 +70,10 @@ def test_N9_gradients_are_those_of_finite_differences(loss):
     a = draw(4, 6).requires_grad_()
     for b in (draw(4, 6, key=1), a.detach() + 1e-3 * draw(4, 6, key=2)):
         b.requires_grad_()
-        if loss is LOSSES["clever cosines"]:  # its second argument of each pair gets no gradient
-            assert torch.autograd.gradcheck(lambda a, b, x=a.detach().clone(), y=b.detach().clone(): clever.cosines(a, b, x, y), (a, b))
-        else:
-            assert torch.autograd.gradcheck(loss.fn, (a, b))
+        fn, keys = loss.fn, (a.detach().clone(), b.detach().clone())
+        if loss is LOSSES["clever cosines"]:  # its keys get no gradient
+            fn = partial(lambda keys, a, b: clever.cosines(a, b, *keys), keys)
+        assert torch.autograd.gradcheck(fn, (a, b))
 
 
 @each_loss
@@ -167,14 +167,18 @@ def flags(script, folder):
                          clever=["--patch-size", "4", "--local-size", "8", "--local-crops", "1", "--head-dim", "16", "--head-dim-equi", "16", "--proj-hidden", "16"])[script]
 
 
-GOLDEN = {}  # losses of six steps: another number is another method, or another torch; change them on purpose only
+GOLDEN = dict(  # losses of six steps: another number is another method, or another torch; change them on purpose only
+    ser=[7.465349, 8.195801, 7.764624, 8.543478, 7.243521, 7.711843],
+    recon_xattn=[10.213338, 9.925823, 10.105164, 13.810023, 10.503764, 11.433062],
+    ciper=[4.013133, 4.603656, 4.305690, 4.348261, 4.292121, 4.138378],
+    clever=[3.202791, 3.254079, 3.143973, 2.497103, 2.423683, 2.460196])
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_N5_N16_golden_losses_and_rates(script, folder, tmp_path):
-    SCRIPTS[script].main([*flags(script, folder), "--lr", "0.002" if script == "ciper" else "0.02", "--out", str(tmp_path)])
+    SCRIPTS[script].main([*flags(script, folder), "--lr", "1e-4" if script == "ciper" else "0.02", "--out", str(tmp_path)])
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert [line["loss"] for line in lines] == pytest.approx(GOLDEN[script], rel=1e-4)
+    assert [line["loss"] for line in lines] == pytest.approx(GOLDEN[script], rel=2e-3 if script == "ciper" else 1e-4)  # batch norm of 12 images amplifies rounding
     peak = json.loads((tmp_path / "args.json").read_text())["lr"] * (1 if script == "ciper" else 12 / 256)
     rates = [0, 0.5, 1, *((1 + math.cos(math.pi * k / 4)) / 2 for k in (1, 2, 3))]  # two steps an epoch, one epoch of warm-up
     if script == "clever":
