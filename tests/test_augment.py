@@ -285,7 +285,7 @@ def recipe(size, grid=False):
 
 
 @pytest.mark.parametrize("size,h,w", [(16, 20, 24), (48, 64, 50), (224, 256, 256)])
-def test_compose_equals_the_ops_in_order_and_again(size, h, w):
+def test_N6_compose_equals_the_ops_in_order_and_again(size, h, w):
     c, n = recipe(size), 20
     x, sizes = images(n, h, w), torch.tensor([[h, w]]).expand(n, 2)
     p, before = sampled(c, n, gen(), sizes), x.clone()
@@ -352,7 +352,7 @@ def test_affine_equals_torchvision(size):
         assert_close(b, TF.affine(a, angle, [int(dx), int(dy)], 1.0, [0.0], InterpolationMode.BILINEAR), 2e-4)
 
 
-def test_identity_parameters_are_the_identity():
+def test_N11_identity_parameters_are_the_identity():
     ops = [A.HorizontalFlip(0), A.Rot90(), A.ColorJitter(0.4, 0.4, 0.2, 0.1, p=0), A.Grayscale(0), A.GaussianBlur(p=0), A.Solarize(p=0)]
     c, x = A.Compose(ops), floats(7, 19, 19)
     p = c.sample(7, gen())

@@ -104,7 +104,7 @@ def test_load_backbone_rebuilds_the_encoder(tmp_path):
     (lambda s: s["backbone"].update(arch="resnet_pico"), "resnet_pico"),
     (lambda s: s["backbone"].update(arch="resnet_huge"), "--arch resnet_huge"),
 ])
-def test_load_backbone_is_strict(tmp_path, capsys, change, word):
+def test_C10_load_backbone_is_strict(tmp_path, capsys, change, word):
     _, path = saved(tmp_path, change)
     with pytest.raises(SystemExit) as end:
         common.load_backbone(path)

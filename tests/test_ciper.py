@@ -32,13 +32,13 @@ def args_for(objective="ciper", **changes):
 
 
 @pytest.mark.parametrize("N, both, cross", [(2, 1.098612, math.log(2)), (4, 1.945910, math.log(4)), (64, 4.844187, math.log(64)), (256, 6.236370, 5.545177)])
-def test_contrast_of_equal_embeddings(N, both, cross):
+def test_N13_contrast_of_equal_embeddings(N, both, cross):
     z = torch.ones(N, 5).double()
     assert ciper.nt_xent(z, z, 0.5).item() == pytest.approx(both, abs=1e-6) and ciper.info_nce(z, z, 0.5).item() == pytest.approx(cross, abs=1e-6)
 
 
 @pytest.mark.parametrize("N, tau, both, cross", [(2, 1, 0.551445, 0.313262), (2, 0.5, 0.239545, 0.126928), (4, 0.5, 0.594438, 0.340753), (64, 0.5, 2.893270, 2.254038), (256, 0.5, 4.248795, 3.569828)])
-def test_contrast_of_orthonormal_embeddings(N, tau, both, cross):
+def test_N13_contrast_of_orthonormal_embeddings(N, tau, both, cross):
     z = torch.eye(N).double()
     assert ciper.nt_xent(z, z, tau).item() == pytest.approx(both, abs=1e-6) and ciper.info_nce(z, z, tau).item() == pytest.approx(cross, abs=1e-6)
 
@@ -49,7 +49,7 @@ def test_contrast_of_two_pairs_and_of_one():
     assert ciper.nt_xent(z1[:1], z2[:1], 0.5).item() == 0
 
 
-def test_nt_xent_equals_the_loop_and_its_symmetries():
+def test_N10_nt_xent_equals_the_loop_and_its_symmetries():
     z1, z2 = torch.randn(2, 5, 7).double()
     u = [v / v.norm() for v in [*z1, *z2]]
     total = 0.0
@@ -159,7 +159,7 @@ def test_coordinates_are_those_of_the_view():
 # ---- image views -------------------------------------------------------------------------------------------
 
 
-def test_the_target_says_what_torchvision_would_do():
+def test_N6_the_target_says_what_torchvision_would_do():
     """The ten numbers of a view, and the order of its colour steps, are all that torchvision needs to make it."""
     args = args_for("ciper", batch_size=16, img_size=24)
     policy = ciper.make_policies(args)["1"]
@@ -341,7 +341,7 @@ def train(objective, views, steps=2):
 
 
 @pytest.mark.parametrize("objective, views", [("ciper", "image"), ("ciper", "dataset"), ("essl", "image")])
-def test_2_processes_train_the_same_model(objective, views, tmp_path):
+def test_N1_N2_N3_2_processes_train_the_same_model(objective, views, tmp_path):
     (losses, gradients), *_ = on_ranks(1, tmp_path, train, objective, views)
     scale = max(abs(g).max() for g in gradients)
     for other_losses, other_gradients in on_ranks(2, tmp_path, train, objective, views):
@@ -359,7 +359,7 @@ def small(folder, core50):
 
 
 @pytest.mark.parametrize("objective, views", COMBINATIONS)
-def test_every_variant_trains_and_resumes_to_the_same_bits(objective, views, small, tmp_path, capsys):
+def test_N7_every_variant_trains_and_resumes_to_the_same_bits(objective, views, small, tmp_path, capsys):
     run = [*small[views], "--objective", objective, "--views", views]
     ciper.main([*run, "--out", str(tmp_path / "whole")])
     ciper.main([*run, "--out", str(tmp_path / "halved"), "--max-steps", "1"])

@@ -52,7 +52,7 @@ def one_hot(*classes, K):
 
 
 @pytest.mark.parametrize("K, entropy", [(65536, 11.0903548890), (4096, 8.3177661667)])
-def test_alike_and_entropy_of_uniform_outputs(K, entropy):
+def test_N13_alike_and_entropy_of_uniform_outputs(K, entropy):
     u, e = uniform(K), one_hot(0, 5, K=K)
     assert clever.cross_entropy(e, u.log()).item() == pytest.approx(entropy) and clever.cross_entropy(u, u.log()).item() == pytest.approx(entropy)
     assert clever.alike(u, u.log(), "cos").item() == pytest.approx(1) and clever.alike(u, u.log(), "dot").item() == pytest.approx(1 / K)
@@ -61,7 +61,7 @@ def test_alike_and_entropy_of_uniform_outputs(K, entropy):
     assert clever.alike(e, one_hot(1, 4, K=K).log(), "cos").item() == 0
 
 
-def test_three_classes():
+def test_N13_three_classes():
     q, p = F.softmax(t([0.04, 0, 0]) / 0.04, 1), F.log_softmax(t([0, 0.1, 0]) / 0.1, 1)
     assert q[0].tolist() == pytest.approx([0.5761169, 0.2119416, 0.2119416])
     values = clever.cross_entropy(q, p), clever.alike(q, p, "cos"), clever.alike(q, p, "dot")
@@ -290,7 +290,7 @@ def test_the_first_values_of_clever():
 # ---- schedules ---------------------------------------------------------------------------------------------
 
 
-def test_schedules_of_dino():
+def test_N4_N5_schedules_of_dino():
     args = clever.Args(**clever.values_in_force(clever.Args(data="imagenet100")))
     rate = lambda s: clever.learning_rates(args, s, 247, 2470)[0]
     assert (args.epochs, args.batch_size, rate(0)) == (200, 512, 0) and rate(2469) == pytest.approx(1e-3) and rate(2470) == pytest.approx(1e-3)
@@ -298,7 +298,7 @@ def test_schedules_of_dino():
     assert common.cosine(0.25, args.momentum, 1.0) == pytest.approx(0.9965858, abs=1e-7) and common.cosine(0.25, args.weight_decay, args.weight_decay_end) == pytest.approx(0.0927208)
 
 
-def test_schedules_of_simsiam():
+def test_N5_schedules_of_simsiam():
     args = clever.Args(**clever.values_in_force(clever.Args(base="simsiam", data="imagenet100")) | dict(base="simsiam"))
     rates = lambda epoch: clever.learning_rates(args, epoch * 10 + 7, 10, 300)
     assert args.equi == "ddcl" and rates(0) == pytest.approx([1e-9, 1e-9]) and rates(15) == pytest.approx([0.025, 0.025]) and rates(29)[0] == pytest.approx(0.0483333, abs=1e-6)
@@ -314,7 +314,7 @@ def test_decay_alone_follows_the_closed_form():
     assert w.item() == pytest.approx(0.951635, abs=1e-6)
 
 
-def test_who_decays():
+def test_N14_who_decays():
     _, model, _ = step()
     groups = clever.make_optimizer(model, args_for(), torch.device("cpu")).param_groups
     names = {id(p): n for n, p in model.named_parameters()}
@@ -442,7 +442,7 @@ def train(base, equi, arch, steps=2):
 
 
 @pytest.mark.parametrize("base, equi, arch", [("dino", "clever", "resnet_pico"), ("simsiam", "ddcl", "resnet_pico")])
-def test_2_processes_train_the_same_model(base, equi, arch, tmp_path):
+def test_N1_N3_2_processes_train_the_same_model(base, equi, arch, tmp_path):
     (losses, gradients), *_ = on_ranks(1, tmp_path, train, base, equi, arch)
     scale = max(abs(g).max() for g in gradients)
     for other_losses, other_gradients in on_ranks(2, tmp_path, train, base, equi, arch):
@@ -459,7 +459,7 @@ def small(folder):
 
 @pytest.mark.parametrize("arch", ["vit_pico", "resnet_pico"])
 @pytest.mark.parametrize("base, equi", VARIANTS)
-def test_every_variant_trains_and_resumes_to_the_same_bits(base, equi, arch, small, tmp_path, capsys):
+def test_N7_every_variant_trains_and_resumes_to_the_same_bits(base, equi, arch, small, tmp_path, capsys):
     """Stopped in the middle of the temperature's and of the weight decay's schedule, with the prototypes frozen (dino), or of the
     warm-up, after which the momentum starts anew (simsiam)."""
     run = [*small, "--base", base, "--equi", equi, "--arch", arch, "--freeze-last-epochs", "2", "--max-steps", "6"]

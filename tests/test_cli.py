@@ -1,11 +1,14 @@
 """What a user types: help, mistakes (one line, exit 2), the README's commands."""
 
+import math
 import re
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+import torch
+from test_run import refused
 
 import ciper
 import clever
@@ -34,47 +37,53 @@ MISTAKES = {
     "unknown data set": (["--data", "imagenette", "--recipe", "cifar10"], "--data imagenette", "blocks"),
     "unknown recipe": (["--recipe", "cifar11"], "--recipe cifar11", "cifar10"),
     "imagefolder without a recipe": (["--data", "imagefolder", "--data-dir", "{folder}"], "--recipe", "cifar10"),
-    "missing folder": (["{tiny}", "--data-dir", "{tmp}/nowhere"], "--data-dir", "nowhere", "no such directory"),
-    "folder not given": (["--data", "imagefolder", "--recipe", "cifar10"], "--data-dir"),
-    "empty folder": (["{tiny}", "--data-dir", "{tmp}/empty"], "--data-dir", "no images"),
-    "batch larger than the data": (["{tiny}", "--batch-size", "32"], "--batch-size 32", "24"),
-    "size not divisible by the patch": (["{tiny}", "--img-size", "18"], "--img-size 18", "--patch-size 4"),
+    "D1 missing folder": (["{tiny}", "--data-dir", "{tmp}/nowhere"], "--data-dir", "nowhere", "no such directory"),
+    "D1 folder not given": (["--data", "imagefolder", "--recipe", "cifar10"], "--data-dir"),
+    "D1 empty folder": (["{tiny}", "--data-dir", "{tmp}/empty"], "--data-dir", "no images"),
+    "A7 batch larger than the data": (["{tiny}", "--batch-size", "32"], "--batch-size 32", "24"),
+    "A5 size not divisible by the patch": (["{tiny}", "--img-size", "18"], "--img-size 18", "--patch-size 4"),
     "unknown arch": (["{tiny}", "--arch", "vit_huge"], "--arch vit_huge", "vit_small"),
-    "learning rate nan": (["{tiny}", "--lr", "nan"], "--lr nan"),
-    "learning rate negative": (["{tiny}", "--lr", "-1"], "--lr -1"),
-    "learning rate inf": (["{tiny}", "--lr", "inf"], "--lr inf"),
-    "temperature 0": (["{tiny}", "--equi-temp", "0"], "--equi-temp 0"),
-    "momentum above 1": (["{tiny}", "--momentum", "1.5"], "--momentum 1.5"),
-    "crop above the image": (["{tiny}", "--crop-scale", "0.5", "1.5"], "--crop-scale 1.5"),
-    "seed out of range": (["{tiny}", "--seed", "-1"], "--seed -1"),
-    "warm-up longer than the run": (["{tiny}", "--epochs", "1"], "--warmup-epochs"),
+    "A2 learning rate nan": (["{tiny}", "--lr", "nan"], "--lr nan"),
+    "A2 learning rate negative": (["{tiny}", "--lr", "-1"], "--lr -1"),
+    "A2 learning rate inf": (["{tiny}", "--lr", "inf"], "--lr inf"),
+    "A2 temperature 0": (["{tiny}", "--equi-temp", "0"], "--equi-temp 0"),
+    "A2 momentum above 1": (["{tiny}", "--momentum", "1.5"], "--momentum 1.5"),
+    "A2 crop above the image": (["{tiny}", "--crop-scale", "0.5", "1.5"], "--crop-scale 1.5"),
+    "A8 seed out of range": (["{tiny}", "--seed", "-1"], "--seed -1"),
+    "A6 warm-up longer than the run": (["{tiny}", "--epochs", "1"], "--warmup-epochs"),
     "layer beyond the encoder": (["{tiny}", "--equi-layer", "7"], "--equi-layer 7", "6 blocks"),
-    "b2 larger than the batch": (["{tiny}", "--batch-size", "8"], "--batch-size 8", "second part"),
-    "range upside down": (["{tiny}", "--crop-scale", "1.0", "0.2"], "--crop-scale 1.0 0.2", "lower"),
-    "hue beyond the circle": (["{tiny}", "--jitter", "0.4", "0.4", "0.4", "3"], "--jitter", "0.5"),
+    "A7 b2 larger than the batch": (["{tiny}", "--batch-size", "8"], "--batch-size 8", "second part"),
+    "A2 range upside down": (["{tiny}", "--crop-scale", "1.0", "0.2"], "--crop-scale 1.0 0.2", "lower"),
+    "A2 hue beyond the circle": (["{tiny}", "--jitter", "0.4", "0.4", "0.4", "3"], "--jitter", "0.5"),
     "no block left for [CLS]": (["{tiny}", "--equi-layer", "6"], "--cls-layer 3"),
-    "resume and overwrite": (["{tiny}", "--resume", "--overwrite"], "--resume", "--overwrite"),
-    "no such device": (["{tiny}", "--device", "mps"], "--device mps"),
-    "empty value": (["{tiny}", "--data-dir="], "--data-dir", "empty"),
-    "output under a file": (["{tiny}", "--out", "{tmp}/file/run"], "--out"),
-    "unknown flag": (["{tiny}", "--learning-rate", "1"], "--learning-rate"),
+    "C17 resume and overwrite": (["{tiny}", "--resume", "--overwrite"], "--resume", "--overwrite"),
+    "A9 no such device": (["{tiny}", "--device", "mps"], "--device mps"),
+    "A3 empty value": (["{tiny}", "--data-dir="], "--data-dir", "empty"),
+    "C19 output under a file": (["{tiny}", "--out", "{tmp}/file/run"], "--out"),
+    "A1 unknown flag": (["{tiny}", "--learning-rate", "1"], "--learning-rate"),
     "ser without a layer": (["{tiny}", "--equi-layer", "0"], "--equi-layer 0", "tokens"),
     "[CLS] after the layer that reads it": (["{tiny}", "--equi", "augself", "--equi-layer", "2", "--cls-layer", "2"], "--equi-layer 2", "--cls-layer 0"),
     "local views of a baseline": (["{tiny}", "--equi", "essl", "--local-views", "4"], "--local-views 4", "ser or none"),
     "local views of Barlow Twins": (["{tiny}", "--base", "barlow", "--local-views", "4"], "--local-views 4", "mocov3"),
     "a parameter that never changes": (["{tiny}", "--equi", "augself", "--equi-params", "crop", "solarize"], "--equi-params solarize", "--solarize"),
-    "local size not divisible": (["{tiny}", "--local-views", "4", "--local-size", "6"], "--local-size 6", "--patch-size 4"),
-    "odd batch for pairs": (["{tiny}", "--equi", "stl", "--batch-size", "11"], "--batch-size 11", "even"),
+    "A5 local size not divisible": (["{tiny}", "--local-views", "4", "--local-size", "6"], "--local-size 6", "--patch-size 4"),
+    "A7 odd batch for pairs": (["{tiny}", "--equi", "stl", "--batch-size", "11"], "--batch-size 11", "even"),
     "nothing to predict": (["{tiny}", "--equi", "augself", "--equi-params"], "--equi-params", "crop color"),
-    "not a choice": (["{tiny}", "--base", "byol"], "barlow"),
+    "A1 wrong type": (["{tiny}", "--epochs", "many"], "--epochs", "many"),
+    "A3 empty name": (["{tiny}", "--recipe="], "--recipe", "empty"),
+    "A7 a batch of one": (["{tiny}", "--batch-size", "1"], "--batch-size 1", "[2, inf)"),
+    "A8 seed of 33 bits": (["{tiny}", "--seed", "4294967296"], "--seed 4294967296"),
+    "A1 not a choice": (["{tiny}", "--base", "byol"], "barlow"),
 }
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_mistakes_of_training(name, tiny, folder, tmp_path, capsys):
+def test_mistakes_of_training(name, tiny, folder, tmp_path, capsys, monkeypatch):
     (tmp_path / "empty" / "train").mkdir(parents=True)
     (tmp_path / "file").write_text("")
     argv, *words = MISTAKES[name]
+    if name.startswith("A1"):
+        monkeypatch.setattr(common, "start", None)  # no device is looked for
     filled = []
     for a in argv:
         filled += tiny if a == "{tiny}" else [a.format(folder=folder, tmp=tmp_path)]
@@ -83,19 +92,43 @@ def test_mistakes_of_training(name, tiny, folder, tmp_path, capsys):
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
 
 
-def test_mistakes_of_processes(tiny, tmp_path, capsys, monkeypatch):
+def test_A4_mistakes_of_processes(tiny, capsys, monkeypatch):
     monkeypatch.setattr(common, "world_size", lambda: 5)
-    expect_mistake(capsys, ser.main, [*tiny, "--equi", "none", "--out", str(tmp_path)], "--batch-size 12", "5 processes", "10")
-    expect_mistake(capsys, ser.main, [*tiny, "--out", str(tmp_path)], "8 images", "5 processes")
+    args = common.parse(ser.Args, ser.values_in_force, tiny)
+    expect_mistake(capsys, lambda _: common.Loader(common.ImageSet(images=torch.zeros(24, 3, 2, 2, dtype=torch.uint8)), {}, None, args, torch.device("cpu")), None, "--batch-size 12", "5 processes", "10")
+    expect_mistake(capsys, lambda _: ser.check(args), None, "8 images", "5 processes", "1, 2, 4 or 8")
+    args = common.parse(ser.Args, ser.values_in_force, [*tiny, "--equi", "stl", "--batch-size", "15"])
+    expect_mistake(capsys, lambda _: ser.check(args), None, "--batch-size 15", "5 processes", "even")
 
 
-def test_mistakes_with_the_output_directory(tiny, tmp_path, capsys):
+@pytest.mark.parametrize("script", [ser, recon_xattn, ciper, clever, eval_probe, eval_robustness])
+def test_A2_every_number_is_refused_outside_its_range(script, capsys):
+    """NaN, infinity and both sides of the interval are; its closed ends, such as --lr 0, are not."""
+    for name, interval in common.ranges(script.Args).items():
+        args, (low, high) = script.Args(), map(float, interval[1:-1].split(","))
+        given = lambda value, args=args, name=name: setattr(args, name, (value,) if isinstance(getattr(args, name), tuple) else value)
+        ends = [low] * (interval[0] == "[") + [high] * (interval[-1] == "]")
+        for value in (math.nan, math.inf, -math.inf, low - 1, high + 1, *({low, high} - {*ends})):
+            given(value)
+            refused(capsys, lambda args=args, name=name: common.check_ranges(args), f"--{name.replace('_', '-')} {value}", interval)
+        for value in ends:
+            given(value)
+            common.check_ranges(args)
+    assert common.ranges(script.Args).get("lr", "[0, inf)") == "[0, inf)"
+
+
+def test_A3_of_a_repeated_flag_the_last_counts(tiny):
+    assert common.parse(ser.Args, ser.values_in_force, [*tiny, "--lr", "1", "--lr", "2"]).lr == 2
+
+
+def test_C17_mistakes_with_the_output_directory(tiny, tmp_path, capsys):
     run = [*tiny, "--max-steps", "1", "--out", str(tmp_path)]
-    ser.main(run)
+    ser.main([*run, "--resume"])  # where there is none yet, it starts
     good = (tmp_path / "checkpoint.pt").read_bytes()
     expect_mistake(capsys, ser.main, run, "add --resume", "--overwrite")
     expect_mistake(capsys, ser.main, [*run, "--resume", "--arch", "vit_tiny"], "--arch vit_tiny", "vit_pico")
     expect_mistake(capsys, ser.main, [*run, "--resume", "--lr", "1"], "--lr 1")
+    assert (tmp_path / "checkpoint.pt").read_bytes() == good
     (tmp_path / "checkpoint.pt").write_bytes(good[:-100])
     expect_mistake(capsys, ser.main, [*run, "--resume"], "checkpoint.pt", "damaged")
     (tmp_path / "checkpoint.pt").write_bytes(good)
@@ -104,7 +137,7 @@ def test_mistakes_with_the_output_directory(tiny, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("script", [ser, recon_xattn, ciper, clever])
-def test_every_argument_that_computes_is_fixed_on_resume(script):
+def test_A2_C14_every_argument_that_computes_is_fixed_on_resume(script):
     """A new argument is either free to change on resumption or compared: none slips through unnamed."""
     assert common.Run.FREE <= {f.name for f in common.dataclasses.fields(script.Args)}
     numbers = {f.name for f in common.dataclasses.fields(script.Args) if any(t in str(f.type) for t in ("int", "float"))}

@@ -74,7 +74,7 @@ def train(base, equi, changes, steps=3):
 @pytest.mark.parametrize("base, equi, changes", [(base, equi, {}) for base in ser.BASES for equi in ("ser", "none")]
                          + [("mocov3", "augself", dict(equi_params=("crop", "color", "flip", "blur", "solarize", "rotation"), blur=(0.5, 0.5), solarize=(0.5, 0.5))), ("mocov3", "stl", {}),
                             ("mocov3", "equimod", {}), ("mocov3", "essl", {}), ("mocov3", "ser", dict(local_views=4)), ("mocov3", "equimod", dict(equi_layer=2))])
-def test_1_2_and_for_ser_4_processes_train_the_same_model(base, equi, changes, tmp_path):
+def test_N1_N2_N3_N4_1_2_and_for_ser_4_processes_train_the_same_model(base, equi, changes, tmp_path):
     (losses, gradients), *_ = on_ranks(1, tmp_path, train, base, equi, changes)
     scale = max(abs(g).max() for g in gradients)
     for world in (2, 4) if equi == "ser" and not changes else (2,):
@@ -115,7 +115,7 @@ def collectives():
     return gradient(common.gather), gradient(own_slot), bn, mean_colour, common.any_rank(r)
 
 
-def test_collectives(tmp_path):
+def test_N1_N2_A10_collectives(tmp_path):
     (gradient, _, bn, mean_colour, _), *_ = on_ranks(1, tmp_path, collectives)
     for world in (2, 4):
         for other, wrong, other_bn, other_colour, agreed in on_ranks(world, tmp_path, collectives):
@@ -131,7 +131,7 @@ def launch(*argv, **kwargs):
     return subprocess.run([sys.executable, *argv], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, **kwargs)
 
 
-def test_torchrun_trains_what_python_trains(tiny, tmp_path):
+def test_N3_C13_S14_torchrun_trains_what_python_trains(tiny, tmp_path):
     argv = [*tiny, "--max-steps", "4"]
     run = launch("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "ser.py", *argv, "--out", str(tmp_path / "two"))
     assert run.returncode == 0, run.stderr
@@ -144,7 +144,7 @@ def test_torchrun_trains_what_python_trains(tiny, tmp_path):
     ser.main([*argv, "--out", str(tmp_path / "two"), "--resume", "--max-steps", "5"])  # two processes saved, one goes on
 
 
-def test_a_mistake_under_torchrun_is_one_line(tmp_path):
+def test_S12_S14_a_mistake_under_torchrun_is_one_line(tmp_path):
     run = launch("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "ser.py", "--data", "imagefolder", "--recipe", "cifar10",
                  "--data-dir", str(tmp_path / "nowhere"), "--device", "cpu")
     assert run.returncode == 1 and run.stderr.count("no such directory") == 1

@@ -1,10 +1,13 @@
 """What goes wrong around a run: machines, disks, signals, other people's files. Ids name the fault, as in a catalogue of reliability."""
 
+import contextlib
 import errno
 import fcntl
 import json
 import math
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -89,7 +92,6 @@ def test_F1_an_output_that_rank_0_refuses_is_refused_on_all(tiny, tmp_path):
 
 def with_own(argv, flags):
     """One rank of ser.py with flags of its own -> (exit code, what it printed)."""
-    import contextlib
     import io
 
     import torch.distributed as dist
@@ -116,10 +118,15 @@ def test_R5_ranks_with_other_arguments_or_images_do_not_train_together(tiny, fol
             assert code == 2 and "rank 1" in lines[0] and words in lines[0], lines
 
 
-def test_R5_a_mistake_of_one_rank_alone_is_printed(monkeypatch, capsys):
+def test_S12_R5_a_mistake_of_one_rank_alone_is_printed(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr(time, "sleep", lambda s: None)
+    waits = []
+    monkeypatch.setattr(time, "sleep", waits.append)
     refused(capsys, lambda: common.die("--lr: odd"), "--lr: odd")  # nobody ended this process while it waited for rank 0
+    assert waits == [5]
+    monkeypatch.setenv("RANK", "0")
+    refused(capsys, lambda: common.die("--lr: odd"), "--lr: odd")
+    assert waits == [5]  # rank 0 speaks at once
 
 
 # ---- what a run remembers ---------------------------------------------------------------------------
@@ -183,15 +190,17 @@ def test_C14_what_is_free_to_change_is_what_does_not_touch_the_result():
     assert common.Run.FREE == {"data_dir", "out", "resume", "overwrite", "workers", "device", "compile", "max_steps", "save_every", "log_every"}
 
 
-@pytest.mark.parametrize("script", ["recon_xattn", "ciper", "clever"])
-def test_C9_another_scripts_checkpoint_is_not_continued(script, saved, tiny, capsys):
-    left_out = {"--equi-dim", "--proj-dim", *(("--proj-hidden",) if script == "clever" else ("--arch", "--patch-size") if script == "ciper" else ())}
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_C9_another_scripts_checkpoint_is_not_continued(script, saved, tiny, tmp_path, capsys):
+    left_out = dict(ser=(), recon_xattn=("--equi-dim", "--proj-dim"), ciper=("--equi-dim", "--proj-dim", "--arch", "--patch-size"), clever=("--equi-dim", "--proj-dim", "--proj-hidden"))[script]
     flags = [v for pair in zip(tiny[::2], tiny[1::2]) if pair[0] not in left_out for v in pair]
     flags += ["--arch", "resnet_pico"] if script == "ciper" else []
-    refused(capsys, lambda: SCRIPTS[script].main([*flags, "--out", str(saved), "--resume"]), "its checkpoint is of ser.py")
+    for other in SCRIPTS.keys() - {script}:
+        common.save_checkpoint(tmp_path / "checkpoint.pt", common.load_checkpoint(saved / "checkpoint.pt") | dict(method=other))
+        refused(capsys, lambda: SCRIPTS[script].main([*flags, "--out", str(tmp_path), "--resume"]), f"its checkpoint is of {other}.py")
 
 
-@pytest.mark.parametrize("spoil", ["heads", "optimizer", "a key of heads", "a shape of heads"])
+@pytest.mark.parametrize("spoil", ["heads", "optimizer", "C10 a key of heads", "C10 a shape of heads", "C10 a prefix of heads"])
 def test_C15_a_training_state_with_a_part_missing_is_one_line(spoil, saved, tiny, tmp_path, capsys):
     c = common.load_checkpoint(saved / "checkpoint.pt")
     if spoil in c["train_state"]:
@@ -201,8 +210,10 @@ def test_C15_a_training_state_with_a_part_missing_is_one_line(spoil, saved, tiny
         c["train_state"]["heads"] |= {key: torch.zeros(3)}
         if "key" in spoil:
             del c["train_state"]["heads"][key]
+        if "prefix" in spoil:
+            c["train_state"]["heads"] = {f"module.{k}": v for k, v in c["train_state"]["heads"].items()}
     common.save_checkpoint(tmp_path / "checkpoint.pt", c)
-    refused(capsys, lambda: ser.main([*tiny, "--out", str(tmp_path), "--resume"]), "checkpoint.pt", "does not fit")
+    refused(capsys, lambda: ser.main([*tiny, "--out", str(tmp_path), "--resume"]), "checkpoint.pt", "does not fit", *([key] if "C10" in spoil else []))
 
 
 # ---- disks ------------------------------------------------------------------------------------------
@@ -250,6 +261,31 @@ def test_F10_a_line_after_a_torn_one_begins_anew(tiny, tmp_path, monkeypatch, ca
     monkeypatch.undo()
     lines = (tmp_path / "log.jsonl").read_text().splitlines()
     assert [common.step_of(line) for line in lines] == [0, -1, 2, 3] and "could not log step 1" in capsys.readouterr().err
+
+
+def test_C19_a_directory_that_vanishes_costs_a_line_a_save_and_the_exit_code(tiny, tmp_path, capsys, monkeypatch):
+    update, calls = ser.update_teacher, []
+
+    def vanish(model, m):
+        update(model, m)
+        calls.append(1)
+        if len(calls) == 2:
+            shutil.rmtree(tmp_path / "run")
+
+    monkeypatch.setattr(ser, "update_teacher", vanish)
+    with pytest.raises(SystemExit) as end:
+        ser.main([*tiny, "--out", str(tmp_path / "run"), "--max-steps", "3", "--save-every", "1"])
+    err = capsys.readouterr().err
+    assert end.value.code == 1 and err.count("could not save step 2") == err.count("could not save step 3") == 1 and "could not log step 2" in err
+
+
+@pytest.mark.parametrize("name", ["C22 ünï cödé x", "C22 a\nline", "-x", "C22 $(touch y);'\""])
+def test_C22_any_name_of_a_directory_works(name, tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for flags in ([], ["--resume"]):
+        ser.main([*tiny, "--max-steps", "1", f"--out={name}", *flags])
+    words = shlex.split(capsys.readouterr().out.split("next: ")[-1])
+    assert common.load_checkpoint(words[-1])["step"] == 1 and sorted(os.listdir(tmp_path)) == [name]
 
 
 @pytest.mark.parametrize("code", ["EINVAL", "ENOSYS"])
@@ -301,12 +337,12 @@ def test_R12_an_export_that_cannot_be_written_costs_one_line_and_not_the_score(t
     assert "backbone.safetensors: not written" in out and "No space left" in out and "k-NN accuracy" in out
 
 
-def test_R12_a_name_of_256_characters_is_one_line(tiny, tmp_path, capsys):
+def test_C22_R12_a_name_of_256_characters_is_one_line(tiny, tmp_path, capsys):
     refused(capsys, lambda: ser.main([*tiny, "--out", str(tmp_path / ("x" * 256))]), "--out", "too long")
     refused(capsys, lambda: common.load_checkpoint(tmp_path / ("x" * 256)), "no such checkpoint")
 
 
-def test_R1_a_refused_second_run_leaves_the_first_ones_save_alone(tiny, tmp_path, capfd):
+def test_C20_R1_a_refused_second_run_leaves_the_first_ones_save_alone(tiny, tmp_path, capfd):
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
@@ -332,7 +368,7 @@ def test_F15_a_file_system_without_locks_runs(tiny, tmp_path, monkeypatch, capsy
     assert (tmp_path / "checkpoint.pt").exists() and "cannot be locked" in capsys.readouterr().out
 
 
-def test_F15_a_worker_does_not_keep_the_lock(tmp_path):
+def test_C20_F15_a_worker_does_not_keep_the_lock(tmp_path):
     """The main process is killed; a loader worker that lives on has let go of the lock."""
     read, write = os.pipe()
     child = os.fork()
@@ -355,7 +391,7 @@ def test_F15_a_worker_does_not_keep_the_lock(tmp_path):
         os.kill(worker, signal.SIGKILL)
 
 
-def test_R11_an_overwritten_link_stays_a_link(tiny, tmp_path):
+def test_C21_R11_an_overwritten_link_stays_a_link(tiny, tmp_path):
     (tmp_path / "disk").mkdir()
     (tmp_path / "run").mkdir()
     common.save_checkpoint(tmp_path / "disk" / "c.pt", state())
@@ -423,6 +459,89 @@ def test_S2_a_second_sigint_ends_at_once(tiny, tmp_path):
         os.kill = lambda pid, s: (kill(pid, s), kill(pid, s))
 
     assert stopped(tiny, tmp_path, signal.SIGINT, twice) == 130 and not (tmp_path / "checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize("where, code, step", [("building", -signal.SIGTERM, None), ("saving", 143, 2), ("scoring", -signal.SIGTERM, 6)])
+def test_S4_a_sigterm_at_another_moment_leaves_whole_files(where, code, step, tiny, tmp_path):
+    """Before the first step and after the last one nothing needs saving; a save is finished, and the run ends at the next step."""
+    def act():
+        module, name = dict(building=(ser, "build"), saving=(os, "replace"), scoring=(common, "knn_accuracy"))[where]
+        original = getattr(module, name)
+
+        def interrupted(*a, **k):
+            if where != "saving" or str(a[1]).endswith("checkpoint.pt"):
+                os.kill(os.getpid(), signal.SIGTERM)
+            return original(*a, **k)
+
+        setattr(module, name, interrupted)
+        ser.main([*tiny, "--out", str(tmp_path), "--save-every", "1" if where == "saving" else "9"])
+
+    assert in_child(act) == code
+    assert common.load_checkpoint(tmp_path / "checkpoint.pt")["step"] == step if step else not any(tmp_path.iterdir())
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def with_fault(argv, rank, step, fault):
+    """One rank of ser.py, where the losses of rank `rank` go through `fault` in one step -> (exit code, its error lines)."""
+    import torch.distributed as dist
+
+    forward, seen = ser.Base.forward, []
+
+    def faulty(*a, **k):
+        out, y = forward(*a, **k)
+        seen.append(1)
+        return fault(out) if dist.get_rank() == rank and len(seen) == step + 1 else out, y
+
+    ser.Base.forward = faulty
+    return with_own(argv, [[], []])
+
+
+def test_S5_a_signal_to_one_rank_stops_all_at_the_same_step(tiny, tmp_path):
+    for code, lines in on_ranks(2, tmp_path, with_fault, [*tiny, "--out", str(tmp_path / "run")], 1, 2, lambda out: os.kill(os.getpid(), signal.SIGTERM) or out):
+        assert code == 143 and "stopped by SIGTERM after step 3" in lines[0]
+    assert common.load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 3
+
+
+def test_S6_when_a_rank_dies_the_others_end_and_the_checkpoint_stands(tiny, tmp_path, capfd):
+    import torch.distributed as dist
+
+    def act(rank):
+        dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'rendezvous'}", rank=rank, world_size=2)
+        time.sleep = lambda s: None  # torchrun would end this rank meanwhile
+        argv = [*tiny, "--out", str(tmp_path / "run"), "--save-every", "1"]
+        forward, seen = ser.Base.forward, []
+        ser.Base.forward = lambda *a, **k: (seen.append(1), os.kill(os.getpid(), signal.SIGKILL) if rank == 1 and len(seen) == 4 else None, forward(*a, **k))[2]
+        common.command(lambda: ser.main(argv))
+
+    begin, doomed = time.monotonic(), os.fork()
+    if doomed == 0:
+        try:
+            act(1)
+        finally:
+            os._exit(1)
+    assert in_child(lambda: act(0)) == 1 and os.WTERMSIG(os.waitpid(doomed, 0)[1]) == signal.SIGKILL
+    err = capfd.readouterr().err
+    assert err.count("error:") == 1 and "another process of the group ended" in err and "Traceback" not in err
+    assert common.load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 3 and time.monotonic() - begin < 30
+
+
+def test_S13_memory_that_runs_out_within_a_step_leaves_the_checkpoint_before_it(tiny, tmp_path, capfd):
+    def act():
+        forward, seen = ser.Base.forward, []
+
+        def full(*a, **k):
+            seen.append(1)
+            if len(seen) == 3:
+                raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
+            return forward(*a, **k)
+
+        ser.Base.forward = full
+        common.command(lambda: ser.main([*tiny, "--out", str(tmp_path), "--save-every", "1"]))
+
+    assert in_child(act) == 1
+    err = capfd.readouterr().err
+    assert err.count("error:") == 1 and "--batch-size" in err and "Traceback" not in err
+    assert common.load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 2
 
 
 def test_R10_sigterm_while_the_loader_hangs_saves(tiny, tmp_path):
@@ -534,7 +653,7 @@ def test_S7_all_ranks_take_part_in_the_same_collectives(tiny, tmp_path):
     assert code == 0 and first == second and len(first) > 50
 
 
-def test_a_damaged_image_on_one_rank_is_one_line(folder, tiny, tmp_path):
+def test_S12_a_damaged_image_on_one_rank_is_one_line(folder, tiny, tmp_path):
     shutil.copytree(folder, tmp_path / "data")
     (tmp_path / "data" / "train" / "left" / "03.png").write_bytes(b"\x89PNG nothing more")
     argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "ser.py", *with_data(tiny, tmp_path / "data"), "--out", str(tmp_path / "run")]
@@ -543,7 +662,7 @@ def test_a_damaged_image_on_one_rank_is_one_line(folder, tiny, tmp_path):
     assert done.returncode == 1 and len(lines) == 1 and "03.png" in lines[0] and 'common.py", line' not in done.stderr, done.stderr
 
 
-def test_an_untrained_encoder_needs_no_full_batch(tiny, tmp_path):
+def test_A6_A7_an_untrained_encoder_needs_no_full_batch(tiny, tmp_path):
     ser.main([*tiny, "--epochs", "0", "--warmup-epochs", "0", "--batch-size", "2048", "--out", str(tmp_path)])
     assert common.load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 0
 
@@ -561,17 +680,76 @@ def test_S10_a_half_set_or_stray_environment_is_one_line(env, words, monkeypatch
     refused(capsys, lambda: common.start("cpu"), words)
 
 
+def test_S9_one_process_opens_no_port_and_no_port_is_fixed(tiny, tmp_path):
+    def sockets():
+        links = []
+        for fd in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(OSError):
+                links.append(os.readlink(f"/proc/self/fd/{fd}"))
+        return {link for link in links if link.startswith("socket:")}
+
+    before = sockets()
+    ser.main([*tiny, "--epochs", "0", "--warmup-epochs", "0", "--out", str(tmp_path)])
+    assert sockets() == before and not common.dist.is_initialized()
+    for source in ROOT.glob("*.py"):
+        assert not re.search(r"tcp://|init_method|MASTER_PORT[\"']\] *=|\b29\d\d\d\b", source.read_text()), source
+
+
+@pytest.fixture
+def four(monkeypatch):
+    """The environment of the first of four processes, and what `start` then asks torch for."""
+    asked = {}
+    for name, value in dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=4, LOCAL_WORLD_SIZE=4, MASTER_ADDR="localhost", MASTER_PORT=1).items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(common.dist, "init_process_group", lambda backend, timeout: asked.update(backend=backend, minutes=timeout.total_seconds() / 60))
+    monkeypatch.setattr(common.atexit, "register", lambda act: asked.update(at_exit=act))
+    return asked
+
+
+def test_S7_S14_a_group_waits_for_minutes_and_is_destroyed_at_exit(four):
+    assert common.start("cpu") == torch.device("cpu")
+    assert four == dict(backend="gloo", minutes=10, at_exit=common.dist.destroy_process_group)
+
+
+def machine(monkeypatch, cuda, mps):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+
+
+def test_S11_more_processes_than_gpus_are_one_line(four, monkeypatch, capsys):
+    machine(monkeypatch, 2, False)
+    refused(capsys, lambda: common.start("auto"), "--nproc_per_node 4", "2 GPUs")
+    machine(monkeypatch, 4, False)
+    assert common.start("auto") == torch.device("cuda", 0) and four["backend"] == "cpu:gloo,cuda:nccl"
+
+
+def test_A9_a_device_is_chosen_or_refused_by_name(monkeypatch, capsys):
+    for cuda, mps, device in ((1, True, "cuda:0"), (0, True, "mps"), (0, False, "cpu")):
+        machine(monkeypatch, cuda, mps)
+        assert str(common.start("auto")) == device and str(common.start("cpu")) == "cpu"
+    for device in ("cuda", "mps"):
+        refused(capsys, lambda device=device: common.start(device), f"--device {device}", "--device auto")
+
+
+def test_A9_several_processes_do_not_share_mps(four, monkeypatch, capsys):
+    machine(monkeypatch, 0, True)
+    refused(capsys, lambda: common.start("auto"), "--device mps", "--device cpu")
+
+
 # ---- what is not finite -----------------------------------------------------------------------------
 
 
-def test_C11_a_head_that_is_not_finite_is_not_saved_over_one_that_is(tiny, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("what", ["C11 a weight", "T3 running statistics"])
+def test_C11_a_head_that_is_not_finite_is_not_saved_over_one_that_is(what, tiny, tmp_path, capsys, monkeypatch):
     update, calls = ser.update_teacher, []
 
     def ruin(model, m):
         update(model, m)
         calls.append(1)
         if len(calls) == 3:
-            model.equi.projector[0].weight.data[0, 0] = math.nan
+            (model.equi.projector[0].weight.data[0] if "weight" in what else model.predictor[-1].running_var)[0] = math.nan
 
     monkeypatch.setattr(ser, "update_teacher", ruin)
     with pytest.raises(SystemExit) as end:
@@ -579,6 +757,12 @@ def test_C11_a_head_that_is_not_finite_is_not_saved_over_one_that_is(tiny, tmp_p
     err = capsys.readouterr().err
     assert end.value.code == 1 and "not finite after step 2" in err and f"last good state is in {tmp_path}" in err
     assert common.load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 2
+
+
+def test_T1_a_loss_that_is_not_finite_on_one_rank_stops_all_at_the_same_step(tiny, tmp_path):
+    for code, lines in on_ranks(2, tmp_path, with_fault, [*tiny, "--out", str(tmp_path / "run"), "--save-every", "1"], 1, 2, lambda out: out | dict(loss=out["loss"] * math.nan)):
+        assert code == 1 and "not finite at step 2" in lines[0] and "the last good state is in" in lines[0]
+    assert common.load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 2
 
 
 def test_R9_where_nothing_was_saved_nothing_is_promised(tiny, tmp_path, capsys):

@@ -52,14 +52,14 @@ SQUARE = t([1, 1], [1, -1], [-1, 1], [-1, -1])
     (SQUARE / 2, SQUARE / 2, (0, 0.422563, 0), 10.56408, 4.22563),
     (t([1, 0, 2], [0, 1, 0], [-1, 0, 1]), t([1, 1, 0], [0, 1, 1], [0, -1, 1]), (0.888889, 0.211282, 0.555556), 28.05982, 11.55726),
 ])
-def test_vicreg_values(z1, z2, terms, paper, ours):
+def test_N13_vicreg_values(z1, z2, terms, paper, ours):
     for weights, value in (((25, 25, 1), paper), ((10, 10, 1), ours)):
         out = rx.vicreg(z1, z2, rx.Args(sim_weight=weights[0], var_weight=weights[1], cov_weight=weights[2]))
         assert [out[k].item() for k in ("L_sim", "L_var", "L_cov")] == pytest.approx(terms, abs=1e-4)
         assert out["L_ssl"].item() == pytest.approx(value, abs=1e-4)
 
 
-def test_variance_has_a_gradient_at_collapse():
+def test_T6_variance_has_a_gradient_at_collapse():
     z = torch.zeros(4, 3, requires_grad=True)
     rx.variance(z).backward()
     assert torch.isfinite(z.grad).all()
@@ -177,7 +177,7 @@ def test_which_half_learns_from_what():
     assert all(v.grad[..., 16:].abs().max() > 0 and v.grad[..., :16].abs().max() == 0 for v in (t1, t2))
 
 
-def test_swapping_the_views_changes_the_reconstruction_only():
+def test_N10_swapping_the_views_changes_the_reconstruction_only():
     args, model, views, _ = setup()
     a, _ = model(views)
     b, _ = model({"1": views["2"], "2": views["1"]})
@@ -185,7 +185,7 @@ def test_swapping_the_views_changes_the_reconstruction_only():
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_8_pairs_are_overfitted(objective):
+def test_N14_N16_T7_8_pairs_are_overfitted(objective):
     args, model, views, z = setup(objective)
     model, views, labels = model.float(), {k: v.float() for k, v in views.items()}, torch.arange(8) % 4
     optimizer, values = torch.optim.Adam(model.parameters(), lr=2e-3), []
@@ -221,7 +221,7 @@ def train(objective, steps=3):
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_2_processes_train_the_same_model(objective, tmp_path):
+def test_N1_N3_2_processes_train_the_same_model(objective, tmp_path):
     (losses, gradients), *_ = on_ranks(1, tmp_path, train, objective)
     scale = max(abs(g).max() for g in gradients)
     for other_losses, other_gradients in on_ranks(2, tmp_path, train, objective):
@@ -237,7 +237,7 @@ def small(folder):
 
 
 @pytest.mark.parametrize("variant", ["recon", "sie", "sie --sie-single", "sie --sie-params rotation crop", "sie --known-fraction 0.5", "vicreg", "supervised", "supervised --known-fraction 0.5"])
-def test_every_variant_trains_and_resumes_to_the_same_bits(variant, small, tmp_path, capsys):
+def test_N7_every_variant_trains_and_resumes_to_the_same_bits(variant, small, tmp_path, capsys):
     small = [*small, "--objective", *variant.split()]
     rx.main([*small, "--out", str(tmp_path / "whole")])
     rx.main([*small, "--out", str(tmp_path / "halved"), "--max-steps", "1"])
@@ -279,7 +279,7 @@ def drawn_params(n=64, **changes):
     return families, policies, params
 
 
-def test_view_2_is_a_transformation_of_view_1():
+def test_N6_view_2_is_a_transformation_of_view_1():
     """At the identity of every family both views are the same crop; with the families they are not."""
     x = torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8)
     families, policies, params = drawn_params(8, sie_params=("flip",))
@@ -291,7 +291,7 @@ def test_view_2_is_a_transformation_of_view_1():
     assert 0 < params["2"]["flip"].sum() < 8
 
 
-def test_latents_of_all_families():
+def test_N6_N11_latents_of_all_families():
     families, _, params = drawn_params()
     z, p = rx.latent(families, params["2"], 16), params["2"]
     assert z.shape == (64, 15) and torch.equal(z[:, 0], torch.ones(64))  # K = 1 + 14

@@ -37,7 +37,7 @@ def refused(capsys, call, *words):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_kill_at_any_moment_of_a_save_leaves_a_whole_checkpoint(tmp_path):
+def test_C1_kill_at_any_moment_of_a_save_leaves_a_whole_checkpoint(tmp_path):
     path, rnd = tmp_path / "checkpoint.pt", random.Random(0)
     common.save_checkpoint(path, state(0))
     for _ in range(30):
@@ -54,7 +54,7 @@ def test_kill_at_any_moment_of_a_save_leaves_a_whole_checkpoint(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} <= {"checkpoint.pt", "checkpoint.pt.tmp"}  # nothing piles up
 
 
-def test_order_of_a_save_and_a_full_disk(tmp_path, monkeypatch):
+def test_C2_C18_order_of_a_save_and_a_full_disk(tmp_path, monkeypatch):
     """write < fsync < replace < fsync of the directory; an error at any of them leaves the old bytes and no rest."""
     path, calls = tmp_path / "checkpoint.pt", []
     common.save_checkpoint(path, state(1))
@@ -75,7 +75,16 @@ def test_order_of_a_save_and_a_full_disk(tmp_path, monkeypatch):
         assert path.read_bytes() == old and [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
 
 
-def test_saving_through_a_link_keeps_the_link(tmp_path):
+def test_C3_what_an_earlier_kill_left_is_overwritten_and_never_loaded(tiny, tmp_path, capsys):
+    (tmp_path / "checkpoint.pt.tmp").write_bytes(b"half a save")
+    ser.main([*tiny, "--epochs", "0", "--resume", "--out", str(tmp_path)])  # nothing to resume yet: it starts
+    assert "resuming" not in capsys.readouterr().out and common.load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 0
+    (tmp_path / "checkpoint.pt.tmp").write_bytes(b"half a save" * 10**4)
+    common.save_checkpoint(tmp_path / "checkpoint.pt", state(5))
+    assert common.load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 5 and not list(tmp_path.glob("*.tmp*"))
+
+
+def test_C21_saving_through_a_link_keeps_the_link(tmp_path):
     (tmp_path / "real").mkdir()
     link = tmp_path / "checkpoint.pt"
     link.symlink_to(tmp_path / "real" / "c.pt")
@@ -83,7 +92,7 @@ def test_saving_through_a_link_keeps_the_link(tmp_path):
     assert link.is_symlink() and common.load_checkpoint(tmp_path / "real" / "c.pt")["step"] == 4
 
 
-def test_600_bit_flips_give_no_wrong_load(tmp_path, capsys):
+def test_C5_600_bit_flips_give_no_wrong_load(tmp_path, capsys):
     good, path, rnd, refusals = tmp_path / "good.pt", tmp_path / "bad.pt", random.Random(1), 0
     torch.manual_seed(0)
     original = state(7, n=300)
@@ -106,7 +115,7 @@ def test_600_bit_flips_give_no_wrong_load(tmp_path, capsys):
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_truncated_at_any_length(tmp_path, capsys):
+def test_C4_truncated_at_any_length(tmp_path, capsys):
     path = tmp_path / "checkpoint.pt"
     common.save_checkpoint(path, state(1))
     data = path.read_bytes()
@@ -124,7 +133,7 @@ class Payload:
 
 
 @pytest.mark.parametrize("force", [False, True])
-def test_a_malicious_pickle_is_refused_and_runs_nothing(tmp_path, capsys, monkeypatch, force):
+def test_C7_a_malicious_pickle_is_refused_and_runs_nothing(tmp_path, capsys, monkeypatch, force):
     if force:
         monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     path, marker = tmp_path / "evil.pt", tmp_path / "marker"
@@ -133,34 +142,66 @@ def test_a_malicious_pickle_is_refused_and_runs_nothing(tmp_path, capsys, monkey
     assert not marker.exists() and "weights_only" not in line
 
 
-def test_what_is_no_checkpoint(tmp_path, capsys):
-    (tmp_path / "text.pt").write_text("hello")
-    with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as z:
-        z.writestr("archive/data.pkl", b"0" * 10**6)
-    torch.save({"model": torch.zeros(3)}, tmp_path / "other.pt")
-    torch.save(state() | dict(format=99), tmp_path / "newer.pt")
-    bad = state()
-    bad["backbone_state"]["w"][3] = math.nan
-    torch.save(bad, tmp_path / "nan.pt")
-    for name, word in (("missing.pt", "no such"), ("text.pt", "damaged"), ("bomb.pt", "damaged"), ("other.pt", "keys"), ("newer.pt", "99"), ("nan.pt", "NaN")):
-        refused(capsys, lambda name=name: common.load_checkpoint(tmp_path / name), name, word)
-    refused(capsys, lambda: common.load_checkpoint(tmp_path), str(tmp_path))
+def spoiled(path, how):
+    """Write to `path` something that is no checkpoint."""
+    import pickle
+
+    from PIL import Image
+
+    good = state()
+    if how == "text":
+        path.write_text("hello")
+    elif how == "picture":
+        Image.new("RGB", (8, 8)).save(path, "PNG")
+    elif how == "bare pickle":
+        path.write_bytes(pickle.dumps(dict(step=1)))
+    elif how == "legacy format":
+        torch.save(good, path, _use_new_zipfile_serialization=False)
+    elif how == "deflated":
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as z:
+            z.writestr("archive/data.pkl", b"0" * 10**6)
+    elif how == "list":
+        torch.save([torch.zeros(3)], path)
+    elif how == "other keys":
+        torch.save({"model": torch.zeros(3)}, path)
+    elif how == "other format":
+        torch.save(good | dict(format=99), path)
+    elif how in common.KEYS:
+        del good[how]
+        torch.save(good, path)
+    else:
+        good["backbone_state"]["w"][3] = dict(NaN=math.nan, infinity=-math.inf)[how]
+        torch.save(good, path)
+
+
+@pytest.mark.parametrize("how, words", [
+    *(pytest.param(how, ["damaged"], id=f"C6 {how}") for how in ("text", "picture", "bare pickle", "legacy format")), pytest.param("deflated", ["damaged"], id="C8 deflated"),
+    *(pytest.param(how, ["keys"], id=f"C6 {how}") for how in ("list", "other keys")), *(pytest.param(key, ["keys", key], id=f"C15 no {key}") for key in sorted(common.KEYS)),
+    pytest.param("other format", ["99", f"reads {common.FORMAT}"], id="C12 other format"), *(pytest.param(how, ["NaN or infinity"], id=f"C11 {how}") for how in ("NaN", "infinity"))])
+def test_what_is_no_checkpoint(how, words, tmp_path, capsys):
+    spoiled(tmp_path / "bad.pt", how)
+    refused(capsys, lambda: common.load_checkpoint(tmp_path / "bad.pt"), "bad.pt", *words)
+
+
+@pytest.mark.parametrize("path", [pytest.param("missing.pt", id="C6 missing"), pytest.param("", id="C6 directory"), pytest.param("/dev/null", id="C6 device")])
+def test_what_is_no_file(path, tmp_path, capsys):
+    refused(capsys, lambda: common.load_checkpoint(tmp_path / path), str(tmp_path / path), "no such checkpoint file")
 
 
 # ---- schedules and moving averages ----------------------------------------------------------------
 
 
-def test_learning_rate_of_the_paper():
+def test_N5_learning_rate_of_the_paper():
     for epoch, lr in ((0, 0), (5, 1.2e-3), (10, 2.4e-3), (55, 1.2e-3), (100, 0)):
         assert common.warmup_cosine(epoch, 100, 10, 2.4e-3) == pytest.approx(lr, abs=1e-12)
 
 
-def test_momentum_of_moco_v3():
+def test_N4_N5_momentum_of_moco_v3():
     for epoch, m in ((0, 0.99), (25, 0.991464), (50, 0.995), (75, 0.998536), (100, 1)):
         assert common.cosine(epoch / 100, 0.99, 1.0) == pytest.approx(m, abs=1e-6)
 
 
-def test_ema_over_many_steps():
+def test_N4_T5_ema_over_many_steps():
     """Constant online weights s: after k updates m^k t + (1 - m^k) s; buffers stay."""
     target, online = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
     nn.init.constant_(online.weight, 2.0)
@@ -170,7 +211,7 @@ def test_ema_over_many_steps():
     assert torch.allclose(target.weight, torch.tensor(0.9**10 * 1 + (1 - 0.9**10) * 2)) and target.running_mean.abs().max() == 0
 
 
-def test_collapse_monitors():
+def test_T6_collapse_monitors():
     d = 16
     assert common.collapse_monitors(torch.ones(8, d))["feature_std"] == pytest.approx(0, abs=1e-6)
     healthy = common.collapse_monitors(torch.randn(4096, d, generator=common.rng(0)))
@@ -198,7 +239,7 @@ def content(path):
 
 @pytest.mark.parametrize("how, base, equi", [(signal.SIGKILL, "mocov3", "ser"), (signal.SIGTERM, "mocov3", "ser"), (signal.SIGINT, "mocov3", "ser"), (signal.SIGKILL, "dino", "ser"),
                                              (signal.SIGKILL, "barlow", "ser"), *((signal.SIGKILL, "mocov3", equi) for equi in ("augself", "stl", "equimod", "essl"))])
-def test_a_killed_run_resumes_to_the_bits_of_an_uninterrupted_one(tiny, tmp_path, how, base, equi):
+def test_N7_C15_S1_S2_a_killed_run_resumes_to_the_bits_of_an_uninterrupted_one(tiny, tmp_path, how, base, equi):
     """A child trains and gets the signal in the middle of step 3 of 6; its successor ends where an undisturbed run ends. DINO's
     temperature, weight decay and frozen last layer are then in mid-schedule."""
     tiny = [*tiny, "--base", base, "--equi", equi, "--prototypes", "32", "--teacher-temp-epochs", "2", "--freeze-last-epochs", "1"]
@@ -232,7 +273,7 @@ def test_a_killed_run_resumes_to_the_bits_of_an_uninterrupted_one(tiny, tmp_path
     assert not same(whole, killed)  # the comparison sees what it should
 
 
-def test_resume_without_a_momentum_encoder_would_show(tiny, tmp_path, monkeypatch):
+def test_C15_N7_resume_without_a_momentum_encoder_would_show(tiny, tmp_path, monkeypatch):
     """Negative control: the same resume, but the momentum encoder restarted, ends elsewhere."""
     ser.main([*tiny, "--out", str(tmp_path / "whole")])
     ser.main([*tiny, "--out", str(tmp_path / "part"), "--max-steps", "3"])
@@ -245,20 +286,21 @@ def test_resume_without_a_momentum_encoder_would_show(tiny, tmp_path, monkeypatc
     assert not same(*(content(tmp_path / name / "checkpoint.pt") for name in ("whole", "part")))
 
 
-def test_results_do_not_depend_on_workers(tiny, tmp_path):
+def test_N8_results_do_not_depend_on_workers(tiny, tmp_path):
     for workers in ("0", "2"):
         ser.main([*tiny, "--out", str(tmp_path / workers), "--workers", workers, "--max-steps", "2"])
     assert same(*(content(tmp_path / workers / "checkpoint.pt") for workers in ("0", "2")))
 
 
-def test_a_finished_run_is_left_alone(tiny, tmp_path, capsys):
+def test_C16_a_finished_run_is_left_alone(tiny, tmp_path, capsys):
     ser.main([*tiny, "--out", str(tmp_path), "--max-steps", "1"])
-    before = (tmp_path / "checkpoint.pt").stat().st_mtime_ns
+    seen = lambda: ((tmp_path / "checkpoint.pt").stat().st_mtime_ns, (tmp_path / "checkpoint.pt").read_bytes(), (tmp_path / "log.jsonl").read_bytes())
+    before = seen()
     ser.main([*tiny, "--out", str(tmp_path), "--max-steps", "1", "--resume"])
-    assert (tmp_path / "checkpoint.pt").stat().st_mtime_ns == before
+    assert seen() == before and "is finished: 1 of 1 steps" in capsys.readouterr().out
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tiny, tmp_path, capsys, monkeypatch):
+def test_T1_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tiny, tmp_path, capsys, monkeypatch):
     forward, steps = ser.Base.forward, []
 
     def poisoned(*a, **k):
@@ -289,7 +331,7 @@ def test_what_a_run_leaves_behind(tiny, tmp_path, capsys):
     assert "k-NN accuracy" in out and f"python eval_probe.py {tmp_path}/checkpoint.pt" in out
 
 
-def test_a_full_disk_costs_one_line_during_the_run_and_the_exit_code_at_its_end(tiny, tmp_path, capsys, monkeypatch):
+def test_C18_a_full_disk_costs_one_line_during_the_run_and_the_exit_code_at_its_end(tiny, tmp_path, capsys, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
@@ -320,7 +362,7 @@ def test_what_timm_does_not_know_is_not_exported(tmp_path):
         assert "not written" in common.export_backbone(tmp_path / "x.safetensors", encoder) and not (tmp_path / "x.safetensors").exists()
 
 
-def test_torch_save_is_what_we_think_it_is():
+def test_C5_torch_save_is_what_we_think_it_is():
     """The CRC check relies on torch writing uncompressed zip members with checksums."""
     buffer = io.BytesIO()
     torch.save(state(), buffer)
@@ -345,7 +387,7 @@ def test_a_damaged_image_stops_the_run_with_its_name_or_is_left_out(tiny, folder
     assert (tmp_path / "again" / "skipped.txt").read_text() == f"{tmp_path / 'data' / 'train' / 'left' / '03.png'}\n"
 
 
-def test_sigterm_to_the_whole_group_with_busy_workers_saves_and_ends(tiny, tmp_path, monkeypatch):
+def test_S3_sigterm_to_the_whole_group_with_busy_workers_saves_and_ends(tiny, tmp_path, monkeypatch):
     """What schedulers do: the loader's workers get the signal too, and are in the middle of something."""
     open_image = common.open_image
     monkeypatch.setattr(common, "open_image", lambda path: time.sleep(0.05) or open_image(path))
@@ -390,7 +432,7 @@ def test_what_loader_workers_need_can_be_sent_to_them():
     assert same(loader[1], pickle.loads(pickle.dumps(loader))[1])
 
 
-def test_compile_trains_the_same(tiny, tmp_path, monkeypatch):
+def test_C10_compile_trains_the_same(tiny, tmp_path, monkeypatch):
     """With dynamo's eager backend, which needs no C++ compiler: the same steps, to rounding."""
     from functools import partial
 
@@ -402,7 +444,7 @@ def test_compile_trains_the_same(tiny, tmp_path, monkeypatch):
     assert all(torch.allclose(plain[k], compiled[k], atol=1e-4) for k in plain)
 
 
-def test_an_overwritten_run_leaves_nothing(tiny, tmp_path, capsys):
+def test_C17_an_overwritten_run_leaves_nothing(tiny, tmp_path, capsys):
     ser.main([*tiny, "--equi", "none", "--max-steps", "1", "--out", str(tmp_path)])
     trained = content(tmp_path / "checkpoint.pt")
     ser.main([*tiny, "--epochs", "0", "--overwrite", "--out", str(tmp_path)])  # the untrained encoder, in its place
@@ -410,7 +452,7 @@ def test_an_overwritten_run_leaves_nothing(tiny, tmp_path, capsys):
     assert not (tmp_path / "backbone.safetensors").exists() and (tmp_path / "log.jsonl").read_text() == ""
 
 
-def test_weights_that_are_not_finite_are_not_saved(tiny, tmp_path, capsys, monkeypatch):
+def test_C11_weights_that_are_not_finite_are_not_saved(tiny, tmp_path, capsys, monkeypatch):
     """Finite losses, but a step that ruins the weights: the checkpoint before it stays."""
     step = torch.optim.AdamW.step
 

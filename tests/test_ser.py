@@ -26,7 +26,7 @@ def t(*values):
 # ---- the group ----------------------------------------------------------------------------------
 
 
-def test_relative_group_element_leads_from_view_1_to_view_2():
+def test_N11_relative_group_element_leads_from_view_1_to_view_2():
     x = torch.randint(0, 1000, (5, 5))
     for (k1, f1), (k2, f2) in itertools.product(GROUP, GROUP):
         k, f = ser.relative(t(k1), t(f1), t(k2), t(f2))
@@ -34,11 +34,11 @@ def test_relative_group_element_leads_from_view_1_to_view_2():
 
 
 @pytest.mark.parametrize("g1, g2, g", [((1, 1), (2, 0), (3, 1)), ((3, 0), (1, 1), (0, 1))])
-def test_relative_group_element_values(g1, g2, g):
+def test_N11_relative_group_element_values(g1, g2, g):
     assert tuple(int(v) for v in ser.relative(t(g1[0]), t(g1[1]), t(g2[0]), t(g2[1]))) == g
 
 
-def test_action_is_the_permutation_of_the_image_transform():
+def test_N11_action_is_the_permutation_of_the_image_transform():
     z = torch.randn(8, 14, 14, 3, dtype=torch.float64)
     k, f = t(*[g[0] for g in GROUP]), t(*[g[1] for g in GROUP])
     out = ser.act(z, k, f, (14, 14))
@@ -107,14 +107,14 @@ def test_nt_xent_equals_the_loop(chunk):
 
 
 @pytest.mark.parametrize("n, P, tau, value", [(2, 4, 0.3, 0.251064), (3, 2, 0.5, 0.733657), (4, 9, 1.0, 3.038097)])
-def test_nt_xent_of_orthonormal_features(n, P, tau, value):
+def test_N13_nt_xent_of_orthonormal_features(n, P, tau, value):
     """All cells of all images orthogonal, both sides equal: -1/tau + ln(e^(1/tau) + 2 (n - 1) P)."""
     z = torch.eye(n * P).view(n, P, -1)
     assert ser.nt_xent(z, z, tau).item() == pytest.approx(value, abs=2e-5)
 
 
 @pytest.mark.parametrize("n, P, value", [(2, 4, 2.197225), (3, 2, 2.197225), (4, 9, 4.007333), (24, 196, 9.1069)])
-def test_nt_xent_of_constant_features(n, P, value):
+def test_N10_N13_nt_xent_of_constant_features(n, P, value):
     z = torch.ones(n, P, 3)
     assert ser.nt_xent(z, 5 * z, 0.3).item() == pytest.approx(value, abs=1e-4)  # scale does not matter
 
@@ -137,7 +137,7 @@ def test_nt_xent_knows_which_cells_correspond():
     assert ser.nt_xent(z, turned, 0.3) > ser.nt_xent(z, z, 0.3) + 0.9
 
 
-def test_nt_xent_gradient_through_the_chunks():
+def test_N9_nt_xent_gradient_through_the_chunks():
     z1, z2 = (torch.randn(3, 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
     assert torch.autograd.gradcheck(lambda a, b: ser.nt_xent(a, b, 0.5, chunk=30), (z1, z2))
 
@@ -167,11 +167,11 @@ def test_nt_xent_keeps_little_memory():
 
 
 @pytest.mark.parametrize("N, T, value", [(2, 0.2, 0.002686), (4, 0.2, 0.008005), (8, 0.2, 0.018434), (4, 1.0, 1.487337)])
-def test_contrast_of_orthonormal_embeddings(N, T, value):
+def test_N13_contrast_of_orthonormal_embeddings(N, T, value):
     assert ser.contrast(torch.eye(N), torch.eye(N), T).item() == pytest.approx(value, abs=1e-6)
 
 
-def test_contrast_of_equal_embeddings():
+def test_N13_contrast_of_equal_embeddings():
     q = F.normalize(torch.ones(4, 3), dim=1)
     assert ser.contrast(q, q, 0.2).item() == pytest.approx(0.554518, abs=1e-6)  # 2 T ln N
 
@@ -186,7 +186,7 @@ def test_contrast_equals_the_loop():
 
 
 @pytest.mark.parametrize("K", [8, 65536])
-def test_distill_of_uniform_outputs_is_ln_K(K):
+def test_N13_distill_of_uniform_outputs_is_ln_K(K):
     v = [torch.zeros(2, K)] * 2
     assert ser.distill(v, v, torch.zeros(K), 0.1, 0.04).item() == pytest.approx(math.log(K), rel=1e-5)
 
@@ -228,11 +228,11 @@ H = torch.tensor([[1.0, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]])
 
 
 @pytest.mark.parametrize("z2, value", [(H, 0.0), (-H, 12.0), (H.roll(1, 1), 3.0153)])
-def test_redundancy_reduction_values(z2, value):
+def test_N13_redundancy_reduction_values(z2, value):
     assert ser.redundancy_reduction(H, z2, 0.0051).item() == pytest.approx(value, abs=1e-5)
 
 
-def test_redundancy_reduction_of_equal_columns():
+def test_N13_redundancy_reduction_of_equal_columns():
     z = H[:, :1].expand(-1, 3)
     assert ser.redundancy_reduction(z, z, 0.0051).item() == pytest.approx(6 * 0.0051, abs=1e-6)
 
@@ -320,7 +320,7 @@ def test_lambda_0_leaves_the_gradients_of_l_inv():
     assert torch.equal(*gradients)
 
 
-def test_without_ser_it_is_moco_v3():
+def test_N2_without_ser_it_is_moco_v3():
     """L_inv recomputed from the published formulas: both directions, keys from the momentum branch, no gradient there."""
     args, model, views, params = setup("none")
     out, _ = model(views, params)
@@ -346,7 +346,7 @@ def test_b2_has_one_crop_for_both_views_and_even_rows():
     assert [(b2 // 4 == r).sum().item() for r in range(4)] == [2, 2, 2, 2]  # 4 processes: 2 rows each
 
 
-def test_views_of_b2_are_related_by_g():
+def test_N6_views_of_b2_are_related_by_g():
     """With photometrics off and equal grids, view 2 of b2 is g applied to view 1, g from `relative`."""
     args, _, views, params = setup(equi_ratio=0.5, jitter=(0.0, 0.0, 0.0, 0.0), equi_area=(1.0, 1.0))
     policies = ser.make_policies(args)
@@ -360,7 +360,7 @@ def test_views_of_b2_are_related_by_g():
 
 
 @pytest.mark.parametrize("base, equi, L_inv", [("mocov3", "ser", 0.67), ("mocov3", "none", 0.67), ("dino", "ser", 0.9), ("dino", "none", 0.9), ("barlow", "ser", 0.5), ("barlow", "none", 0.5)])
-def test_losses_fall_when_32_images_are_overfitted(base, equi, L_inv):
+def test_N16_losses_fall_when_32_images_are_overfitted(base, equi, L_inv):
     """30 steps on one fixed batch: L_inv falls to a stated share of its start, the contrast of 16 x 16 cells by a tenth."""
     args, model, views, params = setup(equi, base, equi_ratio=0.5, batch_size=32)
     model, views = model.float(), {k: v.float() for k, v in views.items()}

@@ -30,7 +30,7 @@ def outputs(args, model, views):
 @pytest.mark.parametrize("base", ser.BASES)
 @pytest.mark.parametrize("equi", BASELINES)
 @pytest.mark.parametrize("layer", [0, 2])
-def test_a_step_of_every_combination_trains_what_it_should(base, equi, layer):
+def test_N14_T7_a_step_of_every_combination_trains_what_it_should(base, equi, layer):
     """L_equiv reaches the blocks up to its layer and its own head, L_inv the base's heads; nothing reaches a teacher."""
     args, model, views, params = setup(equi, base, equi_layer=layer, local_size=8)
     out, y = model(views, params)
@@ -48,7 +48,7 @@ def test_a_step_of_every_combination_trains_what_it_should(base, equi, layer):
 
 
 @pytest.mark.parametrize("equi, layer", [("augself", 2), ("stl", 0), ("equimod", 2), ("essl", 0)])
-def test_l_equiv_falls_when_32_images_are_overfitted(equi, layer):
+def test_N16_l_equiv_falls_when_32_images_are_overfitted(equi, layer):
     args, model, views, params = setup(equi, equi_layer=layer, local_size=8, batch_size=32)
     model, views = model.float(), {k: v.float() for k, v in views.items()}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
@@ -65,7 +65,7 @@ def test_l_equiv_falls_when_32_images_are_overfitted(equi, layer):
 # ---- AugSelf --------------------------------------------------------------------------------------
 
 
-def test_augself_of_equal_views_aims_at_zero():
+def test_N11_N13_augself_of_equal_views_aims_at_zero():
     args, model, views, params = setup("augself", equi_params=ALL, blur=(0.5, 0.5), solarize=(0.5, 0.5))
     w = model.equi.describe(params["1"])
     assert all(torch.equal(w[kind] - w[kind], torch.zeros_like(w[kind])) for kind in ALL)
@@ -77,7 +77,7 @@ def test_augself_of_equal_views_aims_at_zero():
     assert out["L_rotation"].item() == pytest.approx(math.log(4)) and out["L_flip"].item() == pytest.approx(math.log(2))
 
 
-def test_augself_equals_the_loop():
+def test_N6_N10_augself_equals_the_loop():
     """Every target written out per sample and direction, from the raw parameters; swapping the views negates the targets and
     so leaves the symmetric loss as it is."""
     args, model, views, params = setup("augself", equi_params=ALL, blur=(0.5, 0.5), solarize=(0.5, 0.5))
