@@ -208,10 +208,11 @@ def test_the_recipe_of_the_paper():
 
 
 def test_the_commands_of_the_readme_run(tiny, folder, core50, tmp_path, monkeypatch, capsys):
-    """Every line of README.md that calls a script, as a shell expands it, through main(argv) on tiny images: the last of a
-    repeated flag counts."""
+    """Every line of README.md and RESULTS.md that calls a script, as a shell expands it, through main(argv) on tiny images:
+    the last of a repeated flag counts."""
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"^```sh\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.M | re.S)
+    text = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "RESULTS.md"))
+    blocks = re.findall(r"^```sh\n(.*?)^```", text, flags=re.M | re.S)
     shell = 'python() { echo "$@"; }; torchrun() { echo "$@"; }\n' + "".join(b for b in blocks if "venv" not in b)
     lines = subprocess.run(["bash", "-ec", shell], capture_output=True, text=True, check=True).stdout.splitlines()
     calls = [(Path(words[i]).stem, words[i + 1 :]) for words in map(str.split, lines) for i, w in enumerate(words) if w.endswith(".py") and not w.startswith("tests/")]
@@ -234,6 +235,8 @@ def test_the_commands_of_the_readme_run(tiny, folder, core50, tmp_path, monkeypa
             flags = argv[next((i for i, w in enumerate(argv) if w.startswith("--")), len(argv)) :]
             for flag in ("--data", "--data-dir"):
                 flags = flags[: flags.index(flag)] + flags[flags.index(flag) + 2 :] if flag in flags else flags
+            if "shifts" in flags and "--suite-dir" not in flags:  # only rendered images have shifts of their own
+                flags += ["--suite-dir", "SHIFTED"]
             flags = [str(folder / "test") if before == "--suite-dir" else word for before, word in zip(["", *flags], flags)]
             checkpoint = [f"run-{split if '--part' in flags else 1}-s0/checkpoint.pt", *flags, "--linear-epochs", "1", "--device", "cpu"]
             if script == "eval_robustness":
