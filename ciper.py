@@ -137,7 +137,9 @@ class Args(common.RunArgs):
     """linear warm-up; then the learning rate falls along half a cosine"""
 
 
-SMALL = dict(arch="resnet_pico", epochs=3, batch_size=64, lr=0.03, warmup_epochs=0, proj_hidden=256, proj_dim=128)  # ours
+SMALL = dict(
+    arch="resnet_pico", epochs=3, batch_size=64, lr=0.03, warmup_epochs=0, proj_hidden=256, proj_dim=128
+)  # ours
 RECIPES = {
     "cifar10": dict(epochs=800),
     "cifar100": dict(epochs=800),  # not in the paper
@@ -146,8 +148,12 @@ RECIPES = {
     "blocks-views": SMALL,
     "blocks": SMALL,
 }
-OBJECTIVES = {"essl": dict(alpha=0.4, negatives="cross", coords=False, flip_p=0.5, lr=0.12, batch_size=512, warmup_epochs=10)}
-VALID = dict(ciper=("image", "dataset"), predictive=("image", "dataset"), simclr=("image", "dataset", "time"), essl=("image",))
+OBJECTIVES = {
+    "essl": dict(alpha=0.4, negatives="cross", coords=False, flip_p=0.5, lr=0.12, batch_size=512, warmup_epochs=10)
+}
+VALID = dict(
+    ciper=("image", "dataset"), predictive=("image", "dataset"), simclr=("image", "dataset", "time"), essl=("image",)
+)
 CIFAR10 = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)  # mean and std with which [E] normalises it
 SESSIONS = 11  # of core50 and blocks-views
 
@@ -165,14 +171,21 @@ def values_in_force(first):
 
 def normalisation(args):
     """Mean and std of each channel: the data set's own, but for cifar10."""
-    return CIFAR10 if args.recipe == "cifar10" and args.data in ("cifar10", "imagefolder") else common.normalisation(args)
+    return (
+        CIFAR10 if args.recipe == "cifar10" and args.data in ("cifar10", "imagefolder") else common.normalisation(args)
+    )
 
 
 def make_policies(args):
     """{view: Compose}: "1" and "2" are contrasted, "0" is the anchor; "3", half as large, is what E-SSL turns."""
 
     def view(size, augmented):
-        ops = dict(crop=RandomResizedCrop(size, args.crop_scale), flip=HorizontalFlip(args.flip_p), jitter=ColorJitter(*args.jitter), gray=Grayscale())
+        ops = dict(
+            crop=RandomResizedCrop(size, args.crop_scale),
+            flip=HorizontalFlip(args.flip_p),
+            jitter=ColorJitter(*args.jitter),
+            gray=Grayscale(),
+        )
         ops = {name: op for name, op in ops.items() if augmented and name not in args.drop_aug}
         return Compose([ops.pop("crop", CenterCrop(size, resize=size)), *ops.values(), Normalize(*normalisation(args))])
 
@@ -194,13 +207,16 @@ PARAMETERS = dict(  # Table 1
     crop=lambda p: [p["left"], p["top"], p["height"], p["width"]],
     flip=lambda p: [p["flip"].float()],
     jitter=lambda p: [p["brightness"], p["contrast"], p["saturation"], p["hue"]],
-    gray=lambda p: [1 - p["gray"].float()])
+    gray=lambda p: [1 - p["gray"].float()],
+)
 WIDTH = dict(crop=4, flip=1, jitter=4, gray=1)
 
 
 def augmentation(params, dropped=()):
     """r of image views: params of a view -> (n, M), M = 10 less the dimensions of the `dropped` ones."""
-    return torch.stack([column for name, columns in PARAMETERS.items() if name not in dropped for column in columns(params)], 1)
+    return torch.stack(
+        [column for name, columns in PARAMETERS.items() if name not in dropped for column in columns(params)], 1
+    )
 
 
 def change(factors, i, j):
@@ -235,7 +251,9 @@ class ObjectViews:
     def __init__(self, data):
         self.object = data.groups.unique(return_inverse=True)[1]  # (N,) from 0
         session = data.factors.get("session", torch.zeros_like(self.object))
-        cells, self.cell = torch.stack([self.object, session], 1).unique(dim=0, return_inverse=True)  # (C, 2), (N,): object in session
+        cells, self.cell = torch.stack([self.object, session], 1).unique(
+            dim=0, return_inverse=True
+        )  # (C, 2), (N,): object in session
         self.cells, self.images = Ragged(cells[:, 0]), Ragged(self.cell)
 
     def __len__(self):
@@ -260,7 +278,9 @@ class TimeStream(ObjectViews):
         """The stream of an epoch: (N,) rows."""
         n, generator = len(self), common.rng(self.seed, "stream", epoch)
         cells, images, cell_of = self.cells.lists(), self.images.lists(), self.cell.tolist()
-        shuffled = iter(torch.cat([torch.randperm(len(cells), generator=generator) for _ in range(n // len(cells) + 1)]).tolist())
+        shuffled = iter(
+            torch.cat([torch.randperm(len(cells), generator=generator) for _ in range(n // len(cells) + 1)]).tolist()
+        )
         choose = lambda options, u: options[int(u * len(options))]
         thing, k, stream = None, None, []
         for leave, switch, u, v in torch.rand(n, 4, generator=generator).tolist():
@@ -351,8 +371,12 @@ class Heads(nn.Module):
         self.projector = self.predictor = self.rotation = None
         if args.objective != "predictive":
             self.projector = nn.Sequential(
-                nn.Linear(d, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True),
-                nn.Linear(hidden, args.proj_dim, bias=False), nn.BatchNorm1d(args.proj_dim, affine=False))
+                nn.Linear(d, hidden, bias=False),
+                nn.BatchNorm1d(hidden),
+                nn.ReLU(inplace=True),
+                nn.Linear(hidden, args.proj_dim, bias=False),
+                nn.BatchNorm1d(args.proj_dim, affine=False),
+            )
         if args.objective in ("ciper", "predictive"):
             self.predictor = nn.Sequential(nn.Linear(d, d), nn.LayerNorm(d), nn.ReLU(inplace=True), nn.Linear(d, M))
         if args.objective == "essl":
@@ -399,7 +423,9 @@ class Heads(nn.Module):
 def build(args, device, M):
     """The model with its initial weights: seeded, the same on every process. M: width of the predictor's output."""
     common.seed_everything(args.seed, "weights")
-    backbone = common.make_backbone(args.arch, *normalisation(args), img_size=args.img_size, stem="cifar", coords=args.coords)
+    backbone = common.make_backbone(
+        args.arch, *normalisation(args), img_size=args.img_size, stem="cifar", coords=args.coords
+    )
     return common.batchnorm_over_ranks(Heads(backbone, args, M), device).to(device, memory_format=torch.channels_last)
 
 
@@ -409,13 +435,19 @@ def check(args):
     if args.views not in VALID[args.objective]:
         common.die(f"--views {args.views}: {args.objective} goes with {', '.join(VALID[args.objective])}")
     if args.drop_aug and args.views != "image":
-        common.die(f"--drop-aug {' '.join(args.drop_aug)}: goes with --views image; {args.views} views are not augmented")
+        common.die(
+            f"--drop-aug {' '.join(args.drop_aug)}: goes with --views image; {args.views} views are not augmented"
+        )
     if args.views != "image" and args.data not in ("blocks-views", "core50", "tdw"):
-        common.die(f"--views {args.views}: {args.data} knows neither views nor sessions of its objects; take blocks-views, core50 or tdw, or --views image")
+        common.die(
+            f"--views {args.views}: {args.data} knows neither views nor sessions of its objects; take blocks-views, core50 or tdw, or --views image"
+        )
     if args.time_continue != 0.95 and args.views != "time":
         common.die(f"--time-continue {args.time_continue}: goes with --views time")
     if len(set(args.drop_aug)) < len(args.drop_aug) or len(args.drop_aug) == len(WIDTH):
-        common.die(f"--drop-aug {' '.join(args.drop_aug)}: name each once, and leave one of {', '.join(WIDTH)} to tell the views apart")
+        common.die(
+            f"--drop-aug {' '.join(args.drop_aug)}: name each once, and leave one of {', '.join(WIDTH)} to tell the views apart"
+        )
     if args.objective == "essl" and args.img_size < 2:
         common.die(f"--img-size {args.img_size}: essl turns crops of half the size; take 2 or more")
     if args.epochs and args.warmup_epochs >= args.epochs:
@@ -435,7 +467,15 @@ def main(argv=None):
     args = common.parse(Args, values_in_force, argv, description=__doc__)
     device = common.start(args.device)
     check(args)
-    load = partial(common.load_data, args.data, args.data_dir, size=args.img_size, skip_corrupt=args.skip_corrupt, workers=args.workers, sessions=args.sessions)
+    load = partial(
+        common.load_data,
+        args.data,
+        args.data_dir,
+        size=args.img_size,
+        skip_corrupt=args.skip_corrupt,
+        workers=args.workers,
+        sessions=args.sessions,
+    )
     train, test = load(split="train"), load(split="test")
     train = train.to(device)
     policies = make_policies(args)
@@ -450,16 +490,24 @@ def main(argv=None):
         r, session = zip(*(change(train.factors, rows["0"], rows[v]) for v in "12"))
         return torch.cat(r), None if session[0] is None else torch.cat(session)
 
-    numbers = 3 * ("view" in train.factors) if sampler else sum(WIDTH[name] for name in WIDTH if name not in args.drop_aug)
+    numbers = (
+        3 * ("view" in train.factors) if sampler else sum(WIDTH[name] for name in WIDTH if name not in args.drop_aug)
+    )
     sessions = SESSIONS if sampler and "session" in train.factors else 0
     M = numbers + sessions
     model = build(args, device, M)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9, weight_decay=args.weight_decay, fused=device.type == "cuda")
-    run = common.Run(args, "-".join([args.objective, args.views] + [f"no-{name}" for name in args.drop_aug]), model, optimizer)
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=0.0, momentum=0.9, weight_decay=args.weight_decay, fused=device.type == "cuda"
+    )
+    run = common.Run(
+        args, "-".join([args.objective, args.views] + [f"no-{name}" for name in args.drop_aug]), model, optimizer
+    )
     run.restore(train)
     B = args.batch_size
     chance = [f"L_c {math.log(2 * B - 1 if args.negatives == 'both' else B):.2f}"] * (model.projector is not None)
-    chance += [f"L_p about {(numbers > 0) + (math.log(sessions) if sessions else 0):.2f}"] * (model.predictor is not None)
+    chance += [f"L_p about {(numbers > 0) + (math.log(sessions) if sessions else 0):.2f}"] * (
+        model.predictor is not None
+    )
     chance += ["L_rot 1.39"] * (model.rotation is not None)
     run.introduce(train, loader, args.lr, ", ".join(chance))
     if args.compile:

@@ -149,19 +149,55 @@ class Args(common.RunArgs):
 
 BASES = dict(
     dino=dict(batch_size=512, lr=5e-4),
-    simsiam=dict(equi="ddcl", arch="resnet50", batch_size=256, lr=0.05, head_dim=2048, head_dim_equi=2048, bottleneck=512, local_crops=0, crop_scale=(0.2, 1.0), weight_decay=1e-4,
-                 weight_decay_end=1e-4, warmup_epochs=30, lr_end=0.0, clip=None, drop_path=0.0))
+    simsiam=dict(
+        equi="ddcl",
+        arch="resnet50",
+        batch_size=256,
+        lr=0.05,
+        head_dim=2048,
+        head_dim_equi=2048,
+        bottleneck=512,
+        local_crops=0,
+        crop_scale=(0.2, 1.0),
+        weight_decay=1e-4,
+        weight_decay_end=1e-4,
+        warmup_epochs=30,
+        lr_end=0.0,
+        clip=None,
+        drop_path=0.0,
+    ),
+)
 SMALL = dict(  # what images of 32 px change; ours, as are all recipes but the first two
-    dino=dict(arch="vit_tiny", img_size=32, patch_size=4, local_size=16, local_scale=(0.1, 0.4), blur=False, drop_path=0.0, momentum=0.99, freeze_last_epochs=0.0, head_dim=1024,
-              head_dim_equi=1024),
-    simsiam=dict(arch="resnet18", img_size=32, patch_size=4, blur=False))
+    dino=dict(
+        arch="vit_tiny",
+        img_size=32,
+        patch_size=4,
+        local_size=16,
+        local_scale=(0.1, 0.4),
+        blur=False,
+        drop_path=0.0,
+        momentum=0.99,
+        freeze_last_epochs=0.0,
+        head_dim=1024,
+        head_dim_equi=1024,
+    ),
+    simsiam=dict(arch="resnet18", img_size=32, patch_size=4, blur=False),
+)
 MINUTES = dict(arch="vit_pico", patch_size=8, epochs=4, batch_size=128, proj_hidden=256)
 RECIPES = {  # for each base; epochs of the tables are 500 (Tables 2 to 7), 200 (Table 8), 100 (ImageNet)
     "imagenet100": dict(dino=dict(epochs=200), simsiam=dict(epochs=200)),
     "imagenet": dict(dino=dict(epochs=100), simsiam=dict(epochs=100)),
     "cifar10": {base: values | dict(epochs=200, batch_size=256) for base, values in SMALL.items()},
-    "blocks": dict(dino=SMALL["dino"] | MINUTES | dict(lr=2e-3, momentum=0.9, warmup_epochs=0.5, local_crops=4),  # in 372 steps a teacher with 0.99 hardly moves
-                   simsiam=SMALL["simsiam"] | MINUTES | dict(lr=0.1, warmup_epochs=0, head_dim=256, head_dim_equi=256, bottleneck=64)),
+    "blocks": dict(
+        dino=SMALL["dino"]
+        | MINUTES
+        | dict(
+            lr=2e-3, momentum=0.9, warmup_epochs=0.5, local_crops=4
+        ),  # in 372 steps a teacher with 0.99 hardly moves
+        simsiam=SMALL["simsiam"]
+        | MINUTES
+        | dict(lr=0.1, warmup_epochs=0, head_dim=256, head_dim_equi=256, bottleneck=64),
+    ),
 }
 RECIPES["cifar100"] = RECIPES["cifar10"]
 
@@ -188,24 +224,35 @@ def values_in_force(first):
 def make_policies(args):
     """{view: Compose}: "1" and "2" are the global crops, "3", "4", ... the small ones."""
     normalise = Normalize(*common.normalisation(args))
-    warps = [Affine(degrees=90, interpolation="nearest"), Elastic(alpha=100)][: dict(basic=0, complex=1, complex_plus=2)[args.aug]]
+    warps = [Affine(degrees=90, interpolation="nearest"), Elastic(alpha=100)][
+        : dict(basic=0, complex=1, complex_plus=2)[args.aug]
+    ]
     if args.base == "simsiam":
         blur = [GaussianBlur(p=0.5)] * args.blur
         crop = RandomResizedCrop(args.img_size, args.crop_scale)
-        view = Compose([crop, ColorJitter(0.4, 0.4, 0.4, 0.1), Grayscale(0.2), *blur, HorizontalFlip(), *warps, normalise])
+        view = Compose(
+            [crop, ColorJitter(0.4, 0.4, 0.4, 0.1), Grayscale(0.2), *blur, HorizontalFlip(), *warps, normalise]
+        )
         return {"1": view, "2": view}
     crops = [RandomResizedCrop(args.img_size, args.crop_scale, interpolation="bicubic")] * 2
     crops += [RandomResizedCrop(args.local_size, args.local_scale, interpolation="bicubic")] * args.local_crops
     policies = {}
     for i, crop in enumerate(crops, 1):
-        photometrics = [GaussianBlur(p={1: 1.0, 2: 0.1}.get(i, 0.5)), *[Solarize(p=0.2)] * (i == 2)] if args.blur else []
-        policies[f"{i}"] = Compose([crop, HorizontalFlip(), *warps, ColorJitter(0.4, 0.4, 0.2, 0.1), Grayscale(0.2), *photometrics, normalise])
+        photometrics = (
+            [GaussianBlur(p={1: 1.0, 2: 0.1}.get(i, 0.5)), *[Solarize(p=0.2)] * (i == 2)] if args.blur else []
+        )
+        policies[f"{i}"] = Compose(
+            [crop, HorizontalFlip(), *warps, ColorJitter(0.4, 0.4, 0.2, 0.1), Grayscale(0.2), *photometrics, normalise]
+        )
     return policies
 
 
 def draw_views(args, policies, generator):
     """{view: (rows of the global batch, what its policy draws for them)}: every crop by itself."""
-    return {view: (torch.arange(args.batch_size), policy.sample(args.batch_size, generator)) for view, policy in policies.items()}
+    return {
+        view: (torch.arange(args.batch_size), policy.sample(args.batch_size, generator))
+        for view, policy in policies.items()
+    }
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -262,7 +309,9 @@ def selective_scan(u, delta, A, B, C, D):
     """
     L = u.shape[3]
     T = math.ceil(math.sqrt(L))  # steps of a chunk
-    chunked = lambda v, fill: F.pad(v, (0, -L % T), value=fill).unflatten(3, (-1, T)).unbind(4)  # T times (b, k, d, chunks)
+    chunked = lambda v, fill: (
+        F.pad(v, (0, -L % T), value=fill).unflatten(3, (-1, T)).unbind(4)
+    )  # T times (b, k, d, chunks)
     a, x = chunked(torch.exp(delta * A[..., None]), 1.0), chunked(delta * B[:, :, None] * u, 0.0)
     h, decay = [x[0]], [a[0]]
     for t in range(1, T):
@@ -284,7 +333,9 @@ class SS2D(nn.Module):
         self.in_proj, self.out_proj = nn.Linear(dim, dim, bias=False), nn.Linear(dim, dim, bias=False)
         self.conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False)
         self.norm = nn.LayerNorm(dim)
-        self.x_proj = nn.Parameter(torch.empty(4, rank + 2, dim).uniform_(-(dim**-0.5), dim**-0.5))  # to the rank of delta, B and C
+        self.x_proj = nn.Parameter(
+            torch.empty(4, rank + 2, dim).uniform_(-(dim**-0.5), dim**-0.5)
+        )  # to the rank of delta, B and C
         self.dt_proj = nn.Parameter(torch.empty(4, dim, rank).uniform_(-(rank**-0.5), rank**-0.5))
         dt = torch.empty(4, dim).uniform_(math.log(1e-3), math.log(0.1)).exp().clamp(min=1e-4)
         self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # softplus(dt_bias) = dt
@@ -298,7 +349,9 @@ class SS2D(nn.Module):
         with common.full_precision():
             u = upcast(u)
             delta, B, C = torch.einsum("bkdl,krd->bkrl", u, upcast(self.x_proj)).split([self.rank, 1, 1], dim=2)
-            delta = F.softplus(torch.einsum("bkrl,kdr->bkdl", delta, upcast(self.dt_proj)) + self.dt_bias[..., None])  # (B, 4, d, L)
+            delta = F.softplus(
+                torch.einsum("bkrl,kdr->bkdl", delta, upcast(self.dt_proj)) + self.dt_bias[..., None]
+            )  # (B, 4, d, L)
             y = selective_scan(u, delta, -torch.exp(self.A_log).view(4, d), B[:, :, 0], C[:, :, 0], self.D.view(4, d))
         return self.out_proj(self.norm(cross_merge(y, H, W).permute(0, 2, 3, 1)))
 
@@ -320,7 +373,12 @@ class VMambaBlock(nn.Module):
 
     def __init__(self, dim, drop_path):
         super().__init__()
-        self.norm1, self.scan, self.norm2, self.drop = nn.LayerNorm(dim), SS2D(dim), nn.LayerNorm(dim), DropPath(drop_path)
+        self.norm1, self.scan, self.norm2, self.drop = (
+            nn.LayerNorm(dim),
+            SS2D(dim),
+            nn.LayerNorm(dim),
+            DropPath(drop_path),
+        )
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 
     def forward(self, x):  # (B, H, W, d)
@@ -386,7 +444,13 @@ class DINOHead(nn.Module):
 
     def __init__(self, dim, args, prototypes):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(dim, args.proj_hidden), nn.GELU(), nn.Linear(args.proj_hidden, args.proj_hidden), nn.GELU(), nn.Linear(args.proj_hidden, args.bottleneck))
+        self.mlp = nn.Sequential(
+            nn.Linear(dim, args.proj_hidden),
+            nn.GELU(),
+            nn.Linear(args.proj_hidden, args.proj_hidden),
+            nn.GELU(),
+            nn.Linear(args.proj_hidden, args.bottleneck),
+        )
         for m in self.mlp[::2]:
             nn.init.trunc_normal_(m.weight, std=0.02)
             nn.init.zeros_(m.bias)
@@ -430,7 +494,9 @@ class DINO(nn.Module):
         args, b = self.args, len(views["1"])
         student, teacher = self.compiled or (self.backbone, self.teacher["backbone"])
         first, last = args.teacher_temp
-        teacher_temp = last if epoch >= args.teacher_temp_epochs else first + (last - first) * epoch / args.teacher_temp_epochs
+        teacher_temp = (
+            last if epoch >= args.teacher_temp_epochs else first + (last - first) * epoch / args.teacher_temp_epochs
+        )
         both = torch.cat([views["1"], views["2"]])
         with torch.no_grad():
             t = teacher(both)  # (2 b, D)
@@ -451,7 +517,11 @@ class DINO(nn.Module):
                     out["L_CL"] = over_pairs(cross_entropy, q, log_p)
                 else:
                     out["L_Orth"] = over_pairs(partial(alike, form=args.orth), q, log_p)
-                setattr(self, f"centre_{name}", 0.9 * centre + 0.1 * common.all_reduce(outputs.mean(0)) / common.world_size())
+                setattr(
+                    self,
+                    f"centre_{name}",
+                    0.9 * centre + 0.1 * common.all_reduce(outputs.mean(0)) / common.world_size(),
+                )
                 out |= diagnostics(name, head, s.detach())
         loss = args.alpha * out["L_CL"]
         if "equi" in self.heads:
@@ -479,7 +549,9 @@ class SimSiam(nn.Module):
         h, parts = args.proj_hidden, dict(inv=(inv, args.head_dim), equi=(backbone.dim - inv, args.head_dim_equi))
         for name in ("inv",) if args.equi == "none" else ("inv", "equi"):
             dim, d = parts[name]
-            self.projectors[name] = nn.Sequential(*hidden(dim, h), *hidden(h, h), nn.Linear(h, d), nn.BatchNorm1d(d, affine=False))
+            self.projectors[name] = nn.Sequential(
+                *hidden(dim, h), *hidden(h, h), nn.Linear(h, d), nn.BatchNorm1d(d, affine=False)
+            )
             self.predictors[name] = nn.Sequential(*hidden(d, args.bottleneck), nn.Linear(args.bottleneck, d))
         if args.equi == "none":  # plain SimSiam
             self.projectors["inv"][-2].bias.requires_grad_(False)
@@ -508,7 +580,9 @@ class SimSiam(nn.Module):
                 out |= diagnostics(name, projector, upcast(z1).detach())
         loss = args.alpha * out["L_CL"]
         if "equi" in self.projectors:
-            out["L_PReg"] = sum((size(h["equi"]) - size(h["inv"])).abs() for h in (self.projectors, self.predictors)) / 2
+            out["L_PReg"] = (
+                sum((size(h["equi"]) - size(h["inv"])).abs() for h in (self.projectors, self.predictors)) / 2
+            )
             loss = loss + args.beta * out["L_Orth"] + args.lambda_preg * out["L_PReg"]
         return dict(loss=loss) | out, o1
 
@@ -532,7 +606,9 @@ def build(args, device):
     inv = dict(clever=math.floor, ddcl=round, none=lambda _: backbone.dim)[args.equi](backbone.dim * args.inv_ratio)
     if args.equi != "none":
         if not 0 < inv < backbone.dim:
-            common.die(f"--inv-ratio {args.inv_ratio}: gives {inv} of {backbone.dim} dimensions to the invariant part; both parts need some")
+            common.die(
+                f"--inv-ratio {args.inv_ratio}: gives {inv} of {backbone.dim} dimensions to the invariant part; both parts need some"
+            )
         backbone.inv = backbone.description["inv"] = inv  # only now is the width known that it is a share of
     model = dict(dino=DINO, simsiam=SimSiam)[args.base](backbone, args, inv)
     return common.batchnorm_over_ranks(model, device).to(device, memory_format=torch.channels_last)
@@ -543,7 +619,10 @@ def make_optimizer(model, args, device):
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     if args.base == "dino":
         plain = lambda n, p: n.endswith(".bias") or p.ndim == 1
-        groups = [dict(params=[p for n, p in named if not plain(n, p)]), dict(params=[p for n, p in named if plain(n, p)], weight_decay=0.0)]
+        groups = [
+            dict(params=[p for n, p in named if not plain(n, p)]),
+            dict(params=[p for n, p in named if plain(n, p)], weight_decay=0.0),
+        ]
         return torch.optim.AdamW(groups, lr=0.0, weight_decay=args.weight_decay, fused=device.type == "cuda")
     groups = [dict(params=[p for n, p in named if n.startswith("predictors") == last]) for last in (False, True)]
     return torch.optim.SGD(groups, lr=0.0, momentum=0.9, weight_decay=args.weight_decay, fused=device.type == "cuda")
@@ -569,7 +648,9 @@ def check(args):
         common.die(f"--equi {args.equi}: goes with --base {'dino' if args.equi == 'clever' else 'simsiam'}")
     for name in ("crop_scale", "local_scale"):
         if getattr(args, name)[0] > getattr(args, name)[1]:
-            common.die(f"--{name.replace('_', '-')} {' '.join(map(str, getattr(args, name)))}: the lower end comes first")
+            common.die(
+                f"--{name.replace('_', '-')} {' '.join(map(str, getattr(args, name)))}: the lower end comes first"
+            )
     if args.base == "dino" and args.epochs and args.warmup_epochs >= args.epochs:
         common.die(f"--warmup-epochs {args.warmup_epochs}: must be below --epochs {args.epochs}")
     if args.base == "simsiam" and args.orth != "cos":
@@ -587,7 +668,10 @@ def main(argv=None):
     check(args)
     model = build(args, device)
     policies = make_policies(args)
-    train, test = (common.load_data(args.data, args.data_dir, split, args.img_size, args.skip_corrupt, args.workers) for split in ("train", "test"))
+    train, test = (
+        common.load_data(args.data, args.data_dir, split, args.img_size, args.skip_corrupt, args.workers)
+        for split in ("train", "test")
+    )
     train = train.to(device)
     loader = common.Loader(train, policies, partial(draw_views, args, policies), args, device)
     warmup = round(args.warmup_epochs * loader.steps_per_epoch) if args.epochs else 0
@@ -595,11 +679,15 @@ def main(argv=None):
     loader.total_steps += extra
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = make_optimizer(model, args, device)
-    run = common.Run(args, "-".join([args.base, args.equi, args.arch] + [args.aug] * (args.aug != "basic")), model, optimizer)
+    run = common.Run(
+        args, "-".join([args.base, args.equi, args.arch] + [args.aug] * (args.aug != "basic")), model, optimizer
+    )
     run.restore(train)
     chance = f"L_CL {math.log(args.head_dim):.2f}" if args.base == "dino" else "L_CL 0"
     run.introduce(train, loader, args.lr * args.batch_size / 256, chance)
-    run.say(*[f"  {args.warmup_epochs:g} epochs of warm-up come before these; the log counts them below 0"] * (extra > 0))
+    run.say(
+        *[f"  {args.warmup_epochs:g} epochs of warm-up come before these; the log counts them below 0"] * (extra > 0)
+    )
     if args.compile:
         model.compile_encoder()
     ddp = common.distributed(model)
@@ -610,7 +698,9 @@ def main(argv=None):
         for group, lr in zip(optimizer.param_groups, rates):
             group["lr"] = lr
         if args.base == "dino":
-            optimizer.param_groups[0]["weight_decay"] = common.cosine(step / loader.total_steps, args.weight_decay, args.weight_decay_end)
+            optimizer.param_groups[0]["weight_decay"] = common.cosine(
+                step / loader.total_steps, args.weight_decay, args.weight_decay_end
+            )
         if extra and step == extra:
             optimizer.state.clear()  # the warm-up has a momentum of its own
         if step == 0:

@@ -188,7 +188,11 @@ class Unfailing:
 def one_line(error):
     """What an error means that comes from the machine and not from the code, in one line; None for all others."""
     text = " ".join(str(error).split())
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in text or "out of memory" in text:
+    if (
+        isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        or "DefaultCPUAllocator" in text
+        or "out of memory" in text
+    ):
         return f"out of memory: lower --batch-size, --img-size or --workers ({text[:120] or 'MemoryError'})"
     if "DataLoader" in text:
         return f"a loader process ended or hangs: lower --workers (0 reads in the main process), or give it more memory ({text[:200]})"
@@ -209,7 +213,9 @@ def parse(Args, values_in_force, argv=None, description=""):
     speak = os.environ.get("RANK", "0") == "0"  # tyro's own error box comes from one rank
     try:
         first, _ = tyro.cli(Args, args=argv, return_unknown_args=True, add_help=False, console_outputs=speak)
-        args = tyro.cli(Args, args=argv, default=Args(**values_in_force(first)), description=description, console_outputs=speak)
+        args = tyro.cli(
+            Args, args=argv, default=Args(**values_in_force(first)), description=description, console_outputs=speak
+        )
     except SystemExit as e:
         if e.code and not speak:
             die("the command line")
@@ -218,7 +224,9 @@ def parse(Args, values_in_force, argv=None, description=""):
         if value == "":
             die(f"--{name.replace('_', '-')}: is empty (an unset shell variable?); give a value or leave the flag out")
     if getattr(args, "data_dir", None):
-        args.data_dir = os.path.abspath(os.path.expanduser(args.data_dir))  # a checkpoint is probed from other directories
+        args.data_dir = os.path.abspath(
+            os.path.expanduser(args.data_dir)
+        )  # a checkpoint is probed from other directories
     return args
 
 
@@ -278,7 +286,10 @@ def from_torchrun():
     rank, local_rank, world, local_world = (int(there.get(name, default)) for name, default in zip(names, (0, 0, 1, 1)))
     missing = [name for name in (*names[:2], "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if world > 1 and missing:
-        die(f"WORLD_SIZE={world} is in the environment and {missing[0]} is not; start with torchrun, or unset WORLD_SIZE", alone=True)
+        die(
+            f"WORLD_SIZE={world} is in the environment and {missing[0]} is not; start with torchrun, or unset WORLD_SIZE",
+            alone=True,
+        )
     if rank >= world or local_rank >= max(world, local_world):
         name, value = ("RANK", rank) if rank >= world else ("LOCAL_RANK", local_rank)
         die(f"{name}={value} is in the environment of {world} processes; start with torchrun, or unset it", alone=True)
@@ -303,7 +314,9 @@ def start(device="auto"):
     if device == "cuda":
         torch.cuda.set_device(local_rank)
         return torch.device("cuda", local_rank)
-    torch.empty(31 << 20, dtype=torch.uint8)  # freed at once, and from now on glibc keeps freed blocks up to this size: half the page faults
+    torch.empty(
+        31 << 20, dtype=torch.uint8
+    )  # freed at once, and from now on glibc keeps freed blocks up to this size: half the page faults
     return torch.device(device)
 
 
@@ -589,7 +602,18 @@ class Run:
     """
 
     # Arguments that a resumed run may change: where and how it runs, never what it computes.
-    FREE = {"data_dir", "out", "resume", "overwrite", "workers", "device", "compile", "max_steps", "save_every", "log_every"}
+    FREE = {
+        "data_dir",
+        "out",
+        "resume",
+        "overwrite",
+        "workers",
+        "device",
+        "compile",
+        "max_steps",
+        "save_every",
+        "log_every",
+    }
     # Of these, what may differ between the machines of one run.
     LOCAL = {"data_dir", "out", "workers"}
 
@@ -606,8 +630,14 @@ class Run:
         if args.resume and args.overwrite:
             die("--resume and --overwrite: contradict each other; give one of them")
         shared = {k: v for k, v in dataclasses.asdict(args).items() if k not in self.LOCAL}
-        same_on_all_ranks(shared, lambda a, r, b: next(
-            f"--{k.replace('_', '-')}: {a[k]} on rank 0 and {b[k]} on rank {r}; give all processes the same" for k in a if a[k] != b.get(k)))
+        same_on_all_ranks(
+            shared,
+            lambda a, r, b: next(
+                f"--{k.replace('_', '-')}: {a[k]} on rank 0 and {b[k]} on rank {r}; give all processes the same"
+                for k in a
+                if a[k] != b.get(k)
+            ),
+        )
         by_rank_0(self._claim)
         self.pending, self.first_pending = [], 0  # values noted since they were last looked at, and their first step
         self.logged, self.clock = 0, 0.0  # steps in the log, and when the last was written
@@ -624,7 +654,9 @@ class Run:
         except OSError as e:
             die(f"--out {self.out}: cannot be written ({e.strerror}); choose another directory")
         if self.path.exists() and not (self.args.resume or self.args.overwrite):
-            die(f"--out {self.out}: already holds a checkpoint; add --resume to continue, --overwrite to start afresh, or choose another --out")
+            die(
+                f"--out {self.out}: already holds a checkpoint; add --resume to continue, --overwrite to start afresh, or choose another --out"
+            )
 
     def _lock(self):
         """Lock the directory until `finish`, or the end of the process. File systems without locks do without."""
@@ -659,7 +691,12 @@ class Run:
         Rank 0 reads the checkpoint for all. `data` is the training set: all ranks must see the same, and a run goes on
         with nothing else than it began with."""
         self.data = data.fingerprint()
-        same_on_all_ranks(self.data, lambda a, r, b: f"--data-dir: rank {r} sees other images than rank 0 ({difference(a, b)}); give all machines the same")
+        same_on_all_ranks(
+            self.data,
+            lambda a, r, b: (
+                f"--data-dir: rank {r} sees other images than rank 0 ({difference(a, b)}); give all machines the same"
+            ),
+        )
         state = by_rank_0(lambda: self._read() if self.args.resume and self.path.exists() else None)
         if state is not None:
             encoder = {f"{self.model.evaluated}.{k}": v for k, v in state["backbone_state"].items()}
@@ -667,7 +704,9 @@ class Run:
                 self.model.load_state_dict(state["train_state"]["heads"] | encoder)
                 self.optimizer.load_state_dict(state["train_state"]["optimizer"])
             except (KeyError, ValueError, RuntimeError, TypeError) as e:
-                die(f"{self.path}: its training state does not fit this run ({' '.join(str(e).split())[:200]}); take the script that wrote it, or start afresh with --overwrite")
+                die(
+                    f"{self.path}: its training state does not fit this run ({' '.join(str(e).split())[:200]}); take the script that wrote it, or start afresh with --overwrite"
+                )
             self.resumed = True
             self.say(f"resuming {self.path} at step {state['step']}")
         self.begin = state["step"] if self.resumed else 0
@@ -681,17 +720,28 @@ class Run:
             die(f"--out {self.out}: its checkpoint is of {state['method']}.py; choose another --out")
         for name in sorted(now.keys() & saved.keys() - self.FREE):
             if now[name] != saved[name]:
-                die(f"--{name.replace('_', '-')} {now[name]}: the checkpoint in {self.out} was made with {saved[name]}; resume with that or choose another --out")
+                die(
+                    f"--{name.replace('_', '-')} {now[name]}: the checkpoint in {self.out} was made with {saved[name]}; resume with that or choose another --out"
+                )
         seen = state["train_state"].get("data", self.data)
         if seen != self.data:
-            die(f"--data-dir {self.args.data_dir}: holds other images than {self.path} has seen ({difference(seen, self.data)}); resume with those or choose another --out")
+            die(
+                f"--data-dir {self.args.data_dir}: holds other images than {self.path} has seen ({difference(seen, self.data)}); resume with those or choose another --out"
+            )
         return state
 
     def _prepare(self):
         """What stands in the directory before the first step."""
         try:
             if not self.resumed:  # what an overwritten run has left must not pass for this one's
-                for name in ("checkpoint.pt", "log.jsonl", "backbone.safetensors", "eval.jsonl", "views.png", "reconstruction.png"):
+                for name in (
+                    "checkpoint.pt",
+                    "log.jsonl",
+                    "backbone.safetensors",
+                    "eval.jsonl",
+                    "views.png",
+                    "reconstruction.png",
+                ):
                     (self.out / name).resolve().unlink(missing_ok=True)
             write(self.out / "args.json", (json.dumps(dataclasses.asdict(self.args), indent=1) + "\n").encode())
             for source in {self.script, Path(__file__)}:
@@ -699,7 +749,9 @@ class Run:
                     shutil.copy(source, self.out)
             log = self.out / "log.jsonl"
             lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
-            write(log, "".join(f"{line}\n" for line in lines if -1 < step_of(line) < self.begin).encode())  # what was not saved is done again
+            write(
+                log, "".join(f"{line}\n" for line in lines if -1 < step_of(line) < self.begin).encode()
+            )  # what was not saved is done again
         except OSError as e:
             die(f"--out {self.out}: cannot be written ({e.strerror}); make room, or choose another directory", 1)
 
@@ -712,7 +764,11 @@ class Run:
         begin, self.total = self.begin, min(loader.total_steps, self.args.max_steps or loader.total_steps)
         total = self.total
         # A signal that the shell has switched off (nohup, a job in the background) stays off.
-        names = [s for s in (signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGHUP", None)) if s and signal.getsignal(s) is not signal.SIG_IGN]
+        names = [
+            s
+            for s in (signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGHUP", None))
+            if s and signal.getsignal(s) is not signal.SIG_IGN
+        ]
         handlers = {s: signal.signal(s, self._on_signal) for s in names}
         self.bar = progress(total=total, initial=min(begin, total), unit="step", leave=True)
         self.first_pending = self.logged = begin
@@ -777,7 +833,9 @@ class Run:
         exit code 1, naming the step and the components, and the last good checkpoint stays.
         """
         self.names = list(values)
-        self.pending.append(torch.stack([torch.as_tensor(v, device=self.device).detach().float() for v in values.values()]))
+        self.pending.append(
+            torch.stack([torch.as_tensor(v, device=self.device).detach().float() for v in values.values()])
+        )
         due = step < 20 or (step + 1) % self.args.log_every == 0
         if due or self.device.type == "cpu":
             row = self.flush()
@@ -787,7 +845,11 @@ class Run:
                 line |= collapse_monitors(gather(features.detach()))
             now = time.monotonic()
             done, seconds = step + 1 - self.logged, now - self.clock
-            line |= dict(images_per_s=round(done * self.args.batch_size / seconds, 1), data_wait=round(self.loader.waited / seconds, 4), memory_gb=round(memory_gb(self.device), 3))
+            line |= dict(
+                images_per_s=round(done * self.args.batch_size / seconds, 1),
+                data_wait=round(self.loader.waited / seconds, 4),
+                memory_gb=round(memory_gb(self.device), 3),
+            )
             self.logged, self.clock, self.loader.waited = step + 1, now, 0.0
             if rank() == 0:
                 try:
@@ -811,7 +873,10 @@ class Run:
         for i, row in enumerate(values):
             if not all(map(math.isfinite, row)):
                 what = ", ".join(f"{k} {v:.4g}" for k, v in zip(self.names, row))
-                die(f"the loss is not finite at step {self.first_pending + i} ({what}); lower --lr; {self._last_good()}", 1)
+                die(
+                    f"the loss is not finite at step {self.first_pending + i} ({what}); lower --lr; {self._last_good()}",
+                    1,
+                )
         self.first_pending += len(values)
         self.pending = []
         return dict(zip(self.names, values[-1]))
@@ -825,21 +890,31 @@ class Run:
         count = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         scaled = "" if peak == self.args.lr else f"{self.args.lr:g} x {self.args.batch_size}/256 = "
         if rank() == 0 and data.skipped:
-            self._try("skipped.txt", lambda path: write(path, os.fsencode("".join(f"{name}\n" for name in data.skipped))))
+            self._try(
+                "skipped.txt", lambda path: write(path, os.fsencode("".join(f"{name}\n" for name in data.skipped)))
+            )
         self.say(
             f"{self.method}: {len(data):,} images of {self.args.data}, {self.args.epochs} epochs of {loader.steps_per_epoch} steps, on {world_size()} x {self.device.type}, into {self.out}",
             f"  {recipe}",
-            *[f"  {len(data.skipped)} images cannot be read and are left out; they are listed in {self.out / 'skipped.txt'}"] * bool(data.skipped),
+            *[
+                f"  {len(data.skipped)} images cannot be read and are left out; they are listed in {self.out / 'skipped.txt'}"
+            ]
+            * bool(data.skipped),
             *[f"  {data.note}"] * bool(data.note),
-            f"  {count:,} trainable parameters; learning rate {scaled}{peak:g} at its peak; chance: {chance}")
+            f"  {count:,} trainable parameters; learning rate {scaled}{peak:g} at its peak; chance: {chance}",
+        )
 
     def picture(self, name, views, n=8):
         """Write what the model sees: a row of `n` images for each normalised (b, 3, H, W) in `views`."""
         if rank() == 0:
             mean, std = (torch.tensor(v).view(3, 1, 1) for v in (self.encoder.mean, self.encoder.std))
             side = max(64, self.args.img_size)
-            rows = [F.interpolate((v[:n].float().cpu() * std + mean).clamp(0, 1), (side, side)) for v in views]  # (n, 3, side, side)
-            grid = torch.cat([F.pad(r, (0, 0, 0, 0, 0, 0, 0, n - len(r)), value=1.0) for r in rows])  # (rows n, 3, side, side)
+            rows = [
+                F.interpolate((v[:n].float().cpu() * std + mean).clamp(0, 1), (side, side)) for v in views
+            ]  # (n, 3, side, side)
+            grid = torch.cat(
+                [F.pad(r, (0, 0, 0, 0, 0, 0, 0, n - len(r)), value=1.0) for r in rows]
+            )  # (rows n, 3, side, side)
             self._try(name, lambda path: save_image(grid, path, nrow=n))
 
     def _try(self, name, act):
@@ -859,7 +934,9 @@ class Run:
         else:
             score = lambda encoder: knn_accuracy(encoder, train, test, self.device, self.args)
             trained, before = score(self.encoder), score(untrained.get_submodule(untrained.evaluated))
-            self.say(f"k-NN accuracy on test images: {trained:.3f} (the untrained encoder: {before:.3f}; chance: {1 / len(train.classes):.3f})")
+            self.say(
+                f"k-NN accuracy on test images: {trained:.3f} (the untrained encoder: {before:.3f}; chance: {1 / len(train.classes):.3f})"
+            )
         self.say(f"next: python eval_probe.py {shlex.quote(str(self.path))}")
         self._unlock()
 
@@ -871,15 +948,25 @@ class Run:
         train_state = dict(heads=heads, optimizer=self.optimizer.state_dict(), data=self.data)
         if any_rank(int(not finite([self.encoder.state_dict(), train_state]))):
             die(f"the weights are not finite after step {step - 1}; lower --lr; {self._last_good()}", 1)
-        state = dict(format=FORMAT, method=self.method, args=dataclasses.asdict(self.args), step=step,
-                     backbone=self.encoder.description, backbone_state=self.encoder.state_dict(), train_state=train_state)
+        state = dict(
+            format=FORMAT,
+            method=self.method,
+            args=dataclasses.asdict(self.args),
+            step=step,
+            backbone=self.encoder.description,
+            backbone_state=self.encoder.state_dict(),
+            train_state=train_state,
+        )
         error = 0
         if rank() == 0:
             try:
                 save_checkpoint(self.path, state)
             except OSError as e:
                 error = 1
-                tqdm.write(f"--out {self.out}: could not save step {step} ({e.strerror}); the older checkpoint stands", file=sys.stderr)
+                tqdm.write(
+                    f"--out {self.out}: could not save step {step} ({e.strerror}); the older checkpoint stands",
+                    file=sys.stderr,
+                )
         error = any_rank(error)
         if error and last:
             raise SystemExit(1)
@@ -929,13 +1016,23 @@ def memory_gb(device):
     if os.name != "posix":
         return 0.0
     import resource
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 def progress(iterable=None, leave=False, **kwargs):
     """A tqdm bar on rank 0; where stderr is a file it writes a line every half minute instead of ten a second."""
     slow = 0.1 if sys.stderr.isatty() else 30
-    return tqdm(iterable, leave=leave, disable=rank() != 0, file=sys.stderr, mininterval=slow, maxinterval=max(10, slow), dynamic_ncols=True, **kwargs)
+    return tqdm(
+        iterable,
+        leave=leave,
+        disable=rank() != 0,
+        file=sys.stderr,
+        mininterval=slow,
+        maxinterval=max(10, slow),
+        dynamic_ncols=True,
+        **kwargs,
+    )
 
 
 def full_precision():
@@ -950,7 +1047,9 @@ def upcast(x):
 
 def autocast(device, amp):
     """bfloat16 autocast on CUDA unless switched off."""
-    return torch.autocast("cuda", torch.bfloat16) if amp == "auto" and device.type == "cuda" else contextlib.nullcontext()
+    return (
+        torch.autocast("cuda", torch.bfloat16) if amp == "auto" and device.type == "cuda" else contextlib.nullcontext()
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -965,6 +1064,7 @@ CORE50 = ((0.6000, 0.5681, 0.5411), (0.1817, 0.1944, 0.2039))
 TDW = ((0.7709, 0.7642, 0.7470), (0.0835, 0.0842, 0.0840))
 BENCH3DIE = ((0.5016, 0.5037, 0.5060), (0.1030, 0.0999, 0.0969))
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+# fmt: off
 IMAGENET100 = """01558993 01692333 01729322 01735189 01749939 01773797 01820546 01855672 01978455 01980166 01983481 02009229 02018207
     02085620 02086240 02086910 02087046 02089867 02089973 02090622 02091831 02093428 02099849 02100583 02104029 02105505 02106550 02107142
     02108089 02109047 02113799 02113978 02114855 02116738 02119022 02123045 02138441 02172182 02231487 02259212 02326432 02396427 02483362
@@ -972,6 +1072,7 @@ IMAGENET100 = """01558993 01692333 01729322 01735189 01749939 01773797 01820546 
     03492542 03494278 03530642 03584829 03594734 03637318 03642806 03764736 03775546 03777754 03785016 03787032 03794056 03837869 03891251
     03903868 03930630 03947888 04026417 04067472 04099969 04111531 04127249 04136333 04229816 04238763 04336792 04418357 04429376 04435653
     04485082 04493381 04517823 04589890 04592741 07714571 07715103 07753275 07831146 07836838 13037406 13040303"""  # wnids [CMC]
+# fmt: on
 
 
 class Paths(Sequence):
@@ -1640,6 +1741,7 @@ def code_of(function):
 
 # Five boxes a class: centre x, y, z, width, height, depth, in arbitrary units. No class is its own
 # rotated or mirrored copy, so no two rotations of an object are the same.
+# fmt: off
 BLOCK_CLASSES = {
     "chair":  [(0, 0, 0, 1.4, .4, 1.4), (0, .7, -.5, 1.4, 1.2, .35), (-.5, -.55, 0, .35, .9, 1.4),
                (.5, -.5, .5, .4, .8, .4), (.55, .35, .2, .3, .5, .9)],
@@ -1662,76 +1764,94 @@ BLOCK_CLASSES = {
     "truck":  [(-.3, .25, 0, 1.6, 1.2, 1.1), (.75, 0, .1, .7, .8, .9), (-.6, -.5, 0, .5, .5, 1.3),
                (.7, -.5, 0, .5, .5, 1.3), (.5, .65, -.4, .4, .7, .4)],
 }
+# fmt: on
 N_OBJECTS = {"train": 1500, "test": 500}
-N_VIEWS = 8                                             # images of each object
-CAMERA_DISTANCE, HALF_VIEW = 4.0, 0.26                  # tangent of half the angle of view
-LIGHT_DIRECTION = (1 / 3, 2 / 3, 2 / 3)                 # unit vector, towards the light
-AMBIENT, DIFFUSE = 0.45, 0.75                           # white and coloured light
+N_VIEWS = 8  # images of each object
+CAMERA_DISTANCE, HALF_VIEW = 4.0, 0.26  # tangent of half the angle of view
+LIGHT_DIRECTION = (1 / 3, 2 / 3, 2 / 3)  # unit vector, towards the light
+AMBIENT, DIFFUSE = 0.45, 0.75  # white and coloured light
 
 
 def hsv_to_rgb(h, s, v):
     """Hue, saturation, value, each broadcastable to (...,), in [0, 1] -> RGB (..., 3) in [0, 1]."""
     h, s, v = torch.broadcast_tensors(*(torch.as_tensor(a)[..., None] for a in (h, s, v)))  # (..., 1)
-    k = (torch.tensor([5.0, 3.0, 1.0]) + 6 * h) % 6                                   # (..., 3)
-    return v - v * s * torch.minimum(k, 4 - k).clamp(0, 1)                            # (..., 3)
+    k = (torch.tensor([5.0, 3.0, 1.0]) + 6 * h) % 6  # (..., 3)
+    return v - v * s * torch.minimum(k, 4 - k).clamp(0, 1)  # (..., 3)
 
 
 def quaternion_from_angles(angles):
     """Extrinsic xyz Tait-Bryan angles (n, 3), radians -> unit quaternions (n, 4), scalar last."""
     (cx, cy, cz), (sx, sy, sz) = (angles / 2).cos().unbind(1), (angles / 2).sin().unbind(1)  # (n,)
-    return torch.stack([sx * cy * cz - cx * sy * sz, cx * sy * cz + sx * cy * sz,
-                        cx * cy * sz - sx * sy * cz, cx * cy * cz + sx * sy * sz], 1)
+    return torch.stack(
+        [
+            sx * cy * cz - cx * sy * sz,
+            cx * sy * cz + sx * cy * sz,
+            cx * cy * sz - sx * sy * cz,
+            cx * cy * cz + sx * sy * sz,
+        ],
+        1,
+    )
 
 
 def rotation_matrix(q):
     """Unit quaternions (n, 4), scalar last -> R (n, 3, 3), from the object's axes to the world's."""
-    x, y, z, w = q.unbind(1)                                                          # (n,) each
-    return torch.stack([
-        1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w),
-        2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w),
-        2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)], 1).view(-1, 3, 3)
+    x, y, z, w = q.unbind(1)  # (n,) each
+    return torch.stack(
+        [
+            1 - 2 * (y * y + z * z),
+            2 * (x * y - z * w),
+            2 * (x * z + y * w),
+            2 * (x * y + z * w),
+            1 - 2 * (x * x + z * z),
+            2 * (y * z - x * w),
+            2 * (x * z - y * w),
+            2 * (y * z + x * w),
+            1 - 2 * (x * x + y * y),
+        ],
+        1,
+    ).view(-1, 3, 3)
 
 
 def render_chunk(boxes, colors, rotation, floor_hue, light_hue, distance, size):
     """`render_blocks` for the few images whose rays fit in the cache."""
-    n, S = len(boxes), 2 * size                                      # 2x2 rays a pixel, P = S * S
-    u = ((torch.arange(S) + 0.5) / S * 2 - 1) * HALF_VIEW                             # (S,)
-    y, x = torch.meshgrid(-u, u, indexing="ij")                                       # (S, S)
-    rays = torch.stack([x, y, -torch.ones_like(x)]).view(3, -1)                       # (3, P)
+    n, S = len(boxes), 2 * size  # 2x2 rays a pixel, P = S * S
+    u = ((torch.arange(S) + 0.5) / S * 2 - 1) * HALF_VIEW  # (S,)
+    y, x = torch.meshgrid(-u, u, indexing="ij")  # (S, S)
+    rays = torch.stack([x, y, -torch.ones_like(x)]).view(3, -1)  # (3, P)
 
     # Turn the camera and the light, not the object: in its own frame its boxes are axis-aligned.
-    to_object = rotation_matrix(rotation).mT                                          # (n, 3, 3)
-    d = to_object @ rays                                                              # (n, 3, P)
-    d = torch.where(d.abs() < 1e-9, 1e-9, d)                                          # (n, 3, P)
-    camera = to_object[..., 2] * distance[:, None]                                    # (n, 3)
-    light = (to_object @ torch.tensor(LIGHT_DIRECTION))[..., None]                    # (n, 3, 1)
+    to_object = rotation_matrix(rotation).mT  # (n, 3, 3)
+    d = to_object @ rays  # (n, 3, P)
+    d = torch.where(d.abs() < 1e-9, 1e-9, d)  # (n, 3, P)
+    camera = to_object[..., 2] * distance[:, None]  # (n, 3)
+    light = (to_object @ torch.tensor(LIGHT_DIRECTION))[..., None]  # (n, 3, 1)
 
     # Along each axis, camera + t d is between the box's two faces for t in middle -+ reach. The
     # ray hits the box if it enters the last of these three slabs before it leaves the first.
-    centre, half = boxes[..., :3] - camera[:, None], boxes[..., 3:] / 2               # (n, K, 3)
+    centre, half = boxes[..., :3] - camera[:, None], boxes[..., 3:] / 2  # (n, K, 3)
     middle, reach = centre[..., None] / d[:, None], half[..., None] / d.abs()[:, None]  # (n, K, 3, P)
-    enter, leave = (middle - reach).amax(2), (middle + reach).amin(2)                 # (n, K, P)
-    t, part = torch.where(enter < leave, enter, torch.inf).min(1, keepdim=True)       # (n, 1, P)
-    hit = t < torch.inf                                                               # (n, 1, P)
+    enter, leave = (middle - reach).amax(2), (middle + reach).amin(2)  # (n, K, P)
+    t, part = torch.where(enter < leave, enter, torch.inf).min(1, keepdim=True)  # (n, 1, P)
+    hit = t < torch.inf  # (n, 1, P)
 
     # Lambert: the visible face is across the axis that was entered last; its normal opposes d.
-    part = part.expand(-1, 3, -1)                                                     # (n, 3, P)
-    near_face = centre.mT.gather(2, part) - half.mT.gather(2, part) * d.sign()        # (n, 3, P)
-    axis = (near_face / d).argmax(1, keepdim=True)                                    # (n, 1, P)
-    cosine = (-d.sign() * light).gather(1, axis).clamp(min=0)                         # (n, 1, P)
-    light_rgb = hsv_to_rgb(light_hue, 0.5, 1.0)[..., None]                            # (n, 3, 1)
-    surface = colors.mT.gather(2, part) * (AMBIENT + DIFFUSE * light_rgb * cosine)    # (n, 3, P)
-    floor = hsv_to_rgb(floor_hue, 0.35, 0.6)[..., None]                               # (n, 3, 1)
-    floor = floor * (AMBIENT + DIFFUSE * light_rgb * LIGHT_DIRECTION[2])              # (n, 3, 1)
-    vignette = 1 - 2 * (x ** 2 + y ** 2).view(-1)                                     # (P,)
-    rgb = torch.where(hit, surface, floor * vignette).clamp(max=1).view(n, 3, S, S)   # (n, 3, S, S)
+    part = part.expand(-1, 3, -1)  # (n, 3, P)
+    near_face = centre.mT.gather(2, part) - half.mT.gather(2, part) * d.sign()  # (n, 3, P)
+    axis = (near_face / d).argmax(1, keepdim=True)  # (n, 1, P)
+    cosine = (-d.sign() * light).gather(1, axis).clamp(min=0)  # (n, 1, P)
+    light_rgb = hsv_to_rgb(light_hue, 0.5, 1.0)[..., None]  # (n, 3, 1)
+    surface = colors.mT.gather(2, part) * (AMBIENT + DIFFUSE * light_rgb * cosine)  # (n, 3, P)
+    floor = hsv_to_rgb(floor_hue, 0.35, 0.6)[..., None]  # (n, 3, 1)
+    floor = floor * (AMBIENT + DIFFUSE * light_rgb * LIGHT_DIRECTION[2])  # (n, 3, 1)
+    vignette = 1 - 2 * (x**2 + y**2).view(-1)  # (P,)
+    rgb = torch.where(hit, surface, floor * vignette).clamp(max=1).view(n, 3, S, S)  # (n, 3, S, S)
 
-    images = (F.avg_pool2d(rgb, 2) * 255).round().to(torch.uint8)                     # (n, 3, size, size)
-    masks = F.avg_pool2d(hit.view(n, S, S).float(), 2) >= 0.5                         # (n, size, size)
+    images = (F.avg_pool2d(rgb, 2) * 255).round().to(torch.uint8)  # (n, 3, size, size)
+    masks = F.avg_pool2d(hit.view(n, S, S).float(), 2) >= 0.5  # (n, size, size)
     return images, masks
 
 
-def render_blocks(boxes, colors, rotation, floor_hue, light_hue, size, distance=None, rays_per_chunk=2 ** 17):
+def render_blocks(boxes, colors, rotation, floor_hue, light_hue, size, distance=None, rays_per_chunk=2**17):
     """Trace n scenes of K boxes each, exactly, with 2x2 supersampling.
 
     boxes: (n, K, 6) centre x, y, z and width, height, depth in the object's own axes, within the
@@ -1751,26 +1871,26 @@ def render_blocks(boxes, colors, rotation, floor_hue, light_hue, size, distance=
 def bounding_boxes(masks):
     """Masks (n, size, size) bool, none empty -> (n, 4) top, left, height, width over the size."""
     size = masks.shape[1]
-    profiles = torch.stack([masks.any(2), masks.any(1)], 1).int()                     # (n, 2, size)
-    first, last = profiles.argmax(2), size - profiles.flip(2).argmax(2)               # (n, 2)
-    return torch.cat([first, last - first], 1) / size                                 # (n, 4)
+    profiles = torch.stack([masks.any(2), masks.any(1)], 1).int()  # (n, 2, size)
+    first, last = profiles.argmax(2), size - profiles.flip(2).argmax(2)  # (n, 2)
+    return torch.cat([first, last - first], 1) / size  # (n, 4)
 
 
 def random_objects(labels, generator, turn=0.0):
     """Labels (m,) int64 -> boxes (m, K, 6), colors (m, K, 3): each object varies the shape and the paint of its class, hues turned by `turn`."""
-    parts = torch.tensor(list(BLOCK_CLASSES.values()), dtype=torch.float32)[labels]         # (m, K, 6)
+    parts = torch.tensor(list(BLOCK_CLASSES.values()), dtype=torch.float32)[labels]  # (m, K, 6)
     m, K = parts.shape[:2]
     uniform = lambda low, high, *shape: low + (high - low) * torch.rand(m, *shape, generator=generator)
-    stretch = uniform(0.85, 1.2, 1, 3)                                                # (m, 1, 3)
-    centre = (parts[..., :3] + uniform(-0.05, 0.05, K, 3)) * stretch                  # (m, K, 3)
-    extent = parts[..., 3:] * uniform(1.0, 1.3, K, 3) * stretch                      # (m, K, 3)
+    stretch = uniform(0.85, 1.2, 1, 3)  # (m, 1, 3)
+    centre = (parts[..., :3] + uniform(-0.05, 0.05, K, 3)) * stretch  # (m, K, 3)
+    extent = parts[..., 3:] * uniform(1.0, 1.3, K, 3) * stretch  # (m, K, 3)
     low, high = (centre - extent / 2).amin(1, True), (centre + extent / 2).amax(1, True)  # (m, 1, 3)
-    centre = centre - (low + high) / 2                                                # (m, K, 3)
-    radius = (centre.abs() + extent / 2).norm(dim=2).amax(1)[:, None, None]           # (m, 1, 1)
-    boxes = torch.cat([centre, extent], 2) / radius                                   # (m, K, 6)
+    centre = centre - (low + high) / 2  # (m, K, 3)
+    radius = (centre.abs() + extent / 2).norm(dim=2).amax(1)[:, None, None]  # (m, 1, 1)
+    boxes = torch.cat([centre, extent], 2) / radius  # (m, K, 6)
 
-    typical = torch.rand(len(BLOCK_CLASSES), K, generator=rng("paint"))[labels]       # (m, K) the class's hues
-    hue = (typical + 0.08 * torch.randn(m, K, generator=generator) + turn) % 1               # (m, K)
+    typical = torch.rand(len(BLOCK_CLASSES), K, generator=rng("paint"))[labels]  # (m, K) the class's hues
+    hue = (typical + 0.08 * torch.randn(m, K, generator=generator) + turn) % 1  # (m, K)
     return boxes, hsv_to_rgb(hue, uniform(0.35, 0.7, K), uniform(0.7, 1.0, K))
 
 
@@ -1787,21 +1907,28 @@ def blocks(split, size=32, seed=0):
     scenes = "train" if split == "train" else "test"
     generator = rng("blocks", scenes, seed)
     m = N_OBJECTS[scenes]
-    object_labels = torch.arange(m) % len(BLOCK_CLASSES)                                    # (m,)
-    object_boxes, object_colors = random_objects(object_labels, generator, 0.5 * (split == "hues"))  # (m, K, 6), (m, K, 3)
-    groups = torch.arange(m).repeat_interleave(N_VIEWS)                               # (N,)
-    angles = (torch.rand(len(groups), 3, generator=generator) - 0.5) * math.pi              # (N, 3)
-    rotation = quaternion_from_angles(angles)                                         # (N, 4)
-    floor_hue, light_hue = torch.rand(2, len(groups), generator=generator)                  # (N,)
-    images, masks = render_blocks(object_boxes[groups], object_colors[groups], rotation,
-                                  floor_hue, light_hue, size)
-    return dict(images=images, labels=object_labels[groups], classes=tuple(BLOCK_CLASSES), groups=groups,
-                factors=dict(rotation=rotation, floor_hue=floor_hue, light_hue=light_hue),
-                masks=masks, boxes=bounding_boxes(masks))
+    object_labels = torch.arange(m) % len(BLOCK_CLASSES)  # (m,)
+    object_boxes, object_colors = random_objects(
+        object_labels, generator, 0.5 * (split == "hues")
+    )  # (m, K, 6), (m, K, 3)
+    groups = torch.arange(m).repeat_interleave(N_VIEWS)  # (N,)
+    angles = (torch.rand(len(groups), 3, generator=generator) - 0.5) * math.pi  # (N, 3)
+    rotation = quaternion_from_angles(angles)  # (N, 4)
+    floor_hue, light_hue = torch.rand(2, len(groups), generator=generator)  # (N,)
+    images, masks = render_blocks(object_boxes[groups], object_colors[groups], rotation, floor_hue, light_hue, size)
+    return dict(
+        images=images,
+        labels=object_labels[groups],
+        classes=tuple(BLOCK_CLASSES),
+        groups=groups,
+        factors=dict(rotation=rotation, floor_hue=floor_hue, light_hue=light_hue),
+        masks=masks,
+        boxes=bounding_boxes(masks),
+    )
 
 
-AZIMUTHS, ELEVATIONS, DISTANCES = range(0, 360, 30), (10, 30, 50), (4.0, 5.0, 6.0)      # degrees, degrees, as above
-BLOCK_SESSIONS = {"train": (0, 1), "seen": (0, 1), "test": range(2, 11)}              # each with a floor and a light of its own
+AZIMUTHS, ELEVATIONS, DISTANCES = range(0, 360, 30), (10, 30, 50), (4.0, 5.0, 6.0)  # degrees, degrees, as above
+BLOCK_SESSIONS = {"train": (0, 1), "seen": (0, 1), "test": range(2, 11)}  # each with a floor and a light of its own
 
 
 def blocks_views(split, size=32, seed=0):
@@ -1814,21 +1941,34 @@ def blocks_views(split, size=32, seed=0):
     """
     generator = rng("blocks-views", "train" if split == "train" else "test", seed)
     m = 50 if split == "train" else 20
-    object_labels = torch.arange(m) % len(BLOCK_CLASSES)                              # (m,)
-    object_boxes, object_colors = random_objects(object_labels, generator)            # (m, K, 6), (m, K, 3)
-    grid = torch.cartesian_prod(*(torch.tensor(list(axis), dtype=torch.float32) for axis in (AZIMUTHS, ELEVATIONS, DISTANCES)))  # (108, 3)
+    object_labels = torch.arange(m) % len(BLOCK_CLASSES)  # (m,)
+    object_boxes, object_colors = random_objects(object_labels, generator)  # (m, K, 6), (m, K, 3)
+    grid = torch.cartesian_prod(
+        *(torch.tensor(list(axis), dtype=torch.float32) for axis in (AZIMUTHS, ELEVATIONS, DISTANCES))
+    )  # (108, 3)
     of = torch.cartesian_prod(torch.arange(m), torch.tensor(BLOCK_SESSIONS[split]), torch.arange(len(grid)))  # (N, 3)
     if split != "train":
-        of = of[(of[:, 0] + of[:, 1] + of[:, 2] // 9 + of[:, 2] // 3 + of[:, 2]) % 3 == 0]  # other views in each session
-    groups, session, view = of[:, 0], of[:, 1], grid[of[:, 2]]                        # (N,), (N,), (N, 3)
-    azimuth, elevation, zero = *view[:, :2].deg2rad().T / 2, torch.zeros(len(of))     # (N,) each; half angles
-    turn = torch.stack([zero, azimuth.sin(), zero, azimuth.cos()], 1)                 # (N, 4)
-    tilt = torch.stack([elevation.sin(), zero, zero, elevation.cos()], 1)             # (N, 4), towards the camera
-    hues = torch.stack([session / 11, 5 * session % 11 / 55])                         # (2, N): any floor, warm light
+        of = of[
+            (of[:, 0] + of[:, 1] + of[:, 2] // 9 + of[:, 2] // 3 + of[:, 2]) % 3 == 0
+        ]  # other views in each session
+    groups, session, view = of[:, 0], of[:, 1], grid[of[:, 2]]  # (N,), (N,), (N, 3)
+    azimuth, elevation, zero = *view[:, :2].deg2rad().T / 2, torch.zeros(len(of))  # (N,) each; half angles
+    turn = torch.stack([zero, azimuth.sin(), zero, azimuth.cos()], 1)  # (N, 4)
+    tilt = torch.stack([elevation.sin(), zero, zero, elevation.cos()], 1)  # (N, 4), towards the camera
+    hues = torch.stack([session / 11, 5 * session % 11 / 55])  # (2, N): any floor, warm light
     floor_hue, light_hue = (hues + 0.02 * torch.randn(2, len(of), generator=generator)) % 1
-    images, masks = render_blocks(object_boxes[groups], object_colors[groups], multiply(tilt, turn), floor_hue, light_hue, size, view[:, 2])
-    return dict(images=images, labels=object_labels[groups], classes=tuple(BLOCK_CLASSES), groups=groups,
-                factors=dict(view=view, session=session), masks=masks, boxes=bounding_boxes(masks))
+    images, masks = render_blocks(
+        object_boxes[groups], object_colors[groups], multiply(tilt, turn), floor_hue, light_hue, size, view[:, 2]
+    )
+    return dict(
+        images=images,
+        labels=object_labels[groups],
+        classes=tuple(BLOCK_CLASSES),
+        groups=groups,
+        factors=dict(view=view, session=session),
+        masks=masks,
+        boxes=bounding_boxes(masks),
+    )
 
 
 def multiply(p, q):
@@ -1956,7 +2096,9 @@ class Loader(torch.utils.data.Dataset):
             die(f"--batch-size {args.batch_size}: larger than the data set ({self.items} {what}); lower it")
         if args.batch_size % world_size():
             nearest = max(1, args.batch_size // world_size()) * world_size()
-            die(f"--batch-size {args.batch_size}: not divisible by the {world_size()} processes; the nearest that is: {nearest}")
+            die(
+                f"--batch-size {args.batch_size}: not divisible by the {world_size()} processes; the nearest that is: {nearest}"
+            )
 
     def rows(self, step):
         """What this rank's views show: {view: rows of the data set (b,)}."""
@@ -1997,11 +2139,21 @@ class Loader(torch.utils.data.Dataset):
         are on the device, all else on the CPU."""
         workers = default_workers(self.workers) if self.data.images is None else 0
         sampled = self.draw(rng(self.seed, "views", 0))
-        pixels = [len(rows) // world_size() * 3 * self.policies[view].crop.size ** 2 for view, (rows, _) in sampled.items()]
-        check_shared_memory(workers, 1.5 * sum(pixels) * (1 if self.crop_only else 4))  # grids may be larger, and there are parameters
+        pixels = [
+            len(rows) // world_size() * 3 * self.policies[view].crop.size ** 2 for view, (rows, _) in sampled.items()
+        ]
+        check_shared_memory(
+            workers, 1.5 * sum(pixels) * (1 if self.crop_only else 4)
+        )  # grids may be larger, and there are parameters
         loader = torch.utils.data.DataLoader(
-            self, batch_size=None, sampler=steps, num_workers=workers, worker_init_fn=detach_worker, timeout=600 if workers else 0,
-            pin_memory=self.device.type == "cuda" and self.data.images is None)
+            self,
+            batch_size=None,
+            sampler=steps,
+            num_workers=workers,
+            worker_init_fn=detach_worker,
+            timeout=600 if workers else 0,
+            pin_memory=self.device.type == "cuda" and self.data.images is None,
+        )
         batches, self.waited = unbroken(loader), 0.0  # seconds in which there was nothing else to do
         while True:
             begin = time.monotonic()
@@ -2029,7 +2181,11 @@ def unbroken(loader):
             raise
         die(one_line(e), 1, alone=True)
     except OSError as e:  # from a worker the last line is ours, the others are a traceback
-        die(f"{str(e).splitlines()[-1].removeprefix('OSError: ')}; mend or remove the file, or add --skip-corrupt", 1, alone=True)
+        die(
+            f"{str(e).splitlines()[-1].removeprefix('OSError: ')}; mend or remove the file, or add --skip-corrupt",
+            1,
+            alone=True,
+        )
 
 
 def default_workers(workers):
@@ -2047,7 +2203,9 @@ def check_shared_memory(workers, batch):
         disk, local_world = os.statvfs("/dev/shm"), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         free, need = disk.f_bavail * disk.f_frsize, 2 * workers * local_world * batch
         if need > free:
-            die(f"--workers {workers}: their batches need {need / 2**20:.0f} MB of shared memory and /dev/shm has {free / 2**20:.0f} MB; give --workers 0, or docker run --shm-size=8g")
+            die(
+                f"--workers {workers}: their batches need {need / 2**20:.0f} MB of shared memory and /dev/shm has {free / 2**20:.0f} MB; give --workers 0, or docker run --shm-size=8g"
+            )
 
 
 def detach_worker(_):
@@ -2134,7 +2292,7 @@ def crop_resize(images, boxes, size, interpolation="bilinear"):
         x = (images.float().flatten(1, 2) @ columns.mT).clamp_(0, 255)  # (n, 3 * H, size) as uint8 would overflow
         x = rows[:, None] @ x.unflatten(1, (3, H))  # (n, 3, size, size)
         return x.round_().clamp_(0, 255).to(torch.uint8)  # (n, 3, size, size)
-    crops = [image[None, :, top:top + h, left:left + w] for image, (top, left, h, w) in zip(images, boxes.tolist())]
+    crops = [image[None, :, top : top + h, left : left + w] for image, (top, left, h, w) in zip(images, boxes.tolist())]
     return torch.cat([resize(crop, (size, size), interpolation) for crop in crops])  # (n, 3, size, size)
 
 
@@ -2169,7 +2327,10 @@ class RandomResizedCrop:
         if "top" in params:
             return
         H, W = sizes.double().unbind(1)  # (n,) each
-        area, aspect = params.pop("area") * (H * W)[:, None], params.pop("aspect").double()  # (n, 10) each; area in pixels
+        area, aspect = (
+            params.pop("area") * (H * W)[:, None],
+            params.pop("aspect").double(),
+        )  # (n, 10) each; area in pixels
         h, w = (area / aspect).sqrt().round(), (area * aspect).sqrt().round()  # (n, 10) each
         fits = (0 < h) & (h <= H[:, None]) & (0 < w) & (w <= W[:, None])  # (n, 10) bool
         first = fits.int().argmax(1, keepdim=True)  # (n, 1)
@@ -2224,7 +2385,7 @@ class CenterCrop:
             if (H, W) != (size, size):
                 h, w = self.resize * H // min(H, W), self.resize * W // min(H, W)
                 top, left = round((h - size) / 2), round((w - size) / 2)
-                x = resize(x, (h, w), self.interpolation)[:, :, top:top + size, left:left + size]
+                x = resize(x, (h, w), self.interpolation)[:, :, top : top + size, left : left + size]
             crops.append(x)  # (1 or n, 3, size, size)
         return torch.cat(crops)  # (n, 3, size, size)
 
@@ -2244,6 +2405,7 @@ class HorizontalFlip:
 
 class Rot90:
     """Turn square images by k quarter turns counter-clockwise: torch.rot90. Param `rot90`: (n,) int64 k, uniform 0..3."""
+
     def sample(self, n, generator=None):
         return {"rot90": torch.randint(4, (n,), generator=generator)}  # (n,)
 
@@ -2273,9 +2435,13 @@ class Affine:
         H, W = x.shape[2:]
         a = params["angle"].to(x.dtype).deg2rad()  # (n,)
         shift = torch.stack([params["shift_x"], params["shift_y"]], 1).to(x.dtype)  # (n, 2)
-        inverse = torch.stack([a.cos(), a.sin(), -a.sin(), a.cos()], 1).view(-1, 2, 2)  # (n, 2, 2) output to input, pixels
+        inverse = torch.stack([a.cos(), a.sin(), -a.sin(), a.cos()], 1).view(
+            -1, 2, 2
+        )  # (n, 2, 2) output to input, pixels
         half = torch.tensor([W / 2, H / 2], dtype=x.dtype)  # affine_grid counts in half sides
-        theta = torch.cat([inverse * half / half[:, None], (-inverse @ shift[..., None]) / half[:, None]], 2)  # (n, 2, 3)
+        theta = torch.cat(
+            [inverse * half / half[:, None], (-inverse @ shift[..., None]) / half[:, None]], 2
+        )  # (n, 2, 3)
         grid = F.affine_grid(theta.to(x.device, non_blocking=True), x.shape, align_corners=False)  # (n, H, W, 2)
         return F.grid_sample(x, grid, self.interpolation, "zeros", align_corners=False)  # (n, 3, H, W)
 
@@ -2303,11 +2469,17 @@ class Elastic:
     def warp(self, x, seed):
         """x (m, 3, H, W), seed (m,) -> (m, 3, H, W)."""
         m, _, H, W = x.shape
-        noise = hash_noise(seed.to(x.device, non_blocking=True), 2 * H * W).view(m, 2, H, W).to(x.dtype) * 2 - 1  # (m, 2, H, W)
-        shift = self.smooth.blur(noise, torch.full((m,), self.smooth.sigma[0])).permute(0, 2, 3, 1)  # (m, H, W, 2) along x and y
+        noise = (
+            hash_noise(seed.to(x.device, non_blocking=True), 2 * H * W).view(m, 2, H, W).to(x.dtype) * 2 - 1
+        )  # (m, 2, H, W)
+        shift = self.smooth.blur(noise, torch.full((m,), self.smooth.sigma[0])).permute(
+            0, 2, 3, 1
+        )  # (m, H, W, 2) along x and y
         eye = torch.eye(2, 3, dtype=x.dtype, device=x.device).expand(m, 2, 3)
         grid = F.affine_grid(eye, x.shape, align_corners=False)  # (m, H, W, 2), from -1 to 1
-        return F.grid_sample(x, grid + shift * (self.alpha / torch.tensor([W, H])).to(shift), "bilinear", "zeros", align_corners=False)
+        return F.grid_sample(
+            x, grid + shift * (self.alpha / torch.tensor([W, H])).to(shift), "bilinear", "zeros", align_corners=False
+        )
 
 
 def hash_noise(seed, n):
@@ -2331,7 +2503,7 @@ class GridResize:
         self.patch, self.grid, self.area, self.ratio = patch, grid, area, ratio
 
     def sample(self, n, generator=None):
-        A = uniform(1, *self.area, generator) * self.grid ** 2  # (1,)
+        A = uniform(1, *self.area, generator) * self.grid**2  # (1,)
         a = uniform(1, math.log(self.ratio[0]), math.log(self.ratio[1]), generator).exp()  # (1,)
         h, w = ((A * ratio).sqrt().round().long().clamp(min=1) for ratio in (1 / a, a))  # (1,) each
         return {"grid_h": h.repeat(n), "grid_w": w.repeat(n)}  # (n,) each
@@ -2395,7 +2567,7 @@ class ColorJitter:
         turn = torch.where(hue != 0, (order == 3).int().argmax(1), 4)  # (n,) the hue step's place, 4: no shift
         turn[(factor == 1).all(1) & (hue == 0)] = 5  # nothing at all to do
         ends = torch.bincount(turn, minlength=6).cumsum(0).tolist()  # ends[t]: number of samples up to turn t
-        rows = turn.argsort()[:ends[4]]  # (m,)
+        rows = turn.argsort()[: ends[4]]  # (m,)
         hue, blends = hue[rows], order[rows][order[rows] != 3].view(-1, 3)  # (m,), (m, 3)
         factor = factor[rows].gather(1, blends)  # (m, 3) in the order of use
         rows = rows.to(x.device, non_blocking=True)  # (m,)
@@ -2452,7 +2624,7 @@ class GaussianBlur:
         x = F.pad(x.reshape(1, C * m, H, W), (rx, rx, ry, ry), mode="reflect")  # (1, C * m, H + 2 * ry, W + 2 * rx)
         for radius, taps in ((rx, (1, -1)), (ry, (-1, 1))):
             t = torch.arange(-radius, radius + 1, dtype=x.dtype) / sigma[:, None]  # (m, 2 * radius + 1)
-            k = torch.softmax(-0.5 * t ** 2, 1).repeat_interleave(C, 0).view(C * m, 1, *taps)  # (C * m, 1, 1, taps)
+            k = torch.softmax(-0.5 * t**2, 1).repeat_interleave(C, 0).view(C * m, 1, *taps)  # (C * m, 1, 1, taps)
             x = F.conv2d(x, k.to(x.device, x.dtype, non_blocking=True), groups=C * m)  # without this axis's padding
         return x.reshape(m, C, H, W)  # (m, C, H, W)
 
@@ -2517,16 +2689,19 @@ class Compose:
     def run(self, images, params, crop):
         """On a GPU all at once; on a CPU in chunks that stay in its cache, which makes it twice as fast."""
         n, side = len(images), crop.size if crop else images.shape[3]
-        chunk = max(8, 2 ** 18 // side ** 2) if images[0].device.type == "cpu" else n
+        chunk = max(8, 2**18 // side**2) if images[0].device.type == "cpu" else n
         out = None
         for start in range(0, n, chunk):
-            x, p = images[start:start + chunk], {k: v[start:start + chunk] for k, v in params.items()}  # (chunk, ...)
+            x, p = (
+                images[start : start + chunk],
+                {k: v[start : start + chunk] for k, v in params.items()},
+            )  # (chunk, ...)
             x = crop(x, p) if crop else x  # (chunk, 3, S, S)
             x = x.contiguous().float().div_(255) if x.dtype == torch.uint8 else x.clone()  # (chunk, 3, S, S)
             for op in self.ops:
                 x = op(x, p)  # (chunk, 3, S, S)
             out = x.new_empty(n, *x.shape[1:]) if out is None else out  # (n, 3, S, S)
-            out[start:start + chunk] = x
+            out[start : start + chunk] = x
         return out
 
 
@@ -2542,9 +2717,13 @@ def family(name, size):
     """A family of transformations of images of `size` px: +-45 degrees; factors 1 +- 0.4 and hue +- 0.1 in fixed order;
     sigma 0.1 to 2 px; shifts of `most_shift`; crops of 20 % to all of the image; flips of every second image."""
     return dict(
-        rotation=Affine(degrees=45), color=ColorJitter(0.4, 0.4, 0.4, 0.1, p=1.0, shuffle=False),
-        blur=GaussianBlur((0.1, 2.0), p=1.0, kernel=23 if size >= 64 else 9), translation=Affine(translate=most_shift(size)),
-        crop=RandomResizedCrop(size, (0.2, 1.0)), flip=HorizontalFlip())[name]
+        rotation=Affine(degrees=45),
+        color=ColorJitter(0.4, 0.4, 0.4, 0.1, p=1.0, shuffle=False),
+        blur=GaussianBlur((0.1, 2.0), p=1.0, kernel=23 if size >= 64 else 9),
+        translation=Affine(translate=most_shift(size)),
+        crop=RandomResizedCrop(size, (0.2, 1.0)),
+        flip=HorizontalFlip(),
+    )[name]
 
 
 def family_target(name, p, size):
@@ -2554,8 +2733,14 @@ def family_target(name, p, size):
         color=lambda: [(p[k] - 1) / 0.4 for k in ("brightness", "contrast", "saturation")] + [p["hue"] / 0.1],
         blur=lambda: [p["sigma"] / 2],
         translation=lambda: [p[k] / most_shift(size) for k in ("shift_y", "shift_x")],
-        crop=lambda: [p["top"] + p["height"] / 2 - 0.5, p["left"] + p["width"] / 2 - 0.5, p["height"] - 1, p["width"] - 1],
-        flip=lambda: [p["flip"].float()])[name]()
+        crop=lambda: [
+            p["top"] + p["height"] / 2 - 0.5,
+            p["left"] + p["width"] / 2 - 0.5,
+            p["height"] - 1,
+            p["width"] - 1,
+        ],
+        flip=lambda: [p["flip"].float()],
+    )[name]()
     return torch.stack(columns, 1)
 
 
@@ -2604,8 +2789,17 @@ class ViT(VisionTransformer):
     feature = "final [CLS]"
 
     def __init__(self, arch="vit_small", img_size=224, patch_size=16, cls_layer=0, pos="learned", drop_path=0.0):
-        super().__init__(img_size=img_size, patch_size=patch_size, num_classes=0, drop_path_rate=drop_path, class_token=cls_layer is not None,
-                         global_pool="avg" if cls_layer is None else "token", fc_norm=False, no_embed_class=cls_layer != 0, **VITS[arch])
+        super().__init__(
+            img_size=img_size,
+            patch_size=patch_size,
+            num_classes=0,
+            drop_path_rate=drop_path,
+            class_token=cls_layer is not None,
+            global_pool="avg" if cls_layer is None else "token",
+            fc_norm=False,
+            no_embed_class=cls_layer != 0,
+            **VITS[arch],
+        )
         self.cls_layer, self.patch_size, self.grid = cls_layer, patch_size, img_size // patch_size
         self.dim, self.depth = self.embed_dim, len(self.blocks)
         if pos == "sincos":
@@ -2615,7 +2809,7 @@ class ViT(VisionTransformer):
 
     def positions(self, h, w):
         """The table of positions, resampled bicubically where the grid is not the one it was made for: (1, h w, dim)."""
-        table = self.pos_embed[:, -self.grid**2 :]
+        table = self.pos_embed[:, -(self.grid**2) :]
         if (h, w) == (self.grid, self.grid):
             return table
         table = table.unflatten(1, (self.grid, self.grid)).permute(0, 3, 1, 2)
@@ -2705,7 +2899,9 @@ class ResNet(Pyramid, torchvision.models.ResNet):
             self.inplanes, self.bn1 = width, nn.BatchNorm2d(width)
             for i, n in enumerate(layers):
                 setattr(self, f"layer{i + 1}", self._make_layer(block, width * 2**i, n, stride=1 + (i > 0)))
-        size = dict(kernel_size=7, stride=2, padding=3) if stem == "imagenet" else dict(kernel_size=3, stride=1, padding=1)
+        size = (
+            dict(kernel_size=7, stride=2, padding=3) if stem == "imagenet" else dict(kernel_size=3, stride=1, padding=1)
+        )
         self.conv1 = nn.Conv2d(3 + 2 * coords, width, bias=False, **size)
         if stem == "cifar":
             self.maxpool = nn.Identity()
@@ -2724,7 +2920,9 @@ class ResNet(Pyramid, torchvision.models.ResNet):
         """x (B, 3, H, W) -> y (B, dim), the mean over the last map, and {k: map after stage k (B, h, w, C)} for `taps`."""
         if self.coords:
             column, row = (torch.linspace(-1, 1, n, device=x.device, dtype=x.dtype) for n in (x.shape[3], x.shape[2]))
-            position = torch.stack([column.expand(len(row), -1), row[:, None].expand(-1, len(column))])  # (2, H, W): x, y
+            position = torch.stack(
+                [column.expand(len(row), -1), row[:, None].expand(-1, len(column))]
+            )  # (2, H, W): x, y
             x = torch.cat([x, position.expand(len(x), -1, -1, -1)], 1)  # (B, 5, H, W)
         z, tapped = self.maxpool(self.relu(self.bn1(self.conv1(x)))), {}
         for k, stage in enumerate((self.layer1, self.layer2, self.layer3, self.layer4), 1):
@@ -2787,7 +2985,12 @@ def export_backbone(path, backbone):
         difference = (twin(x) - backbone(x)).abs().max().item()
     if not difference <= 1e-5:
         return f"{path.name}: not written, timm's features differ by {difference:.1e}"
-    metadata = dict(timm=json.dumps(arguments), img_size=json.dumps(d["img_size"]), mean=json.dumps(d["mean"]), std=json.dumps(d["std"]))
+    metadata = dict(
+        timm=json.dumps(arguments),
+        img_size=json.dumps(d["img_size"]),
+        mean=json.dumps(d["mean"]),
+        std=json.dumps(d["std"]),
+    )
     try:
         write(path, save({k: v.contiguous() for k, v in backbone.state_dict().items()}, metadata))
     except OSError as e:
@@ -2840,8 +3043,19 @@ class Reader:
 
 
 @torch.no_grad()
-def features(backbone, data, device, transform=None, params=None, encode=None, rows=None, amp="auto", batch_size=256,
-             workers=None, name="features"):
+def features(
+    backbone,
+    data,
+    device,
+    transform=None,
+    params=None,
+    encode=None,
+    rows=None,
+    amp="auto",
+    batch_size=256,
+    workers=None,
+    name="features",
+):
     """Encode a set once: (N, D) float32 on the CPU of rank 0, in the order of `rows` (default: all); the other ranks, which
     encode their share, get (0, D).
 
@@ -2895,6 +3109,9 @@ def knn(train, train_labels, test, k=20, temperature=0.07, classes=None):
 def knn_accuracy(backbone, train, test, device, args, most=(8_000, 2_000)):
     """The score at the end of a run: 20-NN on test images; sets larger than `most` are thinned evenly, to stay quick."""
     rows = [torch.arange(min(n, len(d))) * len(d) // min(n, len(d)) for n, d in zip(most, (train, test))]
-    f = [features(backbone, d, device, rows=r, amp=args.amp, workers=args.workers, name="k-NN") for r, d in zip(rows, (train, test))]
+    f = [
+        features(backbone, d, device, rows=r, amp=args.amp, workers=args.workers, name="k-NN")
+        for r, d in zip(rows, (train, test))
+    ]
     right = lambda: knn(f[0], train.labels[rows[0]], f[1], classes=len(train.classes)).argmax(1) == test.labels[rows[1]]
     return by_rank_0(lambda: right().float().mean().item())

@@ -108,11 +108,15 @@ MLP = dict(batch_size=256, lr=1e-3, hidden=1024, features="standardised per dime
 PROTOCOLS = dict(  # what the papers say, or their public code does, where it differs from the defaults
     default=dict(),
     ser=dict(augment=True, linear_epochs=50),  # rates are swept: neither says which
-    clever=dict(augment=True, linear_epochs=100, linear_lrs=(0.001,), fewshot="finetune", finetune_epochs=200, finetune_lr=0.001),
+    clever=dict(
+        augment=True, linear_epochs=100, linear_lrs=(0.001,), fewshot="finetune", finetune_epochs=200, finetune_lr=0.001
+    ),
     ciper=dict(linear="steps"),
     recon=dict(linear="lbfgs", r2_epochs=300, r2_images=50_000),
 )
-SIMSIAM = dict(linear_lrs=(30.0,), linear_epochs=200)  # and what `clever` takes for encoders of SimSiam and DDCL [DDCL's code]
+SIMSIAM = dict(
+    linear_lrs=(30.0,), linear_epochs=200
+)  # and what `clever` takes for encoders of SimSiam and DDCL [DDCL's code]
 
 
 @dataclasses.dataclass
@@ -121,7 +125,10 @@ class Args:
 
     checkpoints: tyro.conf.Positional[tuple[str, ...]] = ()
     """checkpoint.pt files written by the method scripts; timm:NAME takes a model of timm with its weights, timm:NAME@FILE with yours"""
-    tasks: tuple[Literal["knn", "linear", "mlp", "finetune", "fewshot", "r2", "layers", "equivariance", "rotation", "latents"], ...] = ("knn", "linear")
+    tasks: tuple[
+        Literal["knn", "linear", "mlp", "finetune", "fewshot", "r2", "layers", "equivariance", "rotation", "latents"],
+        ...,
+    ] = ("knn", "linear")
     """probes to run"""
     data: str | None = None
     """data set to probe on; default: the one the checkpoint was trained on"""
@@ -151,7 +158,9 @@ class Args:
     """its learning rate, of encoder and head, per 256 images"""
     layers: tuple[Count, ...] | None = None
     """blocks (of ResNets and VMamba: stages) after which `layers` looks; default: 1, 3, 6, 9, 12, or all stages"""
-    r2_targets: tuple[Literal["rotation", "color", "blur", "translation", "crop", "flip", "pose", "hues"], ...] | None = None
+    r2_targets: (
+        tuple[Literal["rotation", "color", "blur", "translation", "crop", "flip", "pose", "hues"], ...] | None
+    ) = None
     """what to regress; default: pose and hues on posed objects, the six families of transformations on other images"""
     part: tuple[Literal["all", "inv", "equi"], ...] = ("all",)
     """what knn, linear, mlp, fewshot, r2 and rotation look at: the representation, and of the encoders of recon_xattn.py and clever.py its invariant (first) and
@@ -198,7 +207,15 @@ class LinearProbe(Shared):
     learnt = ("W", "b", "best")
 
     def __init__(self, dim, classes, rows, held, lrs, epochs, generator, device, batch_size=256):
-        self.held, self.rows, self.classes, self.lrs, self.generator, self.batch_size, self.device = held, rows, classes, lrs, generator, batch_size, device
+        self.held, self.rows, self.classes, self.lrs, self.generator, self.batch_size, self.device = (
+            held,
+            rows,
+            classes,
+            lrs,
+            generator,
+            batch_size,
+            device,
+        )
         self.W = torch.randn(dim, classes, generator=generator).mul_(0.01).to(device).repeat(1, len(lrs))  # (D, L C)
         self.b = torch.zeros(len(lrs) * classes, device=device)
         self.mW, self.mb = torch.zeros_like(self.W), torch.zeros_like(self.b)
@@ -213,7 +230,9 @@ class LinearProbe(Shared):
             f = x[batch]  # (n, D)
             g = self.logits(f).softmax(2)  # (n, L, C)
             g[torch.arange(len(f), device=self.device), :, labels[batch]] -= 1
-            g = F.hardshrink(g.flatten(1), 1e-20) / len(f)  # (n, L C); high rates leave numbers so small that CPUs take six times as long
+            g = F.hardshrink(g.flatten(1), 1e-20) / len(
+                f
+            )  # (n, L C); high rates leave numbers so small that CPUs take six times as long
             self.mW.mul_(0.9).addmm_(f.T, g)
             self.mb.mul_(0.9).add_(g.sum(0))
             lr = -self.rate * common.cosine(self.step / self.steps, 1.0, 0.0)
@@ -242,7 +261,9 @@ class LinearProbe(Shared):
 def linear_probe(train, labels, test, classes, lrs, epochs, generator, batch_size=256):
     """A LinearProbe from first to last on fixed features (N, D), labels (N,), a tenth of which chooses the rate -> (test scores
     (M, C), its learning rate)."""
-    held, rows = torch.randperm(len(train), generator=generator).split([max(1, len(train) // 10), len(train) - max(1, len(train) // 10)])
+    held, rows = torch.randperm(len(train), generator=generator).split(
+        [max(1, len(train) // 10), len(train) - max(1, len(train) // 10)]
+    )
     probe = LinearProbe(train.shape[1], classes, rows, held, lrs, epochs, generator, train.device, batch_size)
     for _ in common.progress(range(epochs), desc="linear probe", unit="epoch"):
         probe.epoch(train, labels)
@@ -260,12 +281,20 @@ class RidgeProbe(Shared):
     def __init__(self, dim, classes, rows, held, device, iterations=1000):
         self.device = torch.device("cpu") if device.type == "mps" else device
         self.held, self.rows, self.iterations = held.to(self.device), rows.to(self.device), iterations
-        self.weights = torch.zeros(dim + 1, classes, dtype=torch.float64, device=self.device)  # the last row is the bias
+        self.weights = torch.zeros(
+            dim + 1, classes, dtype=torch.float64, device=self.device
+        )  # the last row is the bias
         self.chosen = None
 
     def fit(self, x, labels, rows, ridge):
         f, y, W = F.pad(x[rows], (0, 1), value=1.0), labels[rows], self.weights.clone().requires_grad_()
-        optimizer = torch.optim.LBFGS([W], max_iter=self.iterations, max_eval=2 * self.iterations, tolerance_change=1e-10, line_search_fn="strong_wolfe")
+        optimizer = torch.optim.LBFGS(
+            [W],
+            max_iter=self.iterations,
+            max_eval=2 * self.iterations,
+            tolerance_change=1e-10,
+            line_search_fn="strong_wolfe",
+        )
 
         def loss():
             optimizer.zero_grad()
@@ -312,9 +341,19 @@ def linear_schedule(train, target, generator, epochs=100):
     error -> a layer: (M, D) -> scores or predictions (M, K)."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator.initial_seed())
-        readout = nn.Linear(train.shape[1], int(target.max()) + 1 if target.dtype == torch.int64 else target.shape[1]).to(train.device)
+        readout = nn.Linear(
+            train.shape[1], int(target.max()) + 1 if target.dtype == torch.int64 else target.shape[1]
+        ).to(train.device)
     optimizer = torch.optim.SGD(readout.parameters(), lr=1.0, momentum=0.9, nesterov=True, weight_decay=1e-6)
-    return fit(readout, lambda _: (train, target), epochs, optimizer, generator, torch.optim.lr_scheduler.StepLR(optimizer, 10, 0.3), desc="linear readout")
+    return fit(
+        readout,
+        lambda _: (train, target),
+        epochs,
+        optimizer,
+        generator,
+        torch.optim.lr_scheduler.StepLR(optimizer, 10, 0.3),
+        desc="linear readout",
+    )
 
 
 class StepsProbe(Shared):
@@ -377,7 +416,13 @@ def mlp_probe(sample, outputs, epochs, generator, columns=slice(None)):
     first = Standardise(x, columns)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator.initial_seed())
-        layers = nn.Linear(first(x[:1]).shape[1], 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, outputs)
+        layers = (
+            nn.Linear(first(x[:1]).shape[1], 1024),
+            nn.ReLU(),
+            nn.Linear(1024, 1024),
+            nn.ReLU(),
+            nn.Linear(1024, outputs),
+        )
     mlp = nn.Sequential(first, *layers).to(x.device)
     fit(mlp, sample, epochs, torch.optim.Adam(mlp.parameters(), lr=1e-3), generator)
     return lambda x: torch.cat([mlp(rows) for rows in x.split(8192)])
@@ -387,7 +432,10 @@ def warn_of_few_steps(flag, epochs, images):
     """One line where an MLP takes so few steps that its score may tell of the optimiser and not of the features."""
     steps = epochs * -(-images // 256)
     if steps < 600 and common.rank() == 0:
-        print(f"{flag} {epochs}: {steps} steps of the MLP may be too few to converge; 600 or more are safe", file=sys.stderr)
+        print(
+            f"{flag} {epochs}: {steps} steps of the MLP may be too few to converge; 600 or more are safe",
+            file=sys.stderr,
+        )
 
 
 def stratified(labels, share, generator, allowed=None):
@@ -395,7 +443,9 @@ def stratified(labels, share, generator, allowed=None):
     rows = []
     for c in labels.unique():
         there = torch.nonzero((labels == c) & (True if allowed is None else allowed))[:, 0]
-        rows.append(there[torch.randperm(len(there), generator=generator)[: max(1, round(share * int((labels == c).sum())))]])
+        rows.append(
+            there[torch.randperm(len(there), generator=generator)[: max(1, round(share * int((labels == c).sum())))]]
+        )
     return torch.cat(rows)
 
 
@@ -403,7 +453,9 @@ def hold_out(data, generator, share=0.1):
     """(N,) bool: a share of the images, or of the objects where there are several images of one, on which settings are chosen."""
     groups = torch.arange(len(data)) if data.groups is None else data.groups
     objects = groups.unique()
-    return torch.isin(groups, objects[torch.randperm(len(objects), generator=generator)[: max(1, int(share * len(objects)))]])
+    return torch.isin(
+        groups, objects[torch.randperm(len(objects), generator=generator)[: max(1, int(share * len(objects)))]]
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -417,7 +469,12 @@ class SecondView:
 
     def __init__(self, name, size):
         self.name, self.size, self.centre = name, size, CenterCrop(size, interpolation="bicubic")
-        turns = dict(quarters=Rot90, mirror=HorizontalFlip, turn90=partial(Affine, 90, interpolation="nearest"), turn180=partial(Affine, 180, interpolation="nearest"))
+        turns = dict(
+            quarters=Rot90,
+            mirror=HorizontalFlip,
+            turn90=partial(Affine, 90, interpolation="nearest"),
+            turn180=partial(Affine, 180, interpolation="nearest"),
+        )
         self.op = turns[name]() if name in turns else common.family(name, size)
 
     def sample(self, n, seed):
@@ -474,7 +531,9 @@ def accuracies(name, scores, labels):
     if scores.shape[1] > 5:
         out[f"{name} top-5"] = 100 * top.any(1).float().mean().item()
     if len(sizes[sizes > 0].unique()) > 1:
-        out[f"{name} class mean"] = 100 * (labels[top[:, 0]].bincount(minlength=len(sizes)) / sizes)[sizes > 0].mean().item()
+        out[f"{name} class mean"] = (
+            100 * (labels[top[:, 0]].bincount(minlength=len(sizes)) / sizes)[sizes > 0].mean().item()
+        )
     return out
 
 
@@ -557,7 +616,11 @@ class Case:
         epoch: by rank 0, for all."""
         args, labels, width, heads, wanted = self.args, self.train.labels.to(self.device), self.x[0].shape[1], {}, {}
         choosing = args.linear == "lbfgs" or args.linear == "sgd" and len(args.linear_lrs) > 1
-        held = hold_out(self.train, common.rng(args.seed, "held out")) if choosing else torch.zeros(len(self.train), dtype=torch.bool)
+        held = (
+            hold_out(self.train, common.rng(args.seed, "held out"))
+            if choosing
+            else torch.zeros(len(self.train), dtype=torch.bool)
+        )
         if {"linear", "rotation"} & set(args.tasks):
             wanted["linear"] = (~held).nonzero()[:, 0]
         if "fewshot" in args.tasks and args.fewshot == "linear":
@@ -565,7 +628,16 @@ class Case:
         for (name, rows), (suffix, columns) in itertools.product(wanted.items(), self.parts(width)):
             x, generator, chooses = self.x[0][:, columns], common.rng(args.seed, name), held.nonzero()[:, 0]
             if args.linear == "sgd":
-                head = LinearProbe(x.shape[1], len(self.train.classes), rows, chooses, args.linear_lrs, args.linear_epochs, generator, self.device)
+                head = LinearProbe(
+                    x.shape[1],
+                    len(self.train.classes),
+                    rows,
+                    chooses,
+                    args.linear_lrs,
+                    args.linear_epochs,
+                    generator,
+                    self.device,
+                )
             elif args.linear == "lbfgs":
                 head = RidgeProbe(x.shape[1], len(self.train.classes), rows, chooses, self.device)
             else:
@@ -583,7 +655,10 @@ class Case:
         """LinearProbes {name: probe}, on the labels (N,) of the train images."""
         args = self.args
         if args.augment and common.rank() == 0:
-            print(f"  {args.linear_epochs} epochs of augmented views: {args.linear_epochs * len(self.train):,} images to encode", file=sys.stderr)
+            print(
+                f"  {args.linear_epochs} epochs of augmented views: {args.linear_epochs * len(self.train):,} images to encode",
+                file=sys.stderr,
+            )
         for epoch in common.progress(range(args.linear_epochs), desc="linear probes", unit="epoch"):
             x = self.augmented(epoch) if args.augment else self.x[0]
             for head in heads.values() if common.rank() == 0 else ():
@@ -611,7 +686,11 @@ class Case:
     def feature(self):
         """What x is, for the protocol."""
         name = self.backbone.feature
-        return name if self.x[0].shape[1] == self.backbone.dim else f"[CLS] of the last {self.x[0].shape[1] // self.backbone.dim} blocks"
+        return (
+            name
+            if self.x[0].shape[1] == self.backbone.dim
+            else f"[CLS] of the last {self.x[0].shape[1] // self.backbone.dim} blocks"
+        )
 
     @functools.cached_property
     def tuned(self):
@@ -621,23 +700,40 @@ class Case:
     @property
     def tuning(self):
         args = self.args
-        return dict(epochs=args.finetune_epochs, batch_size=256, lr=args.finetune_lr, weight_decay=1e-4, crop_scale=(0.08, 1.0), feature=self.feature)
+        return dict(
+            epochs=args.finetune_epochs,
+            batch_size=256,
+            lr=args.finetune_lr,
+            weight_decay=1e-4,
+            crop_scale=(0.08, 1.0),
+            feature=self.feature,
+        )
 
     def parts(self, width):
         """What --part asks for of features of some width: [(what to add to the names of its results, its columns)]. The equivariant part
         are the last dimensions, of the last block alone; encoders that do not split have none."""
         rest = self.backbone.dim - (self.backbone.inv or 0)
-        columns = dict(all=slice(None)) | ({} if self.backbone.inv is None else dict(inv=slice(width - rest), equi=slice(width - rest, None)))
+        columns = dict(all=slice(None)) | (
+            {} if self.backbone.inv is None else dict(inv=slice(width - rest), equi=slice(width - rest, None))
+        )
         return [("" if part == "all" else f" ({part})", columns[part]) for part in self.args.part if part in columns]
 
     @property
     def fitting(self):
         """How linear probes were trained, for the protocol; the flags are recorded as well."""
-        return dict(optimizer=self.args.linear, batch_size=256, feature=self.feature, held_out=0.1, chosen={name: head.chosen for name, head in self.heads.items()})
+        return dict(
+            optimizer=self.args.linear,
+            batch_size=256,
+            feature=self.feature,
+            held_out=0.1,
+            chosen={name: head.chosen for name, head in self.heads.items()},
+        )
 
     def read(self, name, x):
         """What the linear probe `name` says of features x (M, W), for each part: {name: (M, C)}."""
-        return {name + suffix: self.heads[name + suffix].scores(x[:, columns]) for suffix, columns in self.parts(x.shape[1])}
+        return {
+            name + suffix: self.heads[name + suffix].scores(x[:, columns]) for suffix, columns in self.parts(x.shape[1])
+        }
 
 
 def knn(case):
@@ -645,7 +741,9 @@ def knn(case):
     if common.rank():
         return None
     for suffix, columns in case.parts(y.shape[1]):
-        scores = common.knn(y[:, columns], case.train.labels, y_test[:, columns], case.args.knn_k, classes=len(case.train.classes))
+        scores = common.knn(
+            y[:, columns], case.train.labels, y_test[:, columns], case.args.knn_k, classes=len(case.train.classes)
+        )
         results |= accuracies(f"knn{suffix}", scores, case.test.labels)
     return results, dict(k=case.args.knn_k, temperature=0.07)
 
@@ -665,7 +763,13 @@ def mlp(case):
         return None
     warn_of_few_steps("--mlp-epochs", case.args.mlp_epochs, len(x))
     for suffix, columns in case.parts(x.shape[1]):
-        probe = mlp_probe(lambda _: (x, labels), len(case.train.classes), case.args.mlp_epochs, common.rng(case.args.seed, "mlp"), columns)
+        probe = mlp_probe(
+            lambda _: (x, labels),
+            len(case.train.classes),
+            case.args.mlp_epochs,
+            common.rng(case.args.seed, "mlp"),
+            columns,
+        )
         results |= accuracies(f"mlp{suffix}", probe(x_test), case.test.labels)
         on_train |= accuracies(f"mlp{suffix}", probe(x), case.train.labels)
     return results, dict(epochs=case.args.mlp_epochs, feature=case.feature, train=on_train) | MLP
@@ -691,7 +795,9 @@ def r2(case):
     or not there, high on training pairs alone is overfitted."""
     scores, args = {}, case.args
     targets = args.r2_targets or (POSES if "rotation" in case.train.factors else FAMILIES)
-    warn_of_few_steps("--r2-epochs", args.r2_epochs, min(len(case.train), 100_000 if set(targets) <= set(POSES) else args.r2_images))
+    warn_of_few_steps(
+        "--r2-epochs", args.r2_epochs, min(len(case.train), 100_000 if set(targets) <= set(POSES) else args.r2_images)
+    )
     for target in targets:
         drawn = (pairs_of_poses if target in POSES else pairs_of_images)(target, case)
         if common.rank():
@@ -700,8 +806,12 @@ def r2(case):
         pairs, answers = sample(0)
         for suffix, columns in case.parts(case.backbone.dim):
             probe = mlp_probe(sample, answers.shape[1], args.r2_epochs, common.rng(args.seed, "r2", target), columns)
-            scores[target + suffix] = r2_scores(test_targets, probe(test_pairs)) | dict(train=r2_scores(answers, probe(pairs))["flat"])
-    return {f"r2 {k}": v["flat"] for k, v in scores.items()}, dict(epochs=args.r2_epochs, images=args.r2_images, both=scores) | MLP
+            scores[target + suffix] = r2_scores(test_targets, probe(test_pairs)) | dict(
+                train=r2_scores(answers, probe(pairs))["flat"]
+            )
+    return {f"r2 {k}": v["flat"] for k, v in scores.items()}, dict(
+        epochs=args.r2_epochs, images=args.r2_images, both=scores
+    ) | MLP
 
 
 def layers(case):
@@ -709,14 +819,24 @@ def layers(case):
     a block, each token normalised. One draw for each image."""
     args, backbone, results, on_train = case.args, case.backbone, {}, {}
     warn_of_few_steps("--r2-epochs", args.r2_epochs, min(len(case.train), args.r2_images))
-    chosen = args.layers or tuple(k for k in range(1, backbone.depth + 1) if backbone.depth <= 5 or k == 1 or k % 3 == 0)
+    chosen = args.layers or tuple(
+        k for k in range(1, backbone.depth + 1) if backbone.depth <= 5 or k == 1 or k % 3 == 0
+    )
     mean_tokens = lambda z: F.layer_norm(z.float(), z.shape[-1:]).mean((1, 2))  # (n, h, w, D) -> (n, D)
     encode = lambda x: torch.cat([mean_tokens(z) for z in backbone.tokens(x, chosen)], 1)
     with torch.no_grad():
-        widths = [z.shape[-1] for z in backbone.tokens(torch.zeros(1, 3, backbone.img_size, backbone.img_size, device=case.device), chosen)]
+        widths = [
+            z.shape[-1]
+            for z in backbone.tokens(
+                torch.zeros(1, 3, backbone.img_size, backbone.img_size, device=case.device), chosen
+            )
+        ]
     for name, kind, key, classes in (("rotation", "quarters", "rot90", 4), ("flip", "mirror", "flip", 2)):
         sides = []
-        for data, most, seed in ((case.train, args.r2_images, args.seed), (case.test, max(2, args.r2_images // 2), args.seed + 1)):
+        for data, most, seed in (
+            (case.train, args.r2_images, args.seed),
+            (case.test, max(2, args.r2_images // 2), args.seed + 1),
+        ):
             rows, view = evenly(len(data), most), SecondView(kind, backbone.img_size)
             params = view.sample(len(data), seed)
             how = dict(encode=encode, params=params, rows=rows, name=f"{name} by layer")
@@ -724,8 +844,12 @@ def layers(case):
             sides.append((torch.stack(views, 1), params[key][rows].long().to(case.device)))  # (n, 2, sum of D), (n,)
         if common.rank():
             continue
-        for k, (pairs, answers), (test_pairs, test_answers) in zip(chosen, *([(z, t) for z in pairs.split(widths, 2)] for pairs, t in sides)):
-            probe = mlp_probe(lambda _, side=(pairs, answers): side, classes, args.r2_epochs, common.rng(args.seed, name, k))
+        for k, (pairs, answers), (test_pairs, test_answers) in zip(
+            chosen, *([(z, t) for z in pairs.split(widths, 2)] for pairs, t in sides)
+        ):
+            probe = mlp_probe(
+                lambda _, side=(pairs, answers): side, classes, args.r2_epochs, common.rng(args.seed, name, k)
+            )
             right = lambda x, y, probe=probe: 100 * (probe(x).argmax(1) == y).float().mean().item()
             results[f"{name} @{k}"], on_train[f"{name} @{k}"] = right(test_pairs, test_answers), right(pairs, answers)
     return results, dict(layers=chosen, epochs=args.r2_epochs, images=args.r2_images, train=on_train) | MLP
@@ -767,8 +891,15 @@ def equivariance(case):
 
     def note(name, pairs):  # [(rho_g f(x), rho_g f(other image), f(g x))] in chunks of one grid each
         share = lambda score: sum(score(*maps) * len(maps[0]) for maps in pairs) / len(rows)
-        results.update({f"equi {name}": share(lambda moved, other, there: cosine(moved, there)), f"equi {name} shuffled": share(lambda moved, other, there: cosine(other, there)),
-                        f"equi {name} centred": share(lambda moved, other, there: cosine(moved - moved.mean((0, 1, 2)), there - there.mean((0, 1, 2))))})
+        results.update(
+            {
+                f"equi {name}": share(lambda moved, other, there: cosine(moved, there)),
+                f"equi {name} shuffled": share(lambda moved, other, there: cosine(other, there)),
+                f"equi {name} centred": share(
+                    lambda moved, other, there: cosine(moved - moved.mean((0, 1, 2)), there - there.mean((0, 1, 2)))
+                ),
+            }
+        )
 
     note("rotation", [(turn(z), turn(others), turned)])
     note("flip", [(z.flip(2), others.flip(2), mirrored)])
@@ -814,11 +945,20 @@ def fine_tune(case, quarters=False, rows=None):
     if batch < 2:
         common.die(f"--tasks finetune: {len(train)} images are too few for {common.world_size()} processes")
     encoder, ddp = model.encoder, common.distributed(model)
-    view = Compose([RandomResizedCrop(encoder.img_size), HorizontalFlip(), *[Rot90()] * quarters, Normalize(encoder.mean, encoder.std)])
+    view = Compose(
+        [
+            RandomResizedCrop(encoder.img_size),
+            HorizontalFlip(),
+            *[Rot90()] * quarters,
+            Normalize(encoder.mean, encoder.std),
+        ]
+    )
     run = SimpleNamespace(seed=args.seed, batch_size=batch, workers=args.workers, epochs=args.finetune_epochs)
     loader = common.Loader(train, {"1": view}, partial(draw_view, view, batch), run, device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9, weight_decay=1e-4)
-    batches = common.progress(loader.batches(range(loader.total_steps)), total=loader.total_steps, desc="fine-tuning", unit="step")
+    batches = common.progress(
+        loader.batches(range(loader.total_steps)), total=loader.total_steps, desc="fine-tuning", unit="step"
+    )
     for step, (views, params, rows) in enumerate(batches):
         optimizer.param_groups[0]["lr"] = common.cosine(step / loader.total_steps, args.finetune_lr * batch / 256, 0.0)
         with common.autocast(device, args.amp):
@@ -861,14 +1001,25 @@ def rotation(case):
 
     def note(name, suffix, scores):
         right = (scores.argmax(1).cpu().view(6, m) == case.test.labels).float().mean(1)  # of each draw
-        results[f"{name} ±90°{suffix}"], results[f"{name} ±180°{suffix}"] = 100 * right[:3].mean().item(), 100 * right[3:].mean().item()
+        results[f"{name} ±90°{suffix}"], results[f"{name} ±180°{suffix}"] = (
+            100 * right[:3].mean().item(),
+            100 * right[3:].mean().item(),
+        )
 
     share = lambda scores: 100 * (scores.argmax(1).cpu() == torch.arange(4).repeat_interleave(m)).float().mean().item()
     rates, k = {}, answers["rot90"].to(case.device)
     for name, scores in case.read("linear", x_turned).items():
         note("linear", name.removeprefix("linear"), scores)
     for suffix, columns in case.parts(x.shape[1]):
-        scores, rates["4-fold" + suffix] = linear_probe(x[:, columns], k, x_test[:, columns], 4, args.linear_lrs, args.linear_epochs, common.rng(args.seed, "4-fold"))
+        scores, rates["4-fold" + suffix] = linear_probe(
+            x[:, columns],
+            k,
+            x_test[:, columns],
+            4,
+            args.linear_lrs,
+            args.linear_epochs,
+            common.rng(args.seed, "4-fold"),
+        )
         results["4-fold" + suffix] = share(scores)
     if tuned:
         note("finetune", "", tuned[0])
@@ -876,8 +1027,18 @@ def rotation(case):
     return results, dict(details, draws=3, fourfold=dict(optimizer="sgd", augment=False, chosen=rates))
 
 
-TASKS = dict(knn=knn, linear=linear, mlp=mlp, finetune=finetune, fewshot=fewshot, r2=r2, layers=layers, equivariance=equivariance, rotation=rotation,
-             latents=lambda case: latents(case.train, case.test, *case.y, case.args))
+TASKS = dict(
+    knn=knn,
+    linear=linear,
+    mlp=mlp,
+    finetune=finetune,
+    fewshot=fewshot,
+    r2=r2,
+    layers=layers,
+    equivariance=equivariance,
+    rotation=rotation,
+    latents=lambda case: latents(case.train, case.test, *case.y, case.args),
+)
 
 
 class Timm(nn.Module):
@@ -888,8 +1049,18 @@ class Timm(nn.Module):
     def __init__(self, model):
         super().__init__()
         config = model.pretrained_cfg
-        self.model, self.dim, self.inv, self.mean, self.std = model, model.num_features, None, tuple(config["mean"]), tuple(config["std"])
-        self.img_size, self.depth, self.norm = config["input_size"][-1], len(model.feature_info), getattr(model, "norm", nn.Identity())
+        self.model, self.dim, self.inv, self.mean, self.std = (
+            model,
+            model.num_features,
+            None,
+            tuple(config["mean"]),
+            tuple(config["std"]),
+        )
+        self.img_size, self.depth, self.norm = (
+            config["input_size"][-1],
+            len(model.feature_info),
+            getattr(model, "norm", nn.Identity()),
+        )
 
     def forward(self, x):
         return self.model(x)
@@ -898,12 +1069,20 @@ class Timm(nn.Module):
         """The [CLS] of the last four blocks of a ViT, as of ours; of other models the representation."""
         if getattr(self.model, "cls_token", None) is None or getattr(self.model, "global_pool", "") != "token":
             return self.model(x)
-        return torch.cat([prefix[:, 0] for _, prefix in self.model.get_intermediate_layers(x, n=4, return_prefix_tokens=True, norm=True)], 1)
+        return torch.cat(
+            [
+                prefix[:, 0]
+                for _, prefix in self.model.get_intermediate_layers(x, n=4, return_prefix_tokens=True, norm=True)
+            ],
+            1,
+        )
 
     def tokens(self, x, after):
         """As of our encoders: maps (B, h, w, C) after blocks or stages, counted from 1."""
         layers = after if isinstance(after, tuple) else (after,)
-        maps = self.model.forward_intermediates(x, indices=[k - 1 for k in layers], intermediates_only=True, output_fmt="NCHW", norm=False)
+        maps = self.model.forward_intermediates(
+            x, indices=[k - 1 for k in layers], intermediates_only=True, output_fmt="NCHW", norm=False
+        )
         maps = [z.permute(0, 2, 3, 1) for z in maps]
         return maps if isinstance(after, tuple) else maps[0]
 
@@ -929,7 +1108,9 @@ def load(path):
 def load_timm(path, name, file, content):
     """timm's model NAME, with its own weights or those that `content`, the bytes of a file, holds."""
     if not timm.is_model(name):
-        common.die(f"{path}: timm has no model {name}; timm.list_models('*{name[:6]}*') lists those that are called alike")
+        common.die(
+            f"{path}: timm has no model {name}; timm.list_models('*{name[:6]}*') lists those that are called alike"
+        )
     notes, weights = read_weights(path, file, content) if file else ({}, None)
     try:
         sizes = {k: v for k, v in notes.pop("timm", {}).items() if isinstance(v, (int, float)) and k != "num_classes"}
@@ -938,7 +1119,9 @@ def load_timm(path, name, file, content):
         model.pretrained_cfg |= notes | (dict(input_size=(3, side, side)) if side else {})
         if file:
             classifier = tuple(f"{c}." for c in (model.pretrained_cfg["classifier"], "head") if isinstance(c, str))
-            model.load_state_dict({k: v for k, v in weights.items() if not k.startswith(classifier) or k in model.state_dict()})
+            model.load_state_dict(
+                {k: v for k, v in weights.items() if not k.startswith(classifier) or k in model.state_dict()}
+            )
     except Exception as e:  # no network, no such weights, or weights that do not fit: timm and torch differ
         common.die(f"{path}: {'its weights cannot be read safely' if 'weights_only' in str(e) else one_line(e)}")
     if not common.finite(model.state_dict()):
@@ -998,7 +1181,9 @@ def same_files(train, test, most=1000):
 def open_case(path, encoder, state, args, device):
     """A loaded checkpoint, or timm model, and its data, checked for what the tasks need -> Case."""
     name = args.data or state["args"]["data"]
-    root = args.data_dir or (state["args"]["data_dir"] if name == state["args"]["data"] else None)  # another set lies elsewhere
+    root = args.data_dir or (
+        state["args"]["data_dir"] if name == state["args"]["data"] else None
+    )  # another set lies elsewhere
     sessions, labelled = state["args"].get("sessions", (1, 2)), set(args.tasks) - {"r2", "layers", "equivariance"}
     if "all" not in args.part and encoder.inv is None:
         common.die(
@@ -1013,7 +1198,9 @@ def open_case(path, encoder, state, args, device):
         )
     elif labelled and train.classes != test.classes:
         odd = sorted(set(train.classes) ^ set(test.classes))[0]
-        common.die(f"--data-dir {root}: its train and test folders have different classes ({len(train.classes)} and {len(test.classes)}; {odd} is in one of them only)")
+        common.die(
+            f"--data-dir {root}: its train and test folders have different classes ({len(train.classes)} and {len(test.classes)}; {odd} is in one of them only)"
+        )
     if state["seen"] and not args.data and not args.data_dir and state["seen"] != (there := train.fingerprint()):
         common.die(
             f"{path}: was trained on other images than {root or name} holds now"
@@ -1067,7 +1254,9 @@ def probe(path, case, evaluation, row):
         inv=backbone.inv,
     )
     protocol |= dict(sessions=state["args"].get("sessions", (1, 2))) if state["data"] == "core50" else {}
-    protocol |= dict(known_fraction=args.known_fraction, known_seed=state["args"]["seed"]) if args.known_fraction < 1 else {}
+    protocol |= (
+        dict(known_fraction=args.known_fraction, known_seed=state["args"]["seed"]) if args.known_fraction < 1 else {}
+    )
     for task in args.tasks:
         begin, before = time.monotonic(), seconds.get("features", 0.0)
         finished = evaluation.attempt(f"{path}: {task}", partial(run_task, task, case))
@@ -1098,7 +1287,10 @@ def latents(train, test, x, x_test, args):
         return None
 
     def accuracy(name, x, y, x_test, y_test):
-        for suffix, scores in (("", linear_schedule(x, y.to(x.device), common.rng(args.seed, name))(x_test)), (" lstsq", least_squares(x, y, x_test))):
+        for suffix, scores in (
+            ("", linear_schedule(x, y.to(x.device), common.rng(args.seed, name))(x_test)),
+            (" lstsq", least_squares(x, y, x_test)),
+        ):
             results[name + suffix] = 100 * (scores.argmax(1).cpu() == y_test).float().mean().item()
 
     accuracy("object", x, train.labels, x_test, test.labels)
@@ -1112,17 +1304,35 @@ def latents(train, test, x, x_test, args):
         fit, read, f, f_test = train, test, x, x_test
         if "session" in test.factors:
             second = every_second_object(test)  # (M,) bool
-            fit, read, f, f_test = test.subset((~second).nonzero()[:, 0]), test.subset(second.nonzero()[:, 0]), x_test[~second], x_test[second]
+            fit, read, f, f_test = (
+                test.subset((~second).nonzero()[:, 0]),
+                test.subset(second.nonzero()[:, 0]),
+                x_test[~second],
+                x_test[second],
+            )
         view, mean, std = fit.factors["view"], fit.factors["view"].mean(0), fit.factors["view"].std(0, correction=0)
         target, centre = ((view - mean) / std).to(f.device), f.mean(0)
         scale = (f - centre).square().sum(1).mean().sqrt()  # one number keeps what is linear in the features
         a, b = (f - centre) / scale, (f_test - centre) / scale
-        for suffix, predicted in (("", linear_schedule(a, target, common.rng(args.seed, "view"))(b)), (" lstsq", least_squares(a, target, b))):
+        for suffix, predicted in (
+            ("", linear_schedule(a, target, common.rng(args.seed, "view"))(b)),
+            (" lstsq", least_squares(a, target, b)),
+        ):
             error = predicted.cpu() * std + mean - read.factors["view"]  # (m, 3)
             results["view err" + suffix] = 100 * (error / std).square().mean().item()
             turned = (error[:, 0] + 180) % 360 - 180
-            details["rmse" + suffix] = dict(zip(("azimuth", "elevation", "distance"), error.square().mean(0).sqrt().tolist()), azimuth_circular=turned.square().mean().sqrt().item())
-    return results, dict(epochs=100, batch_size=256, lr=1.0, session_read="every fifth test image", view_read="every second test object" if "session" in test.factors else "test", **details)
+            details["rmse" + suffix] = dict(
+                zip(("azimuth", "elevation", "distance"), error.square().mean(0).sqrt().tolist()),
+                azimuth_circular=turned.square().mean().sqrt().item(),
+            )
+    return results, dict(
+        epochs=100,
+        batch_size=256,
+        lr=1.0,
+        session_read="every fifth test image",
+        view_read="every second test object" if "session" in test.factors else "test",
+        **details,
+    )
 
 
 def pairs_of_poses(target, case):
@@ -1139,7 +1349,9 @@ def pairs_of_poses(target, case):
         if len(data) > 100_000:
             i = torch.randperm(len(data), generator=g)[:100_000]
             j = j[i]
-        return torch.stack([y[i], y[j]], 1), common.pose_target(target, data.factors, i, j).to(y.device)  # (n, 2, D), (n, K)
+        return torch.stack([y[i], y[j]], 1), common.pose_target(target, data.factors, i, j).to(
+            y.device
+        )  # (n, 2, D), (n, K)
 
     return lambda epoch: sample(case.train, y, "pairs", epoch), *sample(case.test, y_test, "test pairs")
 
@@ -1301,7 +1513,10 @@ def table(results, form="table", encoding="utf-8"):
         lines.insert(1, ["---"] * len(lines[0]))
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths))) for line in lines)
+    return "\n".join(
+        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths)))
+        for line in lines
+    )
 
 
 def written(text, encoding):
@@ -1326,13 +1541,25 @@ def row_names(paths, states):
     """A name for each checkpoint, equal for those that differ only in their seed (and in how and where they ran): the run
     directory without its seed. Different runs of the same name are numbered."""
     free = (common.Run.FREE | {"seed"}) - {"data_dir"}
-    keys = [json.dumps([s["method"], s["step"], {k: v for k, v in s["args"].items() if k not in free}], sort_keys=True) for s in states]
-    names = [p.partition("@")[0] + (f"@{Path(p.partition('@')[2]).name}" if "@" in p else "") if p.startswith("timm:") else re.sub(r"-s\d+$", "", Path(p).resolve().parent.name) for p in paths]
+    keys = [
+        json.dumps([s["method"], s["step"], {k: v for k, v in s["args"].items() if k not in free}], sort_keys=True)
+        for s in states
+    ]
+    names = [
+        p.partition("@")[0] + (f"@{Path(p.partition('@')[2]).name}" if "@" in p else "")
+        if p.startswith("timm:")
+        else re.sub(r"-s\d+$", "", Path(p).resolve().parent.name)
+        for p in paths
+    ]
     out, owner = [], {}
     for key, name in zip(keys, names):
         if key not in owner:
             taken = set(owner.values())
-            owner[key] = name if name not in taken else next(f"{name} #{i}" for i in range(2, len(keys) + 2) if f"{name} #{i}" not in taken)
+            owner[key] = (
+                name
+                if name not in taken
+                else next(f"{name} #{i}" for i in range(2, len(keys) + 2) if f"{name} #{i}" not in taken)
+            )
         out.append(owner[key])
     return out
 
@@ -1340,9 +1567,20 @@ def row_names(paths, states):
 def append_record(path, state, args, results, protocol):
     """One line in eval.jsonl beside the checkpoint, from rank 0: what came out, and all that it takes to have it again."""
     file = Path(path.partition("@")[2] if path.startswith("timm:") else path)
-    record = dict(time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), checkpoint=path if path.startswith("timm:") else file.name, step=state["step"], sha256=state["sha256"],
-                  backbone=state["backbone"], torch=str(torch.__version__), torchvision=str(torchvision.__version__), processes=common.world_size(),
-                  args=dataclasses.asdict(args), results=results, protocol=protocol, seed=args.seed)
+    record = dict(
+        time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        checkpoint=path if path.startswith("timm:") else file.name,
+        step=state["step"],
+        sha256=state["sha256"],
+        backbone=state["backbone"],
+        torch=str(torch.__version__),
+        torchvision=str(torchvision.__version__),
+        processes=common.world_size(),
+        args=dataclasses.asdict(args),
+        results=results,
+        protocol=protocol,
+        seed=args.seed,
+    )
     if common.rank() == 0:
         line = json.dumps(finite(record)).encode()
         try:

@@ -158,7 +158,9 @@ def gaussian_matrix(n, sigma, device, truncate=4.0, border="nearest"):
         at = at.clamp(0, n - 1)
     else:
         at = torch.minimum(at % (2 * n), 2 * n - 1 - at % (2 * n))
-    return torch.zeros(n, n, dtype=torch.float64).scatter_add_(1, at, (taps / taps.sum()).expand(n, -1)).float().to(device)
+    return (
+        torch.zeros(n, n, dtype=torch.float64).scatter_add_(1, at, (taps / taps.sum()).expand(n, -1)).float().to(device)
+    )
 
 
 def blur(x, sigma, **how):
@@ -171,7 +173,11 @@ def correlate(x, kernels, border):
     """x (B, C, S, S) with kernels (k, k), or one per image (B, 1, k, k), k odd, by FFT; border "reflect" or "replicate"."""
     S, r = x.shape[-1], kernels.shape[-1] // 2
     size = (S + 2 * r + 31) // 32 * 32  # 224 and 32 px come to sizes with small factors
-    y = F.pad(x, (r,) * 4, border) if border == "replicate" or r < S else F.pad(F.pad(x, (S - 1,) * 4, border), (r - S + 1,) * 4, border)
+    y = (
+        F.pad(x, (r,) * 4, border)
+        if border == "replicate" or r < S
+        else F.pad(F.pad(x, (S - 1,) * 4, border), (r - S + 1,) * 4, border)
+    )
     y = torch.fft.rfft2(y, s=(size, size)) * torch.fft.rfft2(kernels, s=(size, size)).conj()
     return torch.fft.irfft2(y, s=(size, size))[..., :S, :S]
 
@@ -269,7 +275,9 @@ def motion_blur(x, draws, radius, sigma):
 def zoom_blur(x, draws, step, count):
     total = 2 * x  # the first of the zooms is by 1
     for i in range(1, count):
-        total += centre_zoom(x, 1 + i * ((1 + step) - 1))  # floating point as in a range: at 32 px the last one counts on it
+        total += centre_zoom(
+            x, 1 + i * ((1 + step) - 1)
+        )  # floating point as in a range: at 32 px the last one counts on it
     return total / (count + 1)
 
 
@@ -309,7 +317,12 @@ def frost(x, draws, scene, ice, photographs=()):
 
 
 FROST = [  # mean of red, green, blue; their deviations; beta
-    (78, 149, 166, 27, 16.5, 15, 1.86), (201, 205, 214.5, 21, 22, 22.6, 1.59), (201, 205, 214.5, 21, 22, 22.6, 1.59), (138, 153, 165, 28.5, 28.5, 30, 1.19), (112, 123, 135, 44, 43, 42, 1.81)]
+    (78, 149, 166, 27, 16.5, 15, 1.86),
+    (201, 205, 214.5, 21, 22, 22.6, 1.59),
+    (201, 205, 214.5, 21, 22, 22.6, 1.59),
+    (138, 153, 165, 28.5, 28.5, 30, 1.19),
+    (112, 123, 135, 44, 43, 42, 1.81),
+]
 
 
 def plasma(u, decay):
@@ -322,9 +335,13 @@ def plasma(u, decay):
         noise = amplitude**2 * u[:, used : used + 3 * m * m].view(B, 3, m, m)
         right, down = corners.roll(-1, 2), corners.roll(-1, 1)
         middle = (corners + right + down + right.roll(-1, 1)) / 4 + noise[:, 0]
-        row = (corners + right + middle + middle.roll(1, 1)) / 4 + noise[:, 1]  # between a corner and the one to its right
+        row = (corners + right + middle + middle.roll(1, 1)) / 4 + noise[
+            :, 1
+        ]  # between a corner and the one to its right
         column = (corners + down + middle + middle.roll(1, 2)) / 4 + noise[:, 2]
-        corners = torch.stack([torch.stack([corners, row], 3), torch.stack([column, middle], 3)], 2).reshape(B, 2 * m, 2 * m)
+        corners = torch.stack([torch.stack([corners, row], 3), torch.stack([column, middle], 3)], 2).reshape(
+            B, 2 * m, 2 * m
+        )
         amplitude, used = amplitude / decay, used + 3 * m * m
     low = corners.amin((1, 2), True)
     return (corners - low) / (corners.amax((1, 2), True) - low)
@@ -364,9 +381,13 @@ def elastic_transform(x, draws, alpha, sigma, amplitude):
     """An affine map that moves three points at random, coordinates in steps of 1/32 px as OpenCV's, then smooth displacements."""
     B, _, S, _ = x.shape
     q, t = S // 2, S // 3
-    points = torch.tensor([[q + t, q + t], [q + t, q - t], [q - t, q - t]], dtype=exact(x.device), device=x.device)  # (3, 2) x, y
+    points = torch.tensor(
+        [[q + t, q + t], [q + t, q - t], [q - t, q - t]], dtype=exact(x.device), device=x.device
+    )  # (3, 2) x, y
     moved = (points + draws.uniform(-amplitude, amplitude, 3, 2)).float().to(points.dtype)  # (B, 3, 2)
-    back = torch.linalg.solve(F.pad(moved, (0, 1), value=1.0), points.expand(B, 3, 2))  # (B, 3, 2): [x y 1] back = source
+    back = torch.linalg.solve(
+        F.pad(moved, (0, 1), value=1.0), points.expand(B, 3, 2)
+    )  # (B, 3, 2): [x y 1] back = source
     line = torch.arange(S, device=x.device, dtype=points.dtype)
     across = (1024 * back[:, 0, None] * line[:, None]).round()  # (B, S, 2), from the column
     along = (1024 * (back[:, 1, None] * line[:, None] + back[:, 2, None])).round() + 16  # from the row
@@ -466,15 +487,27 @@ def mean3(x):
 def canny(x, low=50, high=150):
     """Edges of x (B, 1, S, S), levels: Sobel gradients, |gx| + |gy|, thinned along the gradient, weak ones kept where they touch strong ones."""
     sobel = torch.tensor([[-1.0, 0, 1], [-2, 0, 2], [-1, 0, 1]], device=x.device)
-    gx, gy = F.conv2d(F.pad(x, (1,) * 4, "replicate"), torch.stack([sobel, sobel.T])[:, None]).round().long().split(1, 1)  # (B, 1, S, S) each
+    gx, gy = (
+        F.conv2d(F.pad(x, (1,) * 4, "replicate"), torch.stack([sobel, sobel.T])[:, None]).round().long().split(1, 1)
+    )  # (B, 1, S, S) each
     m = gx.abs() + gy.abs()
     around = F.pad(m, (1,) * 4)
     S = x.shape[-1]
     at = lambda dy, dx: around[..., 1 + dy : 1 + dy + S, 1 + dx : 1 + dx + S]
-    flat, steep = (gy.abs() << 15) < gx.abs() * 13573, (gy.abs() << 15) > gx.abs() * (13573 + 2**16)  # tan 22.5 and 67.5 degrees
+    flat, steep = (
+        (gy.abs() << 15) < gx.abs() * 13573,
+        (gy.abs() << 15) > gx.abs() * (13573 + 2**16),
+    )  # tan 22.5 and 67.5 degrees
     falling = (gx ^ gy) >= 0
-    thin = torch.where(flat, (m > at(0, -1)) & (m >= at(0, 1)), torch.where(steep, (m > at(-1, 0)) & (m >= at(1, 0)),
-                       torch.where(falling, (m > at(-1, -1)) & (m > at(1, 1)), (m > at(-1, 1)) & (m > at(1, -1)))))
+    thin = torch.where(
+        flat,
+        (m > at(0, -1)) & (m >= at(0, 1)),
+        torch.where(
+            steep,
+            (m > at(-1, 0)) & (m >= at(1, 0)),
+            torch.where(falling, (m > at(-1, -1)) & (m > at(1, 1)), (m > at(-1, 1)) & (m > at(1, -1))),
+        ),
+    )
     weak = thin & (m > low)
     edges = weak & (m > high)
     while True:
@@ -486,7 +519,15 @@ def canny(x, low=50, high=150):
 
 def distance(edges, most=20):
     """To the nearest edge of (B, 1, S, S), by steps of 1, 1.4 (diagonal) and 2.1969 (a knight's), capped."""
-    S, steps = edges.shape[-1], [(dy, dx, {1: 1.0, 2: 1.4, 5: 2.1969}[dy * dy + dx * dx]) for dy in range(-2, 3) for dx in range(-2, 3) if dy * dy + dx * dx in (1, 2, 5)]
+    S, steps = (
+        edges.shape[-1],
+        [
+            (dy, dx, {1: 1.0, 2: 1.4, 5: 2.1969}[dy * dy + dx * dx])
+            for dy in range(-2, 3)
+            for dx in range(-2, 3)
+            if dy * dy + dx * dx in (1, 2, 5)
+        ],
+    )
     d = torch.where(edges, 0.0, float(most))
     while True:
         around = F.pad(d, (2,) * 4, value=most)
@@ -501,12 +542,15 @@ def distance(edges, most=20):
 def equalize(x):
     """Levels of x (B, 1, S, S) spread so that their histogram is flat; the lowest becomes 0."""
     level = x.long().flatten(1)  # (B, S S)
-    counts = torch.zeros(len(x), 256, device=x.device).scatter_add_(1, level, torch.ones_like(level, dtype=torch.float32))
+    counts = torch.zeros(len(x), 256, device=x.device).scatter_add_(
+        1, level, torch.ones_like(level, dtype=torch.float32)
+    )
     first = counts.gather(1, level.amin(1, True))  # (B, 1)
     table = ((counts.cumsum(1) - first) * (255 / (level.shape[1] - first).clamp(min=1))).round()
     return table.gather(1, level).view_as(x)
 
 
+# fmt: off
 CORRUPTIONS = {  # name: function, its constants for severities 1 to 5 at 224 px, and at 32 px [HD]
     "gaussian_noise": (gaussian_noise, (.08, .12, .18, .26, .38), (.04, .06, .08, .09, .10)),
     "shot_noise": (shot_noise, (60, 25, 12, 5, 3), (500, 250, 100, 75, 50)),
@@ -531,6 +575,7 @@ CORRUPTIONS = {  # name: function, its constants for severities 1 to 5 at 224 px
                 ((.62, .1, .7, .7, .5, 0), (.65, .1, .8, .7, .5, 0), (.65, .3, 1, .69, .5, 0), (.65, .1, .7, .69, .6, 1), (.65, .1, .5, .68, .6, 1))),
     "saturate": (saturate, ((.3, 0), (.1, 0), (2, 0), (5, .1), (20, .2)), ((.3, 0), (.1, 0), (1.5, 0), (2, .1), (2.5, .2))),
 }
+# fmt: on
 BENCHMARK = tuple(CORRUPTIONS)[:15]
 CODECS = (pixelate, jpeg_compression)  # map uint8 to uint8
 
@@ -552,7 +597,12 @@ def corrupt(x, name, severity, seeds, photographs=()):
     if function in CODECS:
         return function(x, None, *constants)
     chunk = 8 if x.device.type == "cpu" and x.shape[-1] >= 96 else len(x)  # what stays in a CPU's caches is faster
-    return torch.cat([levels(function(part.float(), Draws(s, x.device), *constants, **more)) for part, s in zip(x.split(chunk), seeds.split(chunk))])
+    return torch.cat(
+        [
+            levels(function(part.float(), Draws(s, x.device), *constants, **more))
+            for part, s in zip(x.split(chunk), seeds.split(chunk))
+        ]
+    )
 
 
 def levels(x):
@@ -632,7 +682,9 @@ def warped(move, interpolation="bilinear", opencv=False):
             if opencv:
                 yield F.grid_sample(x, grid, interpolation, "zeros", align_corners=False).round()
             else:
-                yield (F.grid_sample(x, grid, interpolation, "border", align_corners=False) + HAIR) * (grid.abs() < 1).all(3)[:, None]
+                yield (F.grid_sample(x, grid, interpolation, "border", align_corners=False) + HAIR) * (
+                    grid.abs() < 1
+                ).all(3)[:, None]
 
     return frames
 
@@ -670,9 +722,12 @@ def tilt(i, W, H, step):
     matrix = lambda rows: torch.tensor(rows, dtype=torch.float64)
     about_x, about_y = matrix([[1, 0, 0], [0, c, -s], [0, s, c]]), matrix([[c, 0, -s], [0, 1, 0], [s, 0, c]])
     away = matrix([[0, 0, 0], [0, 0, 0], [0, 0, f]])
-    return matrix([[f, 0, W / 2], [0, f, H / 2], [0, 0, 1]]) @ (about_x @ about_y @ matrix([[1, 0, -W / 2], [0, 1, -H / 2], [0, 0, 1]]) + away)
+    return matrix([[f, 0, W / 2], [0, f, H / 2], [0, 0, 1]]) @ (
+        about_x @ about_y @ matrix([[1, 0, -W / 2], [0, 1, -H / 2], [0, 0, 1]]) + away
+    )
 
 
+# fmt: off
 PERTURBATIONS = {  # name: frames, their constants at 224 px, and at 32 px [HD]; ten to test on, four to validate on
     "gaussian_noise": (repeated(gaussian_noise), (.03,), (.02,)),
     "shot_noise": (repeated(shot_noise), (300,), (700,)),
@@ -689,6 +744,7 @@ PERTURBATIONS = {  # name: frames, their constants at 224 px, and at 32 px [HD];
     "spatter": (spatter_frames, (.65, .27, 3.7, .69, (.05, .1, .15, .7)), (.6, .265, 1.75, .7, (.2, .8))),
     "shear": (warped(shear), (31,), (31,)),
 }
+# fmt: on
 TEST_PERTURBATIONS = tuple(PERTURBATIONS)[:10]
 
 
@@ -704,7 +760,15 @@ def perturb(x, name, seeds, size):
     for image, seed in zip(x.split(8), seeds.split(8)):
         image = image.float()
         y = image[:, :, top : top + size, left : left + size]
-        out.append(torch.stack([levels(frame) for frame in function(image, y, Draws(seed, x.device), *(small if size < 96 else large))], 1))
+        out.append(
+            torch.stack(
+                [
+                    levels(frame)
+                    for frame in function(image, y, Draws(seed, x.device), *(small if size < 96 else large))
+                ],
+                1,
+            )
+        )
     return torch.cat(out)
 
 
@@ -713,14 +777,26 @@ def perturb(x, name, seeds, size):
 # ----------------------------------------------------------------------------------------------------------------------
 
 ALEXNET_CLEAN = 0.43478  # errors of torchvision's AlexNet, for severities 1 to 5 [HD, issue 10]
+# fmt: off
 ALEXNET = dict(
     gaussian_noise=(.69528, .82542, .93554, .98138, .99452), shot_noise=(.71224, .85108, .93574, .98182, .99146), impulse_noise=(.78374, .89808, .94870, .98720, .99548),
     defocus_blur=(.65624, .73202, .85036, .91364, .94714), glass_blur=(.64308, .75054, .88806, .91622, .93344), motion_blur=(.58430, .70048, .82108, .89750, .92638),
     zoom_blur=(.70008, .76992, .80784, .84198, .87198), snow=(.71726, .88392, .86468, .91870, .94952), frost=(.61390, .79734, .88790, .89942, .93430),
     fog=(.67474, .76050, .84378, .87260, .94500), brightness=(.45140, .48502, .54048, .62166, .72440), contrast=(.64548, .76150, .88874, .97760, .99270),
     elastic_transform=(.52596, .70116, .55686, .64076, .80554), pixelate=(.52218, .54620, .73728, .87092, .91262), jpeg_compression=(.51002, .54718, .57294, .65458, .74778))
+# fmt: on
 ALEXNET_FLIPS = dict(  # its flip probabilities [assembled-cnn]
-    gaussian_noise=.23653, shot_noise=.30062, motion_blur=.09297, zoom_blur=.05942, snow=.11928, brightness=.04889, translate=.11007, rotate=.13104, tilt=.07050, scale=.23531)
+    gaussian_noise=0.23653,
+    shot_noise=0.30062,
+    motion_blur=0.09297,
+    zoom_blur=0.05942,
+    snow=0.11928,
+    brightness=0.04889,
+    translate=0.11007,
+    rotate=0.13104,
+    tilt=0.07050,
+    scale=0.23531,
+)
 
 
 def mean_corruption_error(errors, clean=None):
@@ -758,7 +834,13 @@ def count_changes(scores, noise):
     before = order[:, :1].expand(-1, scores.shape[1] - 1, -1) if noise else order[:, :-1]  # (B, n - 1, C)
     there = ranks[:, 1:].gather(2, before[..., :5]).clamp(max=5)  # (B, n - 1, 5)
     changed = before[..., 0] != order[:, 1:, 0]  # (B, n - 1)
-    return torch.stack([torch.tensor(changed.numel(), device=scores.device), changed.sum(), (there - torch.arange(there.shape[2], device=scores.device)).abs().sum()])
+    return torch.stack(
+        [
+            torch.tensor(changed.numel(), device=scores.device),
+            changed.sum(),
+            (there - torch.arange(there.shape[2], device=scores.device)).abs().sum(),
+        ]
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -779,7 +861,11 @@ class Source:
         short, out = self.centre.resize, []
         for x in [images] if isinstance(images, torch.Tensor) else [image[None] for image in images]:
             H, W = x.shape[2:]
-            out.append(x if min(H, W) == short or H == W == self.size else common.resize(x, (short * H // min(H, W), short * W // min(H, W)), "bilinear"))
+            out.append(
+                x
+                if min(H, W) == short or H == W == self.size
+                else common.resize(x, (short * H // min(H, W), short * W // min(H, W)), "bilinear")
+            )
         return torch.cat(out) if len({x.shape[2:] for x in out}) == 1 else [x[0] for x in out]
 
 
@@ -801,7 +887,9 @@ class Subject:
         out = []
         for chunk in x.split(256):
             with common.autocast(self.case.device, self.case.args.amp):
-                out.append(backbone.last_blocks(common.Normalize(backbone.mean, backbone.std)(chunk.float() / 255)).float())
+                out.append(
+                    backbone.last_blocks(common.Normalize(backbone.mean, backbone.std)(chunk.float() / 255)).float()
+                )
         return {name.removeprefix("linear"): s for name, s in self.case.read("linear", torch.cat(out)).items()}
 
 
@@ -903,7 +991,11 @@ def seeds_of(data, *key):
 
 def corruptions(subjects, data, args):
     """The 15 corruptions and the 4 of validation, 5 severities each."""
-    names, size, photographs = args.types or tuple(CORRUPTIONS), side_of(subjects), load_frost(args.frost_dir, side_of(subjects))
+    names, size, photographs = (
+        args.types or tuple(CORRUPTIONS),
+        side_of(subjects),
+        load_frost(args.frost_dir, side_of(subjects)),
+    )
     conditions = [("clean", 0), *((name, severity) for name in names for severity in range(1, 6))]
     seeds = {c: seeds_of(data, args.seed, *c) for c in conditions}
 
@@ -942,11 +1034,21 @@ def corruptions(subjects, data, args):
                 values["without frost"] = sum(mean[name] for name in BENCHMARK if name != "frost") / 14
             if size >= 96 and len(data.classes) == 1000:
                 errors = {name: [1 - top1[name, s] / 100 for s in range(1, 6)] for name in BENCHMARK}
-                values |= {f"mCE{star}": mean_corruption_error(errors), f"rel mCE{star}": mean_corruption_error(errors, 1 - values["clean"] / 100)}
+                values |= {
+                    f"mCE{star}": mean_corruption_error(errors),
+                    f"rel mCE{star}": mean_corruption_error(errors, 1 - values["clean"] / 100),
+                }
         values |= {name + star * (name == "frost"): mean[name] for name in names}
-        return values, dict(images=n[0, 0].item(), right={f"{name} {s}".removesuffix(" 0"): counts[1:].tolist() for (name, s), counts in zip(conditions, n)})
+        return values, dict(
+            images=n[0, 0].item(),
+            right={f"{name} {s}".removesuffix(" 0"): counts[1:].tolist() for (name, s), counts in zip(conditions, n)},
+        )
 
-    details = dict(jpeg85=args.jpeg85 and size >= 96 and not args.suite_dir, frost="procedural" if drawn else "photographs" if photographs else None, source="files" if args.suite_dir else "made here")
+    details = dict(
+        jpeg85=args.jpeg85 and size >= 96 and not args.suite_dir,
+        frost="procedural" if drawn else "photographs" if photographs else None,
+        source="files" if args.suite_dir else "made here",
+    )
     return Suite(conditions, clean(subjects, conditions[0]) + jobs, count_right, 3, row, details, notes)
 
 
@@ -957,25 +1059,44 @@ def perturbations(subjects, data, args):
 
     def make(x, rows, name):
         whole = [image[None] for image in x] if isinstance(x, list) else [x]
-        frames = torch.cat([perturb(images, name, s, size) for images, s in zip(whole, seeds[name][rows].split([len(images) for images in whole]))])
+        frames = torch.cat(
+            [
+                perturb(images, name, s, size)
+                for images, s in zip(whole, seeds[name][rows].split([len(images) for images in whole]))
+            ]
+        )
         return frames.flatten(0, 1)  # (B n, 3, S, S)
 
     def count(name, scores, labels):
         n = len(scores) // len(labels)
-        return torch.cat([count_right(name, scores, labels.repeat_interleave(n)), count_changes(scores.unflatten(0, (-1, n)), name.endswith("noise"))])
+        return torch.cat(
+            [
+                count_right(name, scores, labels.repeat_interleave(n)),
+                count_changes(scores.unflatten(0, (-1, n)), name.endswith("noise")),
+            ]
+        )
 
     def row(n):  # (names, 6)
         frames, right, right5, pairs, changes, distances = n.double().T
-        top1, top5, flips, moved = (dict(zip(names, v.tolist())) for v in (100 * right / frames, 100 * right5 / frames, changes / pairs, distances / pairs))
+        top1, top5, flips, moved = (
+            dict(zip(names, v.tolist()))
+            for v in (100 * right / frames, 100 * right5 / frames, changes / pairs, distances / pairs)
+        )
         mean = lambda values, over: sum(values[name] for name in over) / len(over)
         summary = {}
         if set(PERTURBATIONS) <= set(names):
             summary = {"top-1": mean(top1, names), "top-5": mean(top5, names)}
         if set(TEST_PERTURBATIONS) <= set(names):
-            summary |= {"flips": 100 * mean(flips, TEST_PERTURBATIONS)} | (dict(mFR=mean_flip_rate(flips)) if size >= 96 and len(data.classes) == 1000 else {}) | {"top-5 distance": mean(moved, TEST_PERTURBATIONS)}
+            summary |= (
+                {"flips": 100 * mean(flips, TEST_PERTURBATIONS)}
+                | (dict(mFR=mean_flip_rate(flips)) if size >= 96 and len(data.classes) == 1000 else {})
+                | {"top-5 distance": mean(moved, TEST_PERTURBATIONS)}
+            )
         if len(data.classes) <= 5:
             summary = {k: v for k, v in summary.items() if not k.startswith("top-5")}
-        return summary | top1, dict(frames=n[0, 0].item(), top1=top1, top5=top5, flip_probability=flips, top5_distance=moved)
+        return summary | top1, dict(
+            frames=n[0, 0].item(), top1=top1, top5=top5, flip_probability=flips, top5_distance=moved
+        )
 
     batch = 8 if size >= 96 else 32
     jobs = [Job("perturbations", lambda: data, Source(size, whole=True), names, subjects, make, batch)]
@@ -986,7 +1107,13 @@ def perturbations(subjects, data, args):
 def augmentations(subjects, data, args):
     """CLeVER's test images: as they are; with colours jittered; and flipped, turned by up to 90 degrees, or turned and deformed as well."""
     jitter, turn = common.ColorJitter(0.4, 0.4, 0.4, 0.1, p=1), common.Affine(90, interpolation="nearest")
-    ops = {"Orig": [], "CJ": [jitter], "CJ+Flip": [common.HorizontalFlip(1), jitter], "CJ+Ro": [turn, jitter], "CJ+Ro+ET": [turn, jitter, common.Elastic(100, p=1)]}
+    ops = {
+        "Orig": [],
+        "CJ": [jitter],
+        "CJ+Flip": [common.HorizontalFlip(1), jitter],
+        "CJ+Ro": [turn, jitter],
+        "CJ+Ro+ET": [turn, jitter, common.Elastic(100, p=1)],
+    }
     conditions = [(name, k) for name in ops for k in range(args.passes if ops[name] else 1)]
 
     def drawn(size):
@@ -1007,7 +1134,9 @@ def augmentations(subjects, data, args):
     def row(n):  # (conditions, 3)
         top1 = [100 * v for v in (n[:, 1].double() / n[:, 0]).tolist()]
         passes = {name: [v for v, c in zip(top1, conditions) if c[0] == name] for name in ops}
-        return {name: sum(each) / len(each) for name, each in passes.items()}, dict(images=n[0, 0].item(), passes=passes)
+        return {name: sum(each) / len(each) for name, each in passes.items()}, dict(
+            images=n[0, 0].item(), passes=passes
+        )
 
     jobs = []
     for job in clean(subjects, conditions[0]):
@@ -1040,7 +1169,9 @@ def shifts(subjects, data, args):
     def row(n):  # (sets, 5)
         values, details = {}, {}
         for name, (images, top1, top5, masked, masked5) in zip(there, n.tolist()):
-            details[name] = dict(images=images, top1=top1, top5=top5, masked=masked, masked_top5=masked5, classes=len(there[name]))
+            details[name] = dict(
+                images=images, top1=top1, top5=top5, masked=masked, masked_top5=masked5, classes=len(there[name])
+            )
             percent = lambda right, images=images: 100 * right / images if images else math.nan
             values[name] = percent(top1)
             if len(data.classes) > 5:
@@ -1064,7 +1195,9 @@ def class_index(folder, names, classes):
     numbers = all(name.isdigit() for name in names) and not set(names) <= set(classes)
     unknown = [name for name in names if (int(name) >= len(classes) if numbers else name not in classes)]
     if unknown:
-        common.die(f"--suite-dir {folder}: {unknown[0]} is no class of the training images; folders are named like {classes[0]}, or 0 to {len(classes) - 1}")
+        common.die(
+            f"--suite-dir {folder}: {unknown[0]} is no class of the training images; folders are named like {classes[0]}, or 0 to {len(classes) - 1}"
+        )
     return torch.tensor([int(name) if numbers else classes.index(name) for name in names])
 
 
@@ -1081,13 +1214,18 @@ def finished(root, name, severity, classes):
     file = find_finished(root, name, severity)
     if file.suffix == ".npy":
         try:
-            images, labels = np.load(file, mmap_mode="r", allow_pickle=False), torch.from_numpy(np.load(root / "labels.npy", allow_pickle=False)).long()
+            images, labels = (
+                np.load(file, mmap_mode="r", allow_pickle=False),
+                torch.from_numpy(np.load(root / "labels.npy", allow_pickle=False)).long(),
+            )
         except (OSError, ValueError) as e:
             common.die(f"--suite-dir {root}: {name}.npy and labels.npy cannot be read ({e})")
         n = len(images) // 5
         labels = labels[(severity - 1) * n : severity * n]
         if images.shape[1:] != (32, 32, 3) or len(labels) != n or int(labels.max()) >= len(classes):
-            common.die(f"--suite-dir {root}: {name}.npy should hold 5 x N images of 32 x 32 x 3 and labels.npy their classes below {len(classes)}; found {images.shape}")
+            common.die(
+                f"--suite-dir {root}: {name}.npy should hold 5 x N images of 32 x 32 x 3 and labels.npy their classes below {len(classes)}; found {images.shape}"
+            )
         pixels = torch.from_numpy(images[(severity - 1) * n : severity * n].copy()).permute(0, 3, 1, 2)
         return common.ImageSet(images=pixels, labels=labels, classes=classes)
     return labelled(file, classes)
@@ -1098,7 +1236,9 @@ def find_finished(root, name, severity):
     places = (root / name / f"{severity}", *sorted(root.glob(f"*/{name}/{severity}")))
     array = root / f"{name}.npy"
     found = array if array.is_file() else next((place for place in places if place.is_dir()), None)
-    return found or common.die(f"--suite-dir {root}: has neither {name}/{severity}/ nor {name}.npy; --types names the corruptions that are there")
+    return found or common.die(
+        f"--suite-dir {root}: has neither {name}/{severity}/ nor {name}.npy; --types names the corruptions that are there"
+    )
 
 
 @functools.lru_cache
@@ -1111,9 +1251,16 @@ def load_frost(folder, size):
     except OSError as e:
         common.die(f"--frost-dir {folder}: {e}")
     if size < 96:
-        images = [F.interpolate(x[None].float(), (x.shape[1] // 5, x.shape[2] // 5), mode="bilinear").round().to(torch.uint8)[0] for x in images]  # as OpenCV, no antialiasing
+        images = [
+            F.interpolate(x[None].float(), (x.shape[1] // 5, x.shape[2] // 5), mode="bilinear")
+            .round()
+            .to(torch.uint8)[0]
+            for x in images
+        ]  # as OpenCV, no antialiasing
     if not images or min(min(x.shape[1:]) for x in images) < size:
-        common.die(f"--frost-dir {folder}: photographs of at least {size if size >= 96 else 5 * size} px are needed, found {len(images)} images")
+        common.die(
+            f"--frost-dir {folder}: photographs of at least {size if size >= 96 else 5 * size} px are needed, found {len(images)} images"
+        )
     return tuple(images)
 
 
@@ -1124,7 +1271,9 @@ def contact_sheet(path, rows, side=96):
     for i, (label, images) in enumerate(rows.items()):
         ImageDraw.Draw(sheet).text((4, i * (side + 2) + side // 2 - 6), label, fill="black")
         for j, x in enumerate(images):
-            tile = Image.fromarray(x.permute(1, 2, 0).contiguous().cpu().numpy()).resize((side, side), Image.NEAREST if x.shape[-1] <= side else Image.BOX)
+            tile = Image.fromarray(x.permute(1, 2, 0).contiguous().cpu().numpy()).resize(
+                (side, side), Image.NEAREST if x.shape[-1] <= side else Image.BOX
+            )
             sheet.paste(tile, (margin + j * (side + 2), i * (side + 2)))
     sheet.save(path)
 
@@ -1135,9 +1284,18 @@ def save_images(suite, data, size, args):
     x = Source(size, whole=suite == "perturbations")(data[first], first)  # (1, 3, H, W)
     if suite == "corruptions":
         photographs = load_frost(args.frost_dir, size)
-        rows = {name: [x[0], *(corrupt(x, name, s, seeds_of(data, args.seed, name, s)[:1], photographs)[0] for s in range(1, 6))] for name in args.types or CORRUPTIONS}
+        rows = {
+            name: [
+                x[0],
+                *(corrupt(x, name, s, seeds_of(data, args.seed, name, s)[:1], photographs)[0] for s in range(1, 6)),
+            ]
+            for name in args.types or CORRUPTIONS
+        }
     else:
-        rows = {name: list(perturb(x, name, seeds_of(data, args.seed, "sequence", name)[:1], size)[0][::5]) for name in args.types or PERTURBATIONS}
+        rows = {
+            name: list(perturb(x, name, seeds_of(data, args.seed, "sequence", name)[:1], size)[0][::5])
+            for name in args.types or PERTURBATIONS
+        }
     try:
         contact_sheet(Path(args.save_images) / f"{suite}.png", rows)
     except OSError as e:
@@ -1157,13 +1315,21 @@ def check(args):
     for suite in set(args.suite) & set(types):
         if odd := [name for name in args.types if name not in types[suite]]:
             common.die(f"--types {odd[0]}: not one of the {suite}; there are {', '.join(types[suite])}")
-    for flag, value, suites in (("types", args.types, types), ("save-images", args.save_images, types), ("frost-dir", args.frost_dir, ["corruptions"])):
+    for flag, value, suites in (
+        ("types", args.types, types),
+        ("save-images", args.save_images, types),
+        ("frost-dir", args.frost_dir, ["corruptions"]),
+    ):
         if value and not set(suites) & set(args.suite):
             common.die(f"--{flag}: goes with --suite {' or '.join(suites)}")
-    if args.suite_dir and (args.suite not in (("corruptions",), ("shifts",)) or args.suite == ("corruptions",) and len(args.suite_dir) > 1):
+    if args.suite_dir and (
+        args.suite not in (("corruptions",), ("shifts",)) or args.suite == ("corruptions",) and len(args.suite_dir) > 1
+    ):
         common.die("--suite-dir: goes with --suite corruptions (one folder) or --suite shifts (one or more), alone")
     if len({Path(path).resolve().name for path in args.suite_dir} | {"clean"}) <= len(args.suite_dir):
-        common.die(f"--suite-dir {' '.join(args.suite_dir)}: two folders of one name, or one named clean; rename them, their names head the columns")
+        common.die(
+            f"--suite-dir {' '.join(args.suite_dir)}: two folders of one name, or one named clean; rename them, their names head the columns"
+        )
     for flag, folders in (("suite", args.suite_dir), ("frost", (args.frost_dir,) if args.frost_dir else ())):
         if missing := [folder for folder in folders if not os.path.isdir(folder)]:
             common.die(f"--{flag}-dir {missing[0]}: no such directory")
@@ -1184,7 +1350,9 @@ def check_sets(args, classes):
             if file.suffix == ".npy":
                 finished(Path(args.suite_dir[0]), name, severity, classes)
             else:
-                class_index(file, sorted(f.name for f in file.iterdir() if f.is_dir() and not f.name.startswith(".")), classes)
+                class_index(
+                    file, sorted(f.name for f in file.iterdir() if f.is_dir() and not f.name.startswith(".")), classes
+                )
 
 
 def run(name, subjects, data, args, evaluation, protocol):

@@ -111,7 +111,18 @@ RECIPES = {
     "3diebench": PAPER | dict(img_size=256),
     "cifar10": PAPER | dict(img_size=32, patch_size=4),
     "cifar100": PAPER | dict(img_size=32, patch_size=4),  # not in the paper
-    "blocks": dict(arch="vit_pico", img_size=32, patch_size=8, epochs=60, batch_size=128, lr=2e-3, warmup_epochs=3, embed_dim=96, decoder_depth=3, proj_hidden=256),  # ours
+    "blocks": dict(
+        arch="vit_pico",
+        img_size=32,
+        patch_size=8,
+        epochs=60,
+        batch_size=128,
+        lr=2e-3,
+        warmup_epochs=3,
+        embed_dim=96,
+        decoder_depth=3,
+        proj_hidden=256,
+    ),  # ours
 }
 
 
@@ -149,11 +160,30 @@ class Warp(common.Affine):
         super().__init__(common.family("rotation", size).degrees, common.family("translation", size).translate)
 
 
-IDENTITY = dict(recrop_top=0.0, recrop_left=0.0, recrop_height=1.0, recrop_width=1.0, flip=False, angle=0.0, shift_y=0.0, shift_x=0.0, brightness=1.0,
-                contrast=1.0, saturation=1.0, hue=0.0, sigma=0.0)
+IDENTITY = dict(
+    recrop_top=0.0,
+    recrop_left=0.0,
+    recrop_height=1.0,
+    recrop_width=1.0,
+    flip=False,
+    angle=0.0,
+    shift_y=0.0,
+    shift_x=0.0,
+    brightness=1.0,
+    contrast=1.0,
+    saturation=1.0,
+    hue=0.0,
+    sigma=0.0,
+)
 WIDTH = dict(rotation=2, color=4, blur=1, translation=2, crop=4, flip=1)  # in z
-KEYS = dict(rotation=("angle",), color=("brightness", "contrast", "saturation", "hue"), blur=("sigma",), translation=("shift_y", "shift_x"),
-            crop=("recrop_top", "recrop_left", "recrop_height", "recrop_width"), flip=("flip",))
+KEYS = dict(
+    rotation=("angle",),
+    color=("brightness", "contrast", "saturation", "hue"),
+    blur=("sigma",),
+    translation=("shift_y", "shift_x"),
+    crop=("recrop_top", "recrop_left", "recrop_height", "recrop_width"),
+    flip=("flip",),
+)
 
 
 def make_policies(args, posed):
@@ -202,9 +232,14 @@ class ObjectPairs:
     """Posed objects, for the loader: an epoch visits every object once, in two of its images, a random one and another."""
 
     def __init__(self, groups):
-        self.by_object, self.count = torch.argsort(groups, stable=True), groups.unique(return_counts=True)[1]  # (N,), (objects,)
+        self.by_object, self.count = (
+            torch.argsort(groups, stable=True),
+            groups.unique(return_counts=True)[1],
+        )  # (N,), (objects,)
         if (self.count < 2).any():
-            common.die(f"--data-dir: {int((self.count < 2).sum())} objects have a single image, and pairs need two of each")
+            common.die(
+                f"--data-dir: {int((self.count < 2).sum())} objects have a single image, and pairs need two of each"
+            )
 
     def __len__(self):
         return len(self.count)
@@ -245,15 +280,24 @@ def vicreg(z1, z2, args):
     """Embeddings of both views on this process, (b, d) each -> {"L_sim", "L_var", "L_cov"}, unweighted, and their weighted sum
     "L_ssl". Variance and covariance are over the global batch."""
     all1, all2 = common.gather(z1), common.gather(z2)  # (B, d)
-    terms = dict(L_sim=F.mse_loss(z1, z2), L_var=(variance(all1) + variance(all2)) / 2, L_cov=covariance(all1) + covariance(all2))
-    return terms | dict(L_ssl=args.sim_weight * terms["L_sim"] + args.var_weight * terms["L_var"] + args.cov_weight * terms["L_cov"])
+    terms = dict(
+        L_sim=F.mse_loss(z1, z2), L_var=(variance(all1) + variance(all2)) / 2, L_cov=covariance(all1) + covariance(all2)
+    )
+    return terms | dict(
+        L_ssl=args.sim_weight * terms["L_sim"] + args.var_weight * terms["L_var"] + args.cov_weight * terms["L_cov"]
+    )
 
 
 def split_loss(inv1, inv2, equi1, equi2, predicted, args):
     """SIE: embeddings of both views and M(z) equi1, (b, d) each on this process -> the terms and their weighted sum "loss"."""
     x1, x2, p = (common.gather(v) for v in (torch.cat([inv1, equi1], 1), torch.cat([inv2, equi2], 1), predicted))
-    terms = dict(L_sim=F.mse_loss(inv1, inv2), L_equi=F.mse_loss(predicted, equi2), L_var=(variance(x1) + variance(x2)) / 2, L_var_predicted=variance(p) / 2,
-                 L_cov=covariance(x1) + covariance(x2))
+    terms = dict(
+        L_sim=F.mse_loss(inv1, inv2),
+        L_equi=F.mse_loss(predicted, equi2),
+        L_var=(variance(x1) + variance(x2)) / 2,
+        L_var_predicted=variance(p) / 2,
+        L_cov=covariance(x1) + covariance(x2),
+    )
     loss = args.sim_weight * (terms["L_sim"] + args.equi_factor * terms["L_equi"]) + args.cov_weight * terms["L_cov"]
     return terms | dict(loss=loss + args.var_weight * (terms["L_var"] + terms["L_var_predicted"]))
 
@@ -265,7 +309,11 @@ def split_loss(inv1, inv2, equi1, equi2, predicted, args):
 
 def expander(*dims):
     """Linear-BN-ReLU, ..., Linear without bias: VICReg's."""
-    layers = [layer for a, b in zip(dims[:-2], dims[1:]) for layer in (nn.Linear(a, b), nn.BatchNorm1d(b), nn.ReLU(inplace=True))]
+    layers = [
+        layer
+        for a, b in zip(dims[:-2], dims[1:])
+        for layer in (nn.Linear(a, b), nn.BatchNorm1d(b), nn.ReLU(inplace=True))
+    ]
     return nn.Sequential(*layers, nn.Linear(*dims[-2:], bias=False))
 
 
@@ -354,7 +402,9 @@ class Recon(Objective):
         self.g_inv = expander(self.half, args.proj_hidden, args.proj_hidden, d)
         self.g_equi = nn.Linear(args.neck - self.half, d)
         self.cross = CrossBlock(d, common.sincos_positions(backbone.grid, backbone.grid, d))
-        self.blocks = nn.Sequential(*[Block(d, heads(d), qkv_bias=True) for _ in range(args.decoder_depth - 1)], nn.LayerNorm(d))
+        self.blocks = nn.Sequential(
+            *[Block(d, heads(d), qkv_bias=True) for _ in range(args.decoder_depth - 1)], nn.LayerNorm(d)
+        )
         self.pixels = nn.Linear(d, 3 * self.patch**2)
 
     def decode(self, t1, t2):
@@ -448,7 +498,9 @@ def build(args, device, outputs):
     """The model with its initial weights: seeded, the same on every process. `outputs`: latents of sie, or classes."""
     common.seed_everything(args.seed, "weights")
     mean, std = common.normalisation(args)
-    backbone = common.make_backbone(args.arch, mean, std, img_size=args.img_size, patch_size=args.patch_size, neck=args.neck)
+    backbone = common.make_backbone(
+        args.arch, mean, std, img_size=args.img_size, patch_size=args.patch_size, neck=args.neck
+    )
     objective = dict(recon=Recon, sie=SIE, vicreg=VICReg, supervised=Supervised)[args.objective]
     return common.batchnorm_over_ranks(objective(backbone, args, outputs), device).to(device)
 
@@ -459,15 +511,23 @@ def check(args):
     if args.crop_scale[0] > args.crop_scale[1]:
         common.die(f"--crop-scale {args.crop_scale[0]} {args.crop_scale[1]}: the lower end comes first")
     if args.embed_dim % (4 * heads(args.embed_dim)):
-        common.die(f"--embed-dim {args.embed_dim}: must be a multiple of {4 * heads(args.embed_dim)}; take a multiple of 64")
+        common.die(
+            f"--embed-dim {args.embed_dim}: must be a multiple of {4 * heads(args.embed_dim)}; take a multiple of 64"
+        )
     if args.epochs and args.warmup_epochs >= args.epochs:
         common.die(f"--warmup-epochs {args.warmup_epochs}: must be below --epochs {args.epochs}")
     if args.known_fraction < 1 and args.objective not in ("sie", "supervised"):
-        common.die(f"--known-fraction {args.known_fraction}: {args.objective} needs to know nothing and sees all images; leave it out")
+        common.die(
+            f"--known-fraction {args.known_fraction}: {args.objective} needs to know nothing and sees all images; leave it out"
+        )
     if args.objective != "sie" and (args.sie_single or args.sie_params != ("all",)):
-        common.die(f"--sie-{'single' if args.sie_single else 'params'}: goes with --objective sie; {args.objective} sees all transformations at once")
+        common.die(
+            f"--sie-{'single' if args.sie_single else 'params'}: goes with --objective sie; {args.objective} sees all transformations at once"
+        )
     if args.img_size == args.patch_size:
-        common.die(f"--patch-size {args.patch_size}: leaves a single patch, and cross-attention nothing to choose from; lower it")
+        common.die(
+            f"--patch-size {args.patch_size}: leaves a single patch, and cross-attention nothing to choose from; lower it"
+        )
 
 
 def main(argv=None):
@@ -475,9 +535,14 @@ def main(argv=None):
     args = common.parse(Args, values_in_force, argv, description=__doc__)
     device = common.start(args.device)
     check(args)
-    train, test = (common.load_data(args.data, args.data_dir, split, args.img_size, args.skip_corrupt, args.workers) for split in ("train", "test"))
+    train, test = (
+        common.load_data(args.data, args.data_dir, split, args.img_size, args.skip_corrupt, args.workers)
+        for split in ("train", "test")
+    )
     if train.labels is None and (args.objective == "supervised" or args.known_fraction < 1):
-        common.die(f"--data-dir {args.data_dir}: has no classes (one folder per class), which {'--known-fraction' if args.known_fraction < 1 else 'supervised'} needs")
+        common.die(
+            f"--data-dir {args.data_dir}: has no classes (one folder per class), which {'--known-fraction' if args.known_fraction < 1 else 'supervised'} needs"
+        )
     posed = "rotation" in train.factors
     if posed and args.sie_single:
         common.die(f"--sie-single: {args.data} shows objects in poses; nothing is transformed")
@@ -489,19 +554,31 @@ def main(argv=None):
     loader = common.Loader(seen, policies, draw, args, device, ObjectPairs(seen.groups) if posed else None)
 
     def latents(params, rows):
-        return pose_latent(families, seen.factors, rows["1"], rows["2"]) if posed else latent(families, params["2"], args.img_size)
+        return (
+            pose_latent(families, seen.factors, rows["1"], rows["2"])
+            if posed
+            else latent(families, params["2"], args.img_size)
+        )
 
     outputs = len(train.classes)
     if args.objective == "sie":  # the width of z
-        outputs = (4 if "rotation" in families else 1) + 2 * ("color" in families) if posed else 1 + sum(WIDTH[name] for name in families)
+        outputs = (
+            (4 if "rotation" in families else 1) + 2 * ("color" in families)
+            if posed
+            else 1 + sum(WIDTH[name] for name in families)
+        )
     model = build(args, device, outputs)
     parameters = list(model.parameters())
     optimizer = torch.optim.Adam(parameters, lr=0.0, weight_decay=args.weight_decay, fused=device.type == "cuda")
     peak = args.lr * args.batch_size / 256
     variant = [args.objective, *(families if args.sie_params != ("all",) else ()), *["single"] * args.sie_single]
-    run = common.Run(args, "-".join(variant + [f"known{args.known_fraction:g}"] * (args.known_fraction < 1)), model, optimizer)
+    run = common.Run(
+        args, "-".join(variant + [f"known{args.known_fraction:g}"] * (args.known_fraction < 1)), model, optimizer
+    )
     run.restore(train)
-    chance = dict(recon="L_recon about 1 (the mean colour)", supervised=f"loss {math.log(max(outputs, 1)):.2f}").get(args.objective, f"L_var {1 - 0.01:.2f} (collapse)")
+    chance = dict(recon="L_recon about 1 (the mean colour)", supervised=f"loss {math.log(max(outputs, 1)):.2f}").get(
+        args.objective, f"L_var {1 - 0.01:.2f} (collapse)"
+    )
     run.introduce(seen, loader, peak, chance)
     if args.compile:
         model.compile_encoder()

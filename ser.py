@@ -179,8 +179,19 @@ class Args(common.RunArgs):
 # What a base needs: the settings of SER's ImageNet runs [its public code, where the paper only says "as published"].
 BASES = dict(
     mocov3=dict(),
-    dino=dict(lr=1e-4, lr_end=0.0125, proj_hidden=2048, temp=0.1, momentum=0.982, weight_decay=0.04, weight_decay_end=0.4, clip=0.3,
-              drop_path=0.1, crop_scale=(0.25, 1.0), interpolation="bicubic"),
+    dino=dict(
+        lr=1e-4,
+        lr_end=0.0125,
+        proj_hidden=2048,
+        temp=0.1,
+        momentum=0.982,
+        weight_decay=0.04,
+        weight_decay_end=0.4,
+        clip=0.3,
+        drop_path=0.1,
+        crop_scale=(0.25, 1.0),
+        interpolation="bicubic",
+    ),
     barlow=dict(lr=1e-4, lr_end=0.001, proj_hidden=8192, proj_dim=8192, clip=0.3, interpolation="bicubic"),
 )
 EQUIS = dict(  # what an equivariance term needs, its own views among it
@@ -192,14 +203,33 @@ EQUIS = dict(  # what an equivariance term needs, its own views among it
     essl=dict(equi_layer=0, equi_weight=0.4, local_scale=(0.05, 0.14)),
 )
 PAIRS = {("dino", "ser"): dict(equi_weight=0.3, equi_temp=0.5), ("barlow", "essl"): dict(equi_weight=8.0)}
-SMALL = dict(img_size=32, local_size=16, local_scale=(0.1, 0.5), jitter=(0.4, 0.4, 0.2, 0.1), blur=(0.0, 0.0), solarize=(0.0, 0.0), crop_scale=(0.2, 1.0),
-             equi_ratio=0.125, drop_path=0.0)  # the same views for every row, so that rows differ in their method alone
+SMALL = dict(
+    img_size=32,
+    local_size=16,
+    local_scale=(0.1, 0.5),
+    jitter=(0.4, 0.4, 0.2, 0.1),
+    blur=(0.0, 0.0),
+    solarize=(0.0, 0.0),
+    crop_scale=(0.2, 1.0),
+    equi_ratio=0.125,
+    drop_path=0.0,
+)  # the same views for every row, so that rows differ in their method alone
 RECIPES = dict(
     imagenet=dict(),  # the paper: ViT-S/16, 100 epochs, batch 2048 = 8 x 256, peak lr 2.4e-3 (DINO, Barlow Twins: 8e-4)
     imagenet100=dict(),  # not in the paper: its ImageNet values
     cifar10=dict(arch="vit_tiny", patch_size=4, epochs=200, batch_size=512, lr=5e-4, proj_hidden=1024, **SMALL),
-    blocks=dict(arch="vit_pico", patch_size=8, epochs=4, warmup_epochs=0.5, batch_size=128, lr=4e-3, proj_hidden=512, proj_dim=128,
-                momentum=0.9, **SMALL),  # a run this short wants a momentum encoder that keeps up
+    blocks=dict(
+        arch="vit_pico",
+        patch_size=8,
+        epochs=4,
+        warmup_epochs=0.5,
+        batch_size=128,
+        lr=4e-3,
+        proj_hidden=512,
+        proj_dim=128,
+        momentum=0.9,
+        **SMALL,
+    ),  # a run this short wants a momentum encoder that keeps up
 )
 RECIPES["cifar100"] = RECIPES["cifar10"]
 SMALL_BASES = dict(  # and what the two small recipes, both ours, change for a base
@@ -215,7 +245,14 @@ def values_in_force(first):
     if name not in RECIPES:
         return {}  # `check` will complain
     small = SMALL_BASES[first.base] if RECIPES[name].get("img_size") == 32 else {}
-    return dict(recipe=name) | BASES[first.base] | EQUIS[first.equi] | PAIRS.get((first.base, first.equi), {}) | RECIPES[name] | small
+    return (
+        dict(recipe=name)
+        | BASES[first.base]
+        | EQUIS[first.equi]
+        | PAIRS.get((first.base, first.equi), {})
+        | RECIPES[name]
+        | small
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -236,7 +273,17 @@ def make_policies(args):
     local_crop = RandomResizedCrop(args.local_size, args.local_scale)
 
     def view(crop, group, gray=0.2, blur=0.0, solarize=0.0):
-        return Compose([crop, ColorJitter(*args.jitter, p=0.8), Grayscale(gray), GaussianBlur(p=blur), Solarize(p=solarize), *group, normalise])
+        return Compose(
+            [
+                crop,
+                ColorJitter(*args.jitter, p=0.8),
+                Grayscale(gray),
+                GaussianBlur(p=blur),
+                Solarize(p=solarize),
+                *group,
+                normalise,
+            ]
+        )
 
     flip = [HorizontalFlip()] + [Rot90()] * (args.equi == "augself" and "rotation" in args.equi_params)
     plainer = dict(gray=0.0, blur=0.5 if any(args.blur) else 0.0)  # photometrics of the 2+4 variant
@@ -246,8 +293,16 @@ def make_policies(args):
         photometrics = dict(blur=args.blur[i], solarize=args.solarize[i]) if i < 2 else plainer
         policies[f"{i + 1}"] = view(cut, flip, **photometrics)
         if args.equi == "ser":
-            eq_cut = CenterCrop(args.img_size, interpolation=args.interpolation) if i < 2 and args.equi_crop == "center" else cut
-            group = [HorizontalFlip(), Rot90(), GridResize(args.patch_size, cut.size // args.patch_size, args.equi_area)]
+            eq_cut = (
+                CenterCrop(args.img_size, interpolation=args.interpolation)
+                if i < 2 and args.equi_crop == "center"
+                else cut
+            )
+            group = [
+                HorizontalFlip(),
+                Rot90(),
+                GridResize(args.patch_size, cut.size // args.patch_size, args.equi_area),
+            ]
             policies[f"eq{i + 1}"] = view(eq_cut, group, **(plainer if args.local_views else photometrics))
     if args.equi == "equimod":
         policies["plain"] = Compose([CenterCrop(args.img_size, interpolation=args.interpolation), normalise])
@@ -272,7 +327,9 @@ def draw_views(args, policies, generator):
         if args.equi == "stl":
             for key in (*common.BOX, "brightness", "contrast", "saturation", "hue", "order", "gray"):
                 draws[key] = draws[key][::2].repeat_interleave(2, 0)
-            policies[name].crop.place(draws, torch.full((args.batch_size, 2), 224))  # one box, in fractions of images of any size
+            policies[name].crop.place(
+                draws, torch.full((args.batch_size, 2), 224)
+            )  # one box, in fractions of images of any size
     return drawn
 
 
@@ -298,7 +355,9 @@ def act(z, k, f, size):
     the permuted input grid is the output grid.
     """
     quarter, flip = torch.tensor([[0.0, 1.0], [-1.0, 0.0]]), torch.tensor([[-1.0, 0.0], [0.0, 1.0]])
-    table = torch.stack([torch.linalg.matrix_power(quarter, i) @ torch.linalg.matrix_power(flip, j) for i in range(4) for j in range(2)])
+    table = torch.stack(
+        [torch.linalg.matrix_power(quarter, i) @ torch.linalg.matrix_power(flip, j) for i in range(4) for j in range(2)]
+    )
     D = table.to(z)[(2 * k + f).to(z.device)]  # (n, 2, 2)
     theta = F.pad(D.transpose(1, 2), (0, 1))  # (n, 2, 3): [D^T | 0]
     cells = F.affine_grid(theta, (len(z), z.shape[-1], *size), align_corners=False)  # (n, h2, w2, 2)
@@ -333,7 +392,10 @@ def nt_xent(z1, z2, tau, chunk=2**23):
         return logits.flatten(2).logsumexp(-1).view(len(own), 2, P)
 
     c = max(1, chunk // (2 * P * N * 2 * P))
-    rest = [checkpoint(other_images, q[i : i + c], torch.arange(first + i, first + min(i + c, n)), use_reentrant=False) for i in range(0, n, c)]
+    rest = [
+        checkpoint(other_images, q[i : i + c], torch.arange(first + i, first + min(i + c, n)), use_reentrant=False)
+        for i in range(0, n, c)
+    ]
     return (torch.logaddexp(torch.cat(rest), positive) - positive).mean()
 
 
@@ -370,7 +432,11 @@ def redundancy_reduction(z1, z2, weight):
 
 def hidden(*dims):
     """Linear-BN-ReLU from each width to the next, no biases."""
-    return [layer for a, b in zip(dims, dims[1:]) for layer in (nn.Linear(a, b, bias=False), nn.BatchNorm1d(b), nn.ReLU(inplace=True))]
+    return [
+        layer
+        for a, b in zip(dims, dims[1:])
+        for layer in (nn.Linear(a, b, bias=False), nn.BatchNorm1d(b), nn.ReLU(inplace=True))
+    ]
 
 
 def mlp(*dims):
@@ -417,7 +483,9 @@ class Base(nn.Module):
         """All of a step's mathematics: views {name: (n, 3, H, W)} and their params -> ({"loss", "L_inv", "L_equiv", ...}, y of
         view 1)."""
         if "rotated" in views:
-            views = views | dict(rotated=torch.cat([views["rotated"].rot90(k, (2, 3)) for k in range(4)]))  # 0, 90, 180, 270 degrees
+            views = views | dict(
+                rotated=torch.cat([views["rotated"].rot90(k, (2, 3)) for k in range(4)])
+            )  # 0, 90, 180, 270 degrees
 
         def trace(backbone, compiled, view, taps=()):
             return (compiled if compiled and not view.startswith("eq") else backbone.trace)(views[view], taps)
@@ -433,7 +501,11 @@ class Base(nn.Module):
         t = None
         if self.teacher is not None:
             with torch.no_grad():
-                t = {view: trace(self.teacher["backbone"], self.compiled[1], view)[0] for view in ("1", "2", "eq1", "eq2") if view in views}
+                t = {
+                    view: trace(self.teacher["backbone"], self.compiled[1], view)[0]
+                    for view in ("1", "2", "eq1", "eq2")
+                    if view in views
+                }
                 t = [whole(t, 1), whole(t, 2)]
         y = [whole(y, i + 1) for i in range(2 + self.local_views)]
 
@@ -467,7 +539,9 @@ class MoCoV3(Base):
         with torch.no_grad():
             k = [self.teacher["head"](v) for v in t]  # (b, d)
         with common.full_precision():
-            return sum(contrast(upcast(a), upcast(b), self.temp) for i, a in enumerate(q) for j, b in enumerate(k) if i != j)
+            return sum(
+                contrast(upcast(a), upcast(b), self.temp) for i, a in enumerate(q) for j, b in enumerate(k) if i != j
+            )
 
     def chance(self, args):
         return (2 + 2 * args.local_views) * 2 * args.temp * math.log(args.batch_size)
@@ -478,7 +552,9 @@ class DINOHead(nn.Module):
 
     def __init__(self, dim, hidden, bottleneck, prototypes):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, bottleneck))
+        self.mlp = nn.Sequential(
+            nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, bottleneck)
+        )
         for m in self.mlp[::2]:
             nn.init.trunc_normal_(m.weight, std=0.02)
             nn.init.zeros_(m.bias)
@@ -511,7 +587,9 @@ class DINO(Base):
         """[CLS] of all views from the student (y) and of views 1 and 2 from the teacher (t), (b, D) each -> L_inv. Moves the
         centre."""
         first, last = self.teacher_temp
-        teacher_temp = last if epoch >= self.teacher_temp_epochs else first + (last - first) * epoch / self.teacher_temp_epochs
+        teacher_temp = (
+            last if epoch >= self.teacher_temp_epochs else first + (last - first) * epoch / self.teacher_temp_epochs
+        )
         s = [self.head(v) for v in y]  # (b, K)
         with torch.no_grad():
             t = [self.teacher["head"](v) for v in t]  # (b, K)
@@ -533,7 +611,9 @@ class BarlowTwins(Base):
     def __init__(self, backbone, args):
         super().__init__(backbone, args)
         self.redundancy = args.redundancy
-        self.projector = mlp(backbone.dim, args.proj_hidden, args.proj_hidden, args.proj_dim)  # ends in BN without affine
+        self.projector = mlp(
+            backbone.dim, args.proj_hidden, args.proj_hidden, args.proj_dim
+        )  # ends in BN without affine
 
     def invariance(self, y, t, epoch):
         """[CLS] of views 1 and 2, (b, D) each -> L_inv."""
@@ -563,8 +643,13 @@ class SER(nn.Module):
     def __init__(self, dim, args):
         super().__init__()
         self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.projector = nn.Sequential(nn.Linear(dim, args.equi_dim, bias=False), nn.GELU(), nn.Linear(args.equi_dim, args.equi_dim, bias=False))
-        self.tau, self.pairs = args.equi_temp, [("eq1", "eq2"), ("eq3", "eq4"), ("eq5", "eq6")][: 1 + args.local_views // 2]
+        self.projector = nn.Sequential(
+            nn.Linear(dim, args.equi_dim, bias=False), nn.GELU(), nn.Linear(args.equi_dim, args.equi_dim, bias=False)
+        )
+        self.tau, self.pairs = (
+            args.equi_temp,
+            [("eq1", "eq2"), ("eq3", "eq4"), ("eq5", "eq6")][: 1 + args.local_views // 2],
+        )
         images, sides = second_part(args.batch_size, args.equi_ratio), [args.img_size, args.local_size, args.local_size]
         cells = [sum(args.equi_area) / 2 * (side // args.patch_size) ** 2 for side in sides[: len(self.pairs)]]
         self.chance = sum(math.log1p(2 * (images - 1) * P) for P in cells)
@@ -598,24 +683,38 @@ class Baseline(nn.Module):
 
 
 class AugSelf(Baseline):
-    """"Improving Transferability of Representations via Augmentation-Aware Self-Supervision" (arXiv 2111.09613): from both
+    """ "Improving Transferability of Representations via Augmentation-Aware Self-Supervision" (arXiv 2111.09613): from both
     views' y predict the difference of their transformations, one head for each kind."""
 
     outputs = dict(crop=4, color=4, flip=1, blur=1, solarize=1, rotation=4)
 
     def __init__(self, dim, args):
         super().__init__(dim, args)
-        self.heads = nn.ModuleDict({kind: nn.Sequential(*hidden(2 * dim, 512, 512), nn.Linear(512, self.outputs[kind])) for kind in args.equi_params})
-        self.spread = torch.tensor([[min(2 * v, 1 + v) for v in args.jitter[:3]] + [2 * args.jitter[3]]]).clamp(min=1e-6)  # max - min
+        self.heads = nn.ModuleDict(
+            {
+                kind: nn.Sequential(*hidden(2 * dim, 512, 512), nn.Linear(512, self.outputs[kind]))
+                for kind in args.equi_params
+            }
+        )
+        self.spread = torch.tensor([[min(2 * v, 1 + v) for v in args.jitter[:3]] + [2 * args.jitter[3]]]).clamp(
+            min=1e-6
+        )  # max - min
 
     def describe(self, p):
         """Parameters of a view -> {kind: (n, .)}: what is compared between the views."""
         column = (p["left"] + p["width"] / 2)[:, None]
         column = torch.where(p["flip"][:, None], 1 - column, column)  # the mirrored image's centre is mirrored
         colour = torch.stack([p["brightness"] - 1, p["contrast"] - 1, p["saturation"] - 1, p["hue"]], 1)
-        return dict(crop=torch.cat([(p["top"] + p["height"] / 2)[:, None], column, p["height"][:, None], p["width"][:, None]], 1),
-                    color=colour / self.spread, flip=p["flip"][:, None].float(), blur=p["sigma"][:, None], rotation=p.get("rot90"),
-                    solarize=torch.where(p["solarize"], 128 / 255, 1.0)[:, None])  # the threshold; 1 changes nothing
+        return dict(
+            crop=torch.cat(
+                [(p["top"] + p["height"] / 2)[:, None], column, p["height"][:, None], p["width"][:, None]], 1
+            ),
+            color=colour / self.spread,
+            flip=p["flip"][:, None].float(),
+            blur=p["sigma"][:, None],
+            rotation=p.get("rot90"),
+            solarize=torch.where(p["solarize"], 128 / 255, 1.0)[:, None],
+        )  # the threshold; 1 changes nothing
 
     def forward(self, e, params):
         """A loss for each kind: tanh and squared error of the difference, or a classification (flip: same or not; rotation:
@@ -637,7 +736,7 @@ class AugSelf(Baseline):
 
 
 class STL(Baseline):
-    """"Self-supervised Transformation Learning for Equivariant Representations" (arXiv 2501.08712). Images 2i and 2i + 1 are
+    """ "Self-supervised Transformation Learning for Equivariant Representations" (arXiv 2501.08712). Images 2i and 2i + 1 are
     transformed alike, so what the pair of views of one says of the transformation, t, must do to the other's y."""
 
     def __init__(self, dim, args):
@@ -659,7 +758,9 @@ class STL(Baseline):
         t = torch.cat([t12, t21])  # (2 n, 128)
         t_even, t_odd = self.project_t(t[0::2]), self.project_t(t[1::2])  # (n, 128)
         L_trans = nt_xent(t_even[:, None], t_odd[:, None], self.temp)
-        return dict(L_trans=L_trans, L_equiv=nt_xent(z[:, None], z_hat[:, None], self.temp) + self.trans_weight * L_trans)
+        return dict(
+            L_trans=L_trans, L_equiv=nt_xent(z[:, None], z_hat[:, None], self.temp) + self.trans_weight * L_trans
+        )
 
     def apply_partners(self, t, y):
         """W(t of the partner) y for each row: (n, 128), (n, D) -> (n, D)."""
@@ -669,13 +770,15 @@ class STL(Baseline):
 
 
 class EquiMod(Baseline):
-    """"EquiMod: An Equivariance Module to Improve Visual Instance Discrimination" (arXiv 2211.01244): from the embedding u0
+    """ "EquiMod: An Equivariance Module to Improve Visual Instance Discrimination" (arXiv 2211.01244): from the embedding u0
     of the un-augmented image and a view's parameters predict the view's embedding u, among those of all other views."""
 
     def __init__(self, dim, args):
         super().__init__(dim, args)
         self.project = mlp(dim, dim, dim, 128)
-        self.embed = nn.Sequential(nn.BatchNorm1d(18, affine=False), nn.Linear(18, 128, bias=False), nn.BatchNorm1d(128))
+        self.embed = nn.Sequential(
+            nn.BatchNorm1d(18, affine=False), nn.Linear(18, 128, bias=False), nn.BatchNorm1d(128)
+        )
         self.predict = mlp(256, 128)
         self.temp, self.chance = args.equi_temp, math.log(4 * args.batch_size - 1)
 
@@ -685,8 +788,15 @@ class EquiMod(Baseline):
         factors = torch.stack([p["brightness"], p["contrast"], p["saturation"], p["hue"]], 1)  # (n, 4)
         jittered = (factors != torch.tensor([1.0, 1.0, 1.0, 0.0])).any(1)
         scalars = lambda *values: torch.stack([v.float() for v in values], 1)
-        return torch.cat([scalars(p["top"], p["left"], p["height"], p["width"], p["flip"], jittered), p["order"].float(), factors,
-                          scalars(p["gray"], p["sigma"] > 0, p["sigma"], p["solarize"])], 1)
+        return torch.cat(
+            [
+                scalars(p["top"], p["left"], p["height"], p["width"], p["flip"], jittered),
+                p["order"].float(),
+                factors,
+                scalars(p["gray"], p["sigma"] > 0, p["sigma"], p["solarize"]),
+            ],
+            1,
+        )
 
     def forward(self, e, params):
         u0, u1, u2 = (self.project(self.cls(e[view])) for view in ("plain", "1", "2"))  # (n, 128)
@@ -694,12 +804,14 @@ class EquiMod(Baseline):
         a = self.embed(torch.cat([self.describe(params["1"]), self.describe(params["2"])]).to(u0))  # (2 n, 128)
         u, u_hat = torch.cat([u1, u2]), self.predict(torch.cat([u0.repeat(2, 1), a], 1))  # (2 n, 128)
         with torch.no_grad():
-            gain = F.cosine_similarity(u, u_hat) - F.cosine_similarity(u, u0.repeat(2, 1))  # above 0: better than the identity
+            gain = F.cosine_similarity(u, u_hat) - F.cosine_similarity(
+                u, u0.repeat(2, 1)
+            )  # above 0: better than the identity
         return dict(L_equiv=nt_xent(u[:, None], u_hat[:, None], self.temp), cosine_gain=gain.mean())
 
 
 class ESSL(Baseline):
-    """"Equivariant Contrastive Learning" (arXiv 2111.00899): by how many quarter turns was a small crop rotated?"""
+    """ "Equivariant Contrastive Learning" (arXiv 2111.00899): by how many quarter turns was a small crop rotated?"""
 
     chance = math.log(4)
 
@@ -711,7 +823,9 @@ class ESSL(Baseline):
     def forward(self, e, params):
         logits = self.head(self.cls(e["rotated"]))  # (4 n, 4)
         turns = torch.arange(4, device=logits.device).repeat_interleave(len(logits) // 4)
-        return dict(L_equiv=F.cross_entropy(logits, turns), rotation_accuracy=(logits.argmax(1) == turns).float().mean())
+        return dict(
+            L_equiv=F.cross_entropy(logits, turns), rotation_accuracy=(logits.argmax(1) == turns).float().mean()
+        )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -724,8 +838,19 @@ def build(args, device):
     common.seed_everything(args.seed, "weights")
     base = dict(mocov3=MoCoV3, dino=DINO, barlow=BarlowTwins)[args.base]
     mean, std = common.normalisation(args)
-    model = base(common.make_backbone(args.arch, mean, std, img_size=args.img_size, patch_size=args.patch_size, cls_layer=args.cls_layer,
-                                      pos=base.positions, drop_path=args.drop_path), args)
+    model = base(
+        common.make_backbone(
+            args.arch,
+            mean,
+            std,
+            img_size=args.img_size,
+            patch_size=args.patch_size,
+            cls_layer=args.cls_layer,
+            pos=base.positions,
+            drop_path=args.drop_path,
+        ),
+        args,
+    )
     equi = dict(none=None, ser=SER, augself=AugSelf, stl=STL, equimod=EquiMod, essl=ESSL)[args.equi]
     model.equi = equi and equi(model.backbone.dim, args)
     return common.batchnorm_over_ranks(model, device).to(device)
@@ -736,31 +861,48 @@ def check(args):
     common.check_run(args, RECIPES, common.VITS)
     for name in ("crop_scale", "equi_area", "local_scale"):
         if getattr(args, name)[0] > getattr(args, name)[1]:
-            common.die(f"--{name.replace('_', '-')} {' '.join(map(str, getattr(args, name)))}: the lower end comes first")
+            common.die(
+                f"--{name.replace('_', '-')} {' '.join(map(str, getattr(args, name)))}: the lower end comes first"
+            )
     if args.jitter[3] > 0.5:
         common.die(f"--jitter {' '.join(map(str, args.jitter))}: hue is in turns, at most 0.5")
     depth = common.VITS[args.arch]["depth"]
     if args.equi == "none":
         args.equi_layer = 0
     if args.equi_layer > depth or args.equi == "ser" and args.equi_layer == 0:
-        common.die(f"--equi-layer {args.equi_layer}: {args.arch} has {depth} blocks" + ", and ser takes the tokens after one of them" * (args.equi == "ser"))
+        common.die(
+            f"--equi-layer {args.equi_layer}: {args.arch} has {depth} blocks"
+            + ", and ser takes the tokens after one of them" * (args.equi == "ser")
+        )
     if args.cls_layer is None:
         args.cls_layer = args.equi_layer if args.equi == "ser" else 0
     if args.weight_decay_end is None:
         args.weight_decay_end = args.weight_decay
     if args.cls_layer >= depth:
-        common.die(f"--cls-layer {args.cls_layer}: {args.arch} has {depth} blocks and [CLS] needs one of them; give --cls-layer 3, say")
+        common.die(
+            f"--cls-layer {args.cls_layer}: {args.arch} has {depth} blocks and [CLS] needs one of them; give --cls-layer 3, say"
+        )
     if args.equi not in ("ser", "none") and 0 < args.equi_layer <= args.cls_layer:
-        common.die(f"--equi-layer {args.equi_layer}: {args.equi} takes [CLS] there, which enters after block {args.cls_layer}; give --cls-layer 0")
+        common.die(
+            f"--equi-layer {args.equi_layer}: {args.equi} takes [CLS] there, which enters after block {args.cls_layer}; give --cls-layer 0"
+        )
     if args.local_views and (args.base == "barlow" or args.equi not in ("ser", "none")):
-        common.die(f"--local-views {args.local_views}: goes with --base mocov3 or dino (Barlow Twins correlates two views) and --equi ser or none")
+        common.die(
+            f"--local-views {args.local_views}: goes with --base mocov3 or dino (Barlow Twins correlates two views) and --equi ser or none"
+        )
     if (args.local_views or args.equi == "essl") and args.local_size % args.patch_size:
         common.die(f"--local-size {args.local_size}: not divisible by --patch-size {args.patch_size}")
     if args.equi == "stl" and args.batch_size // common.world_size() % 2:
-        common.die(f"--batch-size {args.batch_size}: stl pairs images, so each of the {common.world_size()} processes needs an even number")
+        common.die(
+            f"--batch-size {args.batch_size}: stl pairs images, so each of the {common.world_size()} processes needs an even number"
+        )
     if args.equi == "augself" and not args.equi_params:
         common.die("--equi-params: name what augself is to predict, e.g. crop color")
-    for kind, flag, strengths in (("color", "jitter", args.jitter), ("blur", "blur", args.blur), ("solarize", "solarize", args.solarize)):
+    for kind, flag, strengths in (
+        ("color", "jitter", args.jitter),
+        ("blur", "blur", args.blur),
+        ("solarize", "solarize", args.solarize),
+    ):
         if args.equi == "augself" and kind in args.equi_params and not any(strengths):
             common.die(f"--equi-params {kind}: is never applied; give --{flag} values above 0")
     if args.epochs and args.warmup_epochs >= args.epochs:
@@ -768,9 +910,13 @@ def check(args):
     if args.equi == "ser":
         n2 = second_part(args.batch_size, args.equi_ratio)
         if n2 >= args.batch_size:
-            common.die(f"--batch-size {args.batch_size}: SER's second part takes {n2} of it; raise it (the part is at least 8) or lower --equi-ratio {args.equi_ratio}")
+            common.die(
+                f"--batch-size {args.batch_size}: SER's second part takes {n2} of it; raise it (the part is at least 8) or lower --equi-ratio {args.equi_ratio}"
+            )
         if n2 % common.world_size():
-            common.die(f"--equi-ratio {args.equi_ratio}: SER's second part of {n2} images does not divide among {common.world_size()} processes; start 1, 2, 4 or 8")
+            common.die(
+                f"--equi-ratio {args.equi_ratio}: SER's second part of {n2} images does not divide among {common.world_size()} processes; start 1, 2, 4 or 8"
+            )
 
 
 def main(argv=None):
@@ -780,13 +926,18 @@ def main(argv=None):
     check(args)
     model = build(args, device)
     policies = make_policies(args)
-    train, test = (common.load_data(args.data, args.data_dir, split, args.img_size, args.skip_corrupt, args.workers) for split in ("train", "test"))
+    train, test = (
+        common.load_data(args.data, args.data_dir, split, args.img_size, args.skip_corrupt, args.workers)
+        for split in ("train", "test")
+    )
     train = train.to(device)
     loader = common.Loader(train, policies, partial(draw_views, args, policies), args, device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     decayed = [p for p in parameters if args.base != "dino" or p.ndim > 1]
     rest = [p for p in parameters if args.base == "dino" and p.ndim <= 1]
-    optimizer = torch.optim.AdamW([dict(params=decayed), dict(params=rest, weight_decay=0.0)], lr=0.0, fused=device.type == "cuda")
+    optimizer = torch.optim.AdamW(
+        [dict(params=decayed), dict(params=rest, weight_decay=0.0)], lr=0.0, fused=device.type == "cuda"
+    )
     peak = args.lr * args.batch_size / 256
 
     variant = f"{args.base}-{args.equi}" + "-2+4" * (args.local_views > 0)
@@ -807,7 +958,9 @@ def main(argv=None):
         lr = common.warmup_cosine(epoch, args.epochs, args.warmup_epochs, peak, args.lr_end * peak)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        optimizer.param_groups[0]["weight_decay"] = common.cosine(epoch / args.epochs, args.weight_decay, args.weight_decay_end)
+        optimizer.param_groups[0]["weight_decay"] = common.cosine(
+            epoch / args.epochs, args.weight_decay, args.weight_decay_end
+        )
         if step == 0:
             run.picture("views.png", [views[name] for name in sorted(views)])
         with common.autocast(device, args.amp):
@@ -820,7 +973,9 @@ def main(argv=None):
             for p in model.last_layer:
                 p.grad = None
         optimizer.step()
-        update_teacher(model, common.cosine((step + 1) / loader.total_steps, args.momentum, 1.0))  # MoCo-v3's, before its next keys
+        update_teacher(
+            model, common.cosine((step + 1) / loader.total_steps, args.momentum, 1.0)
+        )  # MoCo-v3's, before its next keys
         run.log(step, features=y, lr=lr, epoch=epoch, **out)
 
     run.finish(build(args, device), train, test)

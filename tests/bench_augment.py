@@ -54,15 +54,43 @@ def smooth_images(n, size):
 
 
 def our_policies(size):
-    photometric = lambda i: [common.ColorJitter(*JITTER), common.Grayscale(0.2), common.GaussianBlur(p=VIEWS[size]["blur"][i]), common.Solarize(p=VIEWS[size]["solarize"][i])]
-    return {f"{i + 1}": common.Compose([common.RandomResizedCrop(size, (0.2, 1.0)), *photometric(i), common.HorizontalFlip(), common.Normalize(*common.IMAGENET)]) for i in (0, 1)}
+    photometric = lambda i: [
+        common.ColorJitter(*JITTER),
+        common.Grayscale(0.2),
+        common.GaussianBlur(p=VIEWS[size]["blur"][i]),
+        common.Solarize(p=VIEWS[size]["solarize"][i]),
+    ]
+    return {
+        f"{i + 1}": common.Compose(
+            [
+                common.RandomResizedCrop(size, (0.2, 1.0)),
+                *photometric(i),
+                common.HorizontalFlip(),
+                common.Normalize(*common.IMAGENET),
+            ]
+        )
+        for i in (0, 1)
+    }
 
 
 def pil_transforms(size):
-    return [T.Compose([T.RandomResizedCrop(size, (0.2, 1.0)), T.RandomApply([T.ColorJitter(*JITTER)], 0.8), T.RandomGrayscale(0.2),
-                       T.RandomApply([lambda x: x.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0)))], VIEWS[size]["blur"][i]),
-                       T.RandomApply([ImageOps.solarize], VIEWS[size]["solarize"][i]),
-                       T.RandomHorizontalFlip(), T.ToTensor(), T.Normalize(*common.IMAGENET)]) for i in (0, 1)]
+    return [
+        T.Compose(
+            [
+                T.RandomResizedCrop(size, (0.2, 1.0)),
+                T.RandomApply([T.ColorJitter(*JITTER)], 0.8),
+                T.RandomGrayscale(0.2),
+                T.RandomApply(
+                    [lambda x: x.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0)))], VIEWS[size]["blur"][i]
+                ),
+                T.RandomApply([ImageOps.solarize], VIEWS[size]["solarize"][i]),
+                T.RandomHorizontalFlip(),
+                T.ToTensor(),
+                T.Normalize(*common.IMAGENET),
+            ]
+        )
+        for i in (0, 1)
+    ]
 
 
 def kornia_transforms(size):
@@ -70,8 +98,12 @@ def kornia_transforms(size):
 
     def view(blur, solarize):
         ops = [K.RandomResizedCrop((size, size), (0.2, 1.0)), K.ColorJitter(*JITTER, p=0.8), K.RandomGrayscale(p=0.2)]
-        ops += [K.RandomGaussianBlur((13, 13), (0.1, 2.0), p=blur)] * (blur > 0) + [K.RandomSolarize(0.0, 0.0, p=solarize)] * (solarize > 0)
-        return K.AugmentationSequential(*ops, K.RandomHorizontalFlip(), K.Normalize(*map(torch.tensor, common.IMAGENET)), data_keys=["input"])
+        ops += [K.RandomGaussianBlur((13, 13), (0.1, 2.0), p=blur)] * (blur > 0) + [
+            K.RandomSolarize(0.0, 0.0, p=solarize)
+        ] * (solarize > 0)
+        return K.AugmentationSequential(
+            *ops, K.RandomHorizontalFlip(), K.Normalize(*map(torch.tensor, common.IMAGENET)), data_keys=["input"]
+        )
 
     return [view(b, s) for b, s in zip(VIEWS[size]["blur"], VIEWS[size]["solarize"])]
 
@@ -97,7 +129,10 @@ def race(title, contestants, batch_size, threads, rounds):
     base = next(iter(per_image.values()))
     print(f"\n| {title} | ms an image (both views) | speed |\n|---|---|---|")
     for name, t in per_image.items():
-        print(f"| {name} | {1e3 * statistics.median(t):.3f} | {statistics.median(b / a for a, b in zip(t, base)):.2f} |", flush=True)
+        print(
+            f"| {name} | {1e3 * statistics.median(t):.3f} | {statistics.median(b / a for a, b in zip(t, base)):.2f} |",
+            flush=True,
+        )
 
 
 def main():
@@ -107,15 +142,23 @@ def main():
     options = parser.parse_args()
     size, rounds, device = options.size, options.rounds, common.start("cpu")
     batch_size, held, n = (256, 4096, 8192) if size == 32 else (32, 128, 1024)  # images held in memory, images an epoch
-    images = smooth_images(held, 32 if size == 32 else 256).contiguous(memory_format=torch.channels_last)  # as decoders leave them
+    images = smooth_images(held, 32 if size == 32 else 256).contiguous(
+        memory_format=torch.channels_last
+    )  # as decoders leave them
     policies, transforms = our_policies(size), pil_transforms(size)
 
     def draw(generator):
         return {name: (torch.arange(batch_size), p.sample(batch_size, generator)) for name, p in policies.items()}
 
     def ours(workers):
-        data = Decoded(paths=[images[i % held] for i in range(n)]) if workers else common.ImageSet(images=images.repeat(n // held, 1, 1, 1))
-        loader = common.Loader(data, policies, draw, argparse.Namespace(seed=0, batch_size=batch_size, workers=workers, epochs=1), device)
+        data = (
+            Decoded(paths=[images[i % held] for i in range(n)])
+            if workers
+            else common.ImageSet(images=images.repeat(n // held, 1, 1, 1))
+        )
+        loader = common.Loader(
+            data, policies, draw, argparse.Namespace(seed=0, batch_size=batch_size, workers=workers, epochs=1), device
+        )
         yield from loader.batches(range(loader.steps_per_epoch))
 
     def torchvision(workers):
@@ -127,7 +170,13 @@ def main():
             yield [view(images[rows % held].float().div(255)) for view in views]
 
     workers = 0 if size == 32 else 2  # small sets live in memory and are cropped in the main process
-    race(f"{size} px, two cores", {"torchvision on Pillow images, 2 loader workers": lambda: torchvision(2), "ours": lambda: ours(workers)}, batch_size, 2, rounds)
+    race(
+        f"{size} px, two cores",
+        {"torchvision on Pillow images, 2 loader workers": lambda: torchvision(2), "ours": lambda: ours(workers)},
+        batch_size,
+        2,
+        rounds,
+    )
     one = {"torchvision on Pillow images": lambda: torchvision(0), "ours": lambda: ours(0)}
     race(f"{size} px, one thread", one, batch_size, 1, rounds)
     try:
@@ -135,7 +184,13 @@ def main():
     except ImportError:
         print("\nkornia: not installed")
         return
-    race(f"{size} px, one thread", {"kornia, batched": lambda: kornia(views), "ours": lambda: ours(0)}, batch_size, 1, rounds)
+    race(
+        f"{size} px, one thread",
+        {"kornia, batched": lambda: kornia(views), "ours": lambda: ours(0)},
+        batch_size,
+        1,
+        rounds,
+    )
 
 
 if __name__ == "__main__":

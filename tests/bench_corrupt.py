@@ -23,8 +23,22 @@ import common
 import eval_robustness
 
 ORIGINAL = dict(  # ms an image, severity 3
-    gaussian_noise=2.9, shot_noise=9.2, impulse_noise=1.9, defocus_blur=1.8, glass_blur=1002, motion_blur=56, zoom_blur=60, snow=34, frost=5.7, fog=2.0, brightness=11.3,
-    contrast=1.8, elastic_transform=12.3, pixelate=0.43, jpeg_compression=0.43)
+    gaussian_noise=2.9,
+    shot_noise=9.2,
+    impulse_noise=1.9,
+    defocus_blur=1.8,
+    glass_blur=1002,
+    motion_blur=56,
+    zoom_blur=60,
+    snow=34,
+    frost=5.7,
+    fog=2.0,
+    brightness=11.3,
+    contrast=1.8,
+    elastic_transform=12.3,
+    pixelate=0.43,
+    jpeg_compression=0.43,
+)
 
 
 def gaussian_noise(image):
@@ -56,7 +70,10 @@ def jpeg_compression(image):
 def images(n):
     """Smooth colourful ones."""
     g = common.rng("bench")
-    x = sum(torch.nn.functional.interpolate(torch.randn(n, 3, s, s, generator=g), (224, 224), mode="bicubic") for s in (3, 9, 27))
+    x = sum(
+        torch.nn.functional.interpolate(torch.randn(n, 3, s, s, generator=g), (224, 224), mode="bicubic")
+        for s in (3, 9, 27)
+    )
     return ((x * 0.18 + 0.5).clamp(0, 1) * 255).to(torch.uint8)
 
 
@@ -66,7 +83,13 @@ def main():
     x = images(16 if device.type == "cpu" else 256).to(device)
     seeds, wait = torch.arange(len(x)), (lambda: torch.cuda.synchronize()) if device.type == "cuda" else (lambda: None)
     pictures = [Image.fromarray(image.permute(1, 2, 0).cpu().numpy()) for image in x[:16]]
-    peers = dict(gaussian_noise=gaussian_noise, shot_noise=shot_noise, contrast=contrast, pixelate=pixelate, jpeg_compression=jpeg_compression)
+    peers = dict(
+        gaussian_noise=gaussian_noise,
+        shot_noise=shot_noise,
+        contrast=contrast,
+        pixelate=pixelate,
+        jpeg_compression=jpeg_compression,
+    )
     ours, theirs = {name: [] for name in eval_robustness.CORRUPTIONS}, {name: [] for name in peers}
 
     def timed(run, n):
@@ -90,13 +113,19 @@ def main():
         return
     factors = {name: theirs[name] / ORIGINAL[name] for name in peers}
     factor = statistics.median(factors.values())
-    print("peers, ms here / there:", ", ".join(f"{name} {theirs[name]:.2f} / {ORIGINAL[name]}" for name in peers), f"; this machine takes {factor:.2f} of the time\n")
+    print(
+        "peers, ms here / there:",
+        ", ".join(f"{name} {theirs[name]:.2f} / {ORIGINAL[name]}" for name in peers),
+        f"; this machine takes {factor:.2f} of the time\n",
+    )
     print("| | original, ms | ours, ms | ratio |\n|---|---|---|---|")
     scaled = {name: factor * ms for name, ms in ORIGINAL.items()}
     for name, ms in scaled.items():
         print(f"| {name} | {ms:.2f} | {ours[name]:.2f} | {ms / ours[name]:.1f} |")
     for label, names in (("sum of 15", list(scaled)), ("without glass", [n for n in scaled if n != "glass_blur"])):
-        print(f"| {label} | {sum(scaled[n] for n in names):.0f} | {sum(ours[n] for n in names):.1f} | {sum(scaled[n] for n in names) / sum(ours[n] for n in names):.1f} |")
+        print(
+            f"| {label} | {sum(scaled[n] for n in names):.0f} | {sum(ours[n] for n in names):.1f} | {sum(scaled[n] for n in names) / sum(ours[n] for n in names):.1f} |"
+        )
 
 
 if __name__ == "__main__":

@@ -59,9 +59,17 @@ def main():
     print("|---|---|---|---|---|")
     for classes in (10, 100):
         x, labels = torch.randn(10_000, 384, generator=g), torch.randint(classes, (10_000,), generator=g)
-        t = race({"ten": lambda x=x, y=labels, c=classes: ours(x, y, c, LRS), "one": lambda x=x, y=labels, c=classes: ours(x, y, c, LRS[:1]),
-                  "loader": lambda x=x, y=labels, c=classes: [with_loader(x, y, c, lr) for lr in LRS]}, 3)
-        print(f"| {classes} | {statistics.median(t['ten']):.2f} | {statistics.median(t['one']):.2f} | {statistics.median(t['loader']):.2f} | {ratio(t['loader'], t['ten']):.1f} |")
+        t = race(
+            {
+                "ten": lambda x=x, y=labels, c=classes: ours(x, y, c, LRS),
+                "one": lambda x=x, y=labels, c=classes: ours(x, y, c, LRS[:1]),
+                "loader": lambda x=x, y=labels, c=classes: [with_loader(x, y, c, lr) for lr in LRS],
+            },
+            3,
+        )
+        print(
+            f"| {classes} | {statistics.median(t['ten']):.2f} | {statistics.median(t['one']):.2f} | {statistics.median(t['loader']):.2f} | {ratio(t['loader'], t['ten']):.1f} |"
+        )
     encoder = common.make_backbone("vit_small", *common.IMAGENET, 224, patch_size=16)
     data = common.ImageSet(images=torch.randint(0, 256, (192, 3, 224, 224), dtype=torch.uint8, generator=g))
     begin = time.perf_counter()
@@ -70,7 +78,9 @@ def main():
     x, labels = torch.randn(10_000, width, generator=g), torch.randint(100, (10_000,), generator=g)
     t = race({"ten": lambda: ours(x, labels, 100, LRS), "one": lambda: ours(x, labels, 100, LRS[:1])}, 2)
     ten, one = (statistics.median(t[k]) / EPOCHS * 50 for k in ("ten", "one"))
-    print(f"\n10,000 images of 224 px, 100 classes, 50 epochs: extraction {10_000 * extraction:.0f} s; then ten rates {ten:.0f} s, one {one:.0f} s: together {(10_000 * extraction + ten) / (10_000 * extraction + one):.3f} of one")
+    print(
+        f"\n10,000 images of 224 px, 100 classes, 50 epochs: extraction {10_000 * extraction:.0f} s; then ten rates {ten:.0f} s, one {one:.0f} s: together {(10_000 * extraction + ten) / (10_000 * extraction + one):.3f} of one"
+    )
 
 
 if __name__ == "__main__":

@@ -21,8 +21,32 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import common
 import ser
 
-VARIANTS = {"none": [], "ser": [], "augself": [], "stl": [], "equimod": [], "essl": [], "ser 2+4": ["--local-views", "4"], "augself, block 3": ["--equi-layer", "3"]}
-SMALL = ["--data", "imagefolder", "--recipe", "cifar10", "--arch", "vit_pico", "--patch-size", "8", "--batch-size", "64", "--proj-hidden", "512", "--device", "cpu"]
+VARIANTS = {
+    "none": [],
+    "ser": [],
+    "augself": [],
+    "stl": [],
+    "equimod": [],
+    "essl": [],
+    "ser 2+4": ["--local-views", "4"],
+    "augself, block 3": ["--equi-layer", "3"],
+}
+SMALL = [
+    "--data",
+    "imagefolder",
+    "--recipe",
+    "cifar10",
+    "--arch",
+    "vit_pico",
+    "--patch-size",
+    "8",
+    "--batch-size",
+    "64",
+    "--proj-hidden",
+    "512",
+    "--device",
+    "cpu",
+]
 
 
 def make_step(argv):
@@ -31,8 +55,12 @@ def make_step(argv):
     device = common.start(args.device)
     ser.check(args)
     model, policies = ser.build(args, device), ser.make_policies(args)
-    images = torch.randint(0, 256, (args.batch_size, 3, args.img_size, args.img_size), dtype=torch.uint8, generator=common.rng("bench"))
-    loader = common.Loader(common.ImageSet(images=images.to(device)), policies, partial(ser.draw_views, args, policies), args, device)
+    images = torch.randint(
+        0, 256, (args.batch_size, 3, args.img_size, args.img_size), dtype=torch.uint8, generator=common.rng("bench")
+    )
+    loader = common.Loader(
+        common.ImageSet(images=images.to(device)), policies, partial(ser.draw_views, args, policies), args, device
+    )
     views, params, _ = next(loader.batches([0]))
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=device.type == "cuda")
@@ -57,7 +85,10 @@ def make_encoder_step(arch, size, batch):
     device = common.start("auto")
     kwargs = dict(patch_size=16, cls_layer=0) if arch in common.VITS else {}
     encoder = common.make_backbone(arch, *common.IMAGENET, size, **kwargs).to(device, memory_format=torch.channels_last)
-    x, run = torch.randn(batch, 3, size, size, device=device), torch.compile(encoder, dynamic=False) if device.type == "cuda" else encoder
+    x, run = (
+        torch.randn(batch, 3, size, size, device=device),
+        torch.compile(encoder, dynamic=False) if device.type == "cuda" else encoder,
+    )
 
     def step():
         with common.autocast(device, "auto"):
@@ -81,14 +112,26 @@ def race(steps, base, rounds=15):
                 seconds[name].append(time.perf_counter() - start)
     print(f"| | ms a step | of {base}'s |\n|---|---|---|")
     for name, t in seconds.items():
-        print(f"| {name} | {1e3 * statistics.median(t):.0f} | {statistics.median(a / b for a, b in zip(t, seconds[base])):.2f} |")
+        print(
+            f"| {name} | {1e3 * statistics.median(t):.0f} | {statistics.median(a / b for a, b in zip(t, seconds[base])):.2f} |"
+        )
 
 
 def main(argv):
     if argv[:1] == ["encoders"]:
-        race({arch: make_encoder_step(arch, int(argv[1]), int(argv[2])) for arch in ("vit_small", "resnet50", "vmamba_tiny")}, "vit_small", rounds=7)
+        race(
+            {
+                arch: make_encoder_step(arch, int(argv[1]), int(argv[2]))
+                for arch in ("vit_small", "resnet50", "vmamba_tiny")
+            },
+            "vit_small",
+            rounds=7,
+        )
         return
-    steps = {name: make_step([*SMALL, *argv, "--equi", name.split()[0].rstrip(","), *more]) for name, more in VARIANTS.items()}
+    steps = {
+        name: make_step([*SMALL, *argv, "--equi", name.split()[0].rstrip(","), *more])
+        for name, more in VARIANTS.items()
+    }
     race(steps, "none")
 
 

@@ -34,9 +34,36 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny(folder):
     """Arguments of a run of two steps an epoch that takes a second."""
-    return ["--data", "imagefolder", "--data-dir", str(folder), "--recipe", "cifar10", "--arch", "vit_pico", "--img-size", "16", "--patch-size", "4",
-            "--batch-size", "12", "--epochs", "3", "--warmup-epochs", "1", "--proj-hidden", "16", "--proj-dim", "8", "--equi-dim", "16", "--workers", "0",
-            "--device", "cpu"]
+    return [
+        "--data",
+        "imagefolder",
+        "--data-dir",
+        str(folder),
+        "--recipe",
+        "cifar10",
+        "--arch",
+        "vit_pico",
+        "--img-size",
+        "16",
+        "--patch-size",
+        "4",
+        "--batch-size",
+        "12",
+        "--epochs",
+        "3",
+        "--warmup-epochs",
+        "1",
+        "--proj-hidden",
+        "16",
+        "--proj-dim",
+        "8",
+        "--equi-dim",
+        "16",
+        "--workers",
+        "0",
+        "--device",
+        "cpu",
+    ]
 
 
 @pytest.fixture(scope="session")

@@ -54,11 +54,18 @@ def assert_close(a, b, tol=TOL):
 
 
 def pixels(p, sizes):
-    return (torch.stack([p[k] for k in ("top", "left", "height", "width")], 1).double() * sizes.repeat(1, 2)).round().long()
+    return (
+        (torch.stack([p[k] for k in ("top", "left", "height", "width")], 1).double() * sizes.repeat(1, 2))
+        .round()
+        .long()
+    )
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("h,w,size", [(32, 32, 32), (32, 32, 40), (47, 33, 24), (64, 80, 64), (50, 75, 96), (256, 200, 224), (33, 200, 8), (300, 7, 48)])
+@pytest.mark.parametrize(
+    "h,w,size",
+    [(32, 32, 32), (32, 32, 40), (47, 33, 24), (64, 80, 64), (50, 75, 96), (256, 200, 224), (33, 200, 8), (300, 7, 48)],
+)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_crop_equals_torchvision(mode, h, w, size, layout):
     x, op = images(12, h, w).contiguous(memory_format=layout), A.RandomResizedCrop(size, interpolation=mode)
@@ -120,7 +127,9 @@ def torchvision_box(monkeypatch, area, aspect, corner, h, w, scale, ratio):
         return T.RandomResizedCrop.get_params(torch.empty(3, h, w), scale, ratio)
 
 
-@pytest.mark.parametrize("scale,ratio", [((0.08, 1.0), (3 / 4, 4 / 3)), ((0.9, 1.0), (0.5, 0.8)), ((1.1, 1.4), (0.9, 1.2))])
+@pytest.mark.parametrize(
+    "scale,ratio", [((0.08, 1.0), (3 / 4, 4 / 3)), ((0.9, 1.0), (0.5, 0.8)), ((1.1, 1.4), (0.9, 1.2))]
+)
 def test_crop_law_candidate_by_candidate(monkeypatch, scale, ratio):
     op = A.RandomResizedCrop(32, scale, ratio)
     sizes = torch.cat(
@@ -152,8 +161,15 @@ def test_crop_statistics():
     p = sampled(op, n, gen(), sizes)
     box = pixels(p, sizes).double()
     torch.manual_seed(0)
-    ref = torch.tensor([T.RandomResizedCrop.get_params(torch.empty(3, 224, 280), (0.08, 1.0), (3 / 4, 4 / 3)) for _ in range(4000)]).double()
-    for f in (lambda b: b[:, 2] * b[:, 3] / (224 * 280), lambda b: (b[:, 3] / b[:, 2]).log(), lambda b: b[:, 0] / 224, lambda b: b[:, 1] / 280):
+    ref = torch.tensor(
+        [T.RandomResizedCrop.get_params(torch.empty(3, 224, 280), (0.08, 1.0), (3 / 4, 4 / 3)) for _ in range(4000)]
+    ).double()
+    for f in (
+        lambda b: b[:, 2] * b[:, 3] / (224 * 280),
+        lambda b: (b[:, 3] / b[:, 2]).log(),
+        lambda b: b[:, 0] / 224,
+        lambda b: b[:, 1] / 280,
+    ):
         a, b = f(box), f(ref)
         assert abs(a.mean() - b.mean()) < 5 * b.std() / 4000**0.5 and abs(a.std() / b.std() - 1) < 0.05
 
@@ -187,10 +203,18 @@ def test_flip_gray_rot90_solarize_normalize():
         assert_close(A.HorizontalFlip()(x.clone(), {"flip": on}), pick(TF.hflip), 0)
         assert_close(A.Grayscale()(x.clone(), {"gray": on}), pick(lambda a: TF.rgb_to_grayscale(a, 3)), 1e-6)
         assert_close(A.Solarize()(x.clone(), {"solarize": on}), pick(lambda a: TF.solarize(a, 128 / 255)), 1e-6)
-        assert_close(A.Normalize([0.4, 0.5, 0.6], [0.1, 0.2, 0.3])(x.clone()), TF.normalize(x, [0.4, 0.5, 0.6], [0.1, 0.2, 0.3]), 1e-6)
+        assert_close(
+            A.Normalize([0.4, 0.5, 0.6], [0.1, 0.2, 0.3])(x.clone()),
+            TF.normalize(x, [0.4, 0.5, 0.6], [0.1, 0.2, 0.3]),
+            1e-6,
+        )
         if h == w:
             k = torch.randint(4, (16,), generator=gen())
-            assert_close(A.Rot90()(x.clone(), {"rot90": k}), torch.stack([torch.rot90(a, int(i), (1, 2)) for a, i in zip(x, k)]), 0)
+            assert_close(
+                A.Rot90()(x.clone(), {"rot90": k}),
+                torch.stack([torch.rot90(a, int(i), (1, 2)) for a, i in zip(x, k)]),
+                0,
+            )
 
 
 def test_solarize_matches_uint8_levels():
@@ -199,7 +223,9 @@ def test_solarize_matches_uint8_levels():
     got = A.Compose([A.Solarize(p=1)]).augment(u, {"solarize": torch.tensor([True])})
     assert torch.equal((got * 255).round().to(torch.uint8), want)
     by_product = u.float() * (1 / 255)  # the division of a GPU
-    assert torch.equal((A.Solarize()(by_product, {"solarize": torch.tensor([True])}) * 255).round().to(torch.uint8), want)
+    assert torch.equal(
+        (A.Solarize()(by_product, {"solarize": torch.tensor([True])}) * 255).round().to(torch.uint8), want
+    )
 
 
 def reference_jitter(x, p):
@@ -215,7 +241,10 @@ def reference_jitter(x, p):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("h,w", [(17, 17), (9, 14), (1, 1)])
-@pytest.mark.parametrize("strength", [(0.4, 0.4, 0.2, 0.1), (0.8, 0.8, 0.8, 0.2), (1.0, 1.0, 1.0, 0.5), (0.4, 0.0, 0.4, 0.0), (0.0, 0.0, 0.0, 0.3)])
+@pytest.mark.parametrize(
+    "strength",
+    [(0.4, 0.4, 0.2, 0.1), (0.8, 0.8, 0.8, 0.2), (1.0, 1.0, 1.0, 0.5), (0.4, 0.0, 0.4, 0.0), (0.0, 0.0, 0.0, 0.3)],
+)
 def test_jitter_all_orders(dtype, h, w, strength):
     op, n = A.ColorJitter(*strength, p=0.9), 96
     p, x = op.sample(n, gen()), floats(n, h, w).to(dtype)
@@ -243,7 +272,9 @@ def test_jitter_law():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("h,w,kernel", [(32, 32, None), (21, 40, 23), (4, 4, None), (4, 9, None), (1, 6, 5), (1, 1, None), (64, 48, 3)])
+@pytest.mark.parametrize(
+    "h,w,kernel", [(32, 32, None), (21, 40, 23), (4, 4, None), (4, 9, None), (1, 6, 5), (1, 1, None), (64, 48, 3)]
+)
 def test_blur(dtype, h, w, kernel):
     op, x = A.GaussianBlur(p=0.7, kernel=kernel), floats(12, h, w).to(dtype)
     p = op.sample(12, gen())
@@ -263,7 +294,9 @@ def test_grid_resize():
         assert_close(op(x.clone(), p), TF.resize(x, [4 * h, 4 * w], MODES["bicubic"], antialias=True), 1e-6)
         seen.add((h, w))
     assert len(seen) > 8
-    grids = torch.stack([torch.stack(list(op.sample(1, g).values())) for g in [gen()] for _ in range(3000)])[:, :, 0].double()
+    grids = torch.stack([torch.stack(list(op.sample(1, g).values())) for g in [gen()] for _ in range(3000)])[
+        :, :, 0
+    ].double()
     assert abs(grids.prod(1).mean() / 64 - 1) < 0.02 and abs((grids[:, 1] / grids[:, 0]).log().mean()) < 0.01
 
 
@@ -320,7 +353,9 @@ def test_N6_compose_equals_the_ops_in_order_and_again(size, h, w):
         z = op(z, p)
     assert_close(z, y, 1e-5)
     ref = crops.float() / 255
-    ref = torch.stack([torch.rot90(TF.hflip(a) if f else a, int(k), (1, 2)) for a, f, k in zip(ref, p["flip"], p["rot90"])])
+    ref = torch.stack(
+        [torch.rot90(TF.hflip(a) if f else a, int(k), (1, 2)) for a, f, k in zip(ref, p["flip"], p["rot90"])]
+    )
     ref = reference_jitter(ref, p)
     ref = [TF.rgb_to_grayscale(a, 3) if g else a for a, g in zip(ref, p["gray"])]
     ref = [TF.gaussian_blur(a, 13, [s, s]) if s else a for a, s in zip(ref, p["sigma"].tolist())]
@@ -348,12 +383,21 @@ def test_affine_equals_torchvision(size):
     p["angle"][0], p["shift_x"][0], p["shift_y"][0] = 0, 0, 0
     assert torch.allclose(op(x, p)[0], x[0], atol=1e-6)
     whole = p | dict(shift_x=p["shift_x"].round(), shift_y=p["shift_y"].round())  # torchvision shifts by whole pixels
-    for a, b, angle, dx, dy in zip(x, op(x, whole), p["angle"].tolist(), whole["shift_x"].tolist(), whole["shift_y"].tolist()):
+    for a, b, angle, dx, dy in zip(
+        x, op(x, whole), p["angle"].tolist(), whole["shift_x"].tolist(), whole["shift_y"].tolist()
+    ):
         assert_close(b, TF.affine(a, angle, [int(dx), int(dy)], 1.0, [0.0], InterpolationMode.BILINEAR), 2e-4)
 
 
 def test_N11_identity_parameters_are_the_identity():
-    ops = [A.HorizontalFlip(0), A.Rot90(), A.ColorJitter(0.4, 0.4, 0.2, 0.1, p=0), A.Grayscale(0), A.GaussianBlur(p=0), A.Solarize(p=0)]
+    ops = [
+        A.HorizontalFlip(0),
+        A.Rot90(),
+        A.ColorJitter(0.4, 0.4, 0.2, 0.1, p=0),
+        A.Grayscale(0),
+        A.GaussianBlur(p=0),
+        A.Solarize(p=0),
+    ]
     c, x = A.Compose(ops), floats(7, 19, 19)
     p = c.sample(7, gen())
     p["rot90"] = torch.zeros(7, dtype=torch.int64)
@@ -394,7 +438,9 @@ def test_float_input_in_channels_last_order():
 def test_an_explicit_box_wins():
     """A box that stands in the parameters is cut out whatever was sampled, by the crop and by a whole view."""
     x, op = images(4, 40, 40), A.RandomResizedCrop(16)
-    box = dict(top=torch.zeros(4), left=torch.full((4,), 0.5), height=torch.full((4,), 0.5), width=torch.full((4,), 0.25))
+    box = dict(
+        top=torch.zeros(4), left=torch.full((4,), 0.5), height=torch.full((4,), 0.5), width=torch.full((4,), 0.25)
+    )
     expected = torch.stack([V2.resized_crop(v, 0, 20, 20, 10, [16, 16], antialias=True) for v in x])
     assert_close(op(x, op.sample(4, gen()) | box), expected, 1)
     view = A.Compose([op, A.HorizontalFlip(0)])

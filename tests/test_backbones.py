@@ -25,7 +25,9 @@ def test_sincos_positions_term_by_term():
     for a in range(3):
         for b in range(5):
             w = 10000.0 ** (-torch.arange(d) / d)
-            assert torch.allclose(table[a * 5 + b], torch.cat([(a * w).sin(), (a * w).cos(), (b * w).sin(), (b * w).cos()]), atol=1e-6)
+            assert torch.allclose(
+                table[a * 5 + b], torch.cat([(a * w).sin(), (a * w).cos(), (b * w).sin(), (b * w).cos()]), atol=1e-6
+            )
 
 
 @pytest.mark.parametrize("cls_layer", [0, 3])
@@ -33,7 +35,9 @@ def test_positions_on_other_grids(cls_layer):
     vit = common.ViT("vit_pico", img_size=32, patch_size=4, cls_layer=cls_layer, pos="sincos")
     assert torch.equal(vit.positions(8, 8), common.sincos_positions(8, 8, 128)) and not vit.pos_embed.requires_grad
     table = vit.positions(8, 8).view(1, 8, 8, 128).permute(0, 3, 1, 2)
-    assert torch.allclose(vit.positions(7, 10).view(7, 10, 128).permute(2, 0, 1), F.interpolate(table, (7, 10), mode="bicubic")[0])
+    assert torch.allclose(
+        vit.positions(7, 10).view(7, 10, 128).permute(2, 0, 1), F.interpolate(table, (7, 10), mode="bicubic")[0]
+    )
     assert vit(torch.randn(2, 3, 28, 40)).shape == (2, 128)
 
 
@@ -67,8 +71,14 @@ def test_resnet_is_torchvision_s(arch, dim):
     theirs.load_state_dict(ours.state_dict(), strict=False)
     theirs.fc, x = torch.nn.Identity(), torch.randn(2, 3, 64, 64)
     with torch.no_grad():
-        assert ours.dim == dim and torch.allclose(ours(x), theirs(x), atol=1e-6) and torch.equal(ours.last_blocks(x), ours(x))
-        assert ours.tokens(x, after=3).shape == (2, 4, 4, dim // 2) and torch.allclose(ours.tokens(x, after=4).mean((1, 2)), ours(x), atol=1e-6)
+        assert (
+            ours.dim == dim
+            and torch.allclose(ours(x), theirs(x), atol=1e-6)
+            and torch.equal(ours.last_blocks(x), ours(x))
+        )
+        assert ours.tokens(x, after=3).shape == (2, 4, 4, dim // 2) and torch.allclose(
+            ours.tokens(x, after=4).mean((1, 2)), ours(x), atol=1e-6
+        )
 
 
 def test_resnet_pico_is_a_quarter_as_wide_and_starts_like_the_others():
@@ -83,7 +93,15 @@ def test_resnet_pico_is_a_quarter_as_wide_and_starts_like_the_others():
 
 def saved(tmp_path, change=lambda state: None):
     vit = common.make_backbone("vit_pico", *common.CIFAR10, img_size=16, patch_size=4, cls_layer=3, pos="sincos")
-    state = dict(format=common.FORMAT, method="ser", args={}, step=0, backbone=vit.description, backbone_state=vit.state_dict(), train_state={})
+    state = dict(
+        format=common.FORMAT,
+        method="ser",
+        args={},
+        step=0,
+        backbone=vit.description,
+        backbone_state=vit.state_dict(),
+        train_state={},
+    )
     change(state)
     common.save_checkpoint(tmp_path / "c.pt", state)
     return vit, tmp_path / "c.pt"
@@ -93,17 +111,24 @@ def test_load_backbone_rebuilds_the_encoder(tmp_path):
     vit, path = saved(tmp_path)
     loaded, _ = common.load_backbone(path)
     x = torch.randn(2, 3, 16, 16)
-    assert torch.equal(loaded(x), vit.eval()(x)) and not loaded.training and (loaded.mean, loaded.img_size) == (list(common.CIFAR10[0]), 16)
+    assert (
+        torch.equal(loaded(x), vit.eval()(x))
+        and not loaded.training
+        and (loaded.mean, loaded.img_size) == (list(common.CIFAR10[0]), 16)
+    )
     assert not any(p.requires_grad for p in loaded.parameters())
 
 
-@pytest.mark.parametrize("change, word", [
-    (lambda s: s["backbone_state"].pop("norm.weight"), "norm.weight"),
-    (lambda s: s["backbone_state"].update(extra=torch.zeros(1)), "extra"),
-    (lambda s: s["backbone_state"].update({"norm.weight": torch.zeros(7)}), "norm.weight"),
-    (lambda s: s["backbone"].update(arch="resnet_pico"), "resnet_pico"),
-    (lambda s: s["backbone"].update(arch="resnet_huge"), "--arch resnet_huge"),
-])
+@pytest.mark.parametrize(
+    "change, word",
+    [
+        (lambda s: s["backbone_state"].pop("norm.weight"), "norm.weight"),
+        (lambda s: s["backbone_state"].update(extra=torch.zeros(1)), "extra"),
+        (lambda s: s["backbone_state"].update({"norm.weight": torch.zeros(7)}), "norm.weight"),
+        (lambda s: s["backbone"].update(arch="resnet_pico"), "resnet_pico"),
+        (lambda s: s["backbone"].update(arch="resnet_huge"), "--arch resnet_huge"),
+    ],
+)
 def test_C10_load_backbone_is_strict(tmp_path, capsys, change, word):
     _, path = saved(tmp_path, change)
     with pytest.raises(SystemExit) as end:
@@ -120,6 +145,9 @@ def test_knn_on_a_known_vote():
     scores = common.knn(train, labels, torch.tensor([[1.0, 0.0]]), k=3)
     assert scores.argmax() == 1 and scores[0, 2] == 0
     assert common.knn(train, labels, torch.tensor([[1.0, 0.0]]), k=3, temperature=1.0).argmax() == 0
-    assert torch.equal(common.knn(train, labels, torch.tensor([[1.0, 0.0]]), k=99), common.knn(train, labels, torch.tensor([[1.0, 0.0]]), k=4))
+    assert torch.equal(
+        common.knn(train, labels, torch.tensor([[1.0, 0.0]]), k=99),
+        common.knn(train, labels, torch.tensor([[1.0, 0.0]]), k=4),
+    )
     ratio = scores[0, 1] / (scores[0, 0] / 2)
     assert ratio.item() == pytest.approx(4.1727, rel=1e-3)  # exp(0.1 / 0.07)

@@ -66,7 +66,15 @@ def test_pixels_against_scalar_slabs():
         R = scalar_rotation(q[i] / np.linalg.norm(q[i]))
         for r, c in pick.integers(0, size, (40, 2)):
             subs = [
-                scalar_ray(boxes[i], colors[i], R, fh[i], lh[i], ((2 * c + b + 0.5) / size - 1) * B.HALF_VIEW, -((2 * r + a + 0.5) / size - 1) * B.HALF_VIEW)
+                scalar_ray(
+                    boxes[i],
+                    colors[i],
+                    R,
+                    fh[i],
+                    lh[i],
+                    ((2 * c + b + 0.5) / size - 1) * B.HALF_VIEW,
+                    -((2 * r + a + 0.5) / size - 1) * B.HALF_VIEW,
+                )
                 for a in (0, 1)
                 for b in (0, 1)
             ]
@@ -96,7 +104,10 @@ def test_rotations():
 
 def test_quarter_turn_turns_the_silhouette():
     boxes, colors, _, fh, lh = scenes(10)
-    one, turn = torch.tensor([[0, 0, 0, 1.0]]).repeat(10, 1), B.quaternion_from_angles(torch.tensor([[0, 0, math.pi / 2]])).repeat(10, 1)
+    one, turn = (
+        torch.tensor([[0, 0, 0, 1.0]]).repeat(10, 1),
+        B.quaternion_from_angles(torch.tensor([[0, 0, math.pi / 2]])).repeat(10, 1),
+    )
     m0 = B.render_blocks(boxes, colors, one, fh, lh, 48)[1]
     m1 = B.render_blocks(boxes, colors, turn, fh, lh, 48)[1]
     off = (m1 != torch.rot90(m0, 1, (1, 2))).float().mean().item()  # counter-clockwise
@@ -109,7 +120,9 @@ def test_colors_and_hues():
     h, s, v = torch.rand(3, 200)
     want = torch.tensor([colorsys.hsv_to_rgb(*x) for x in zip(h.tolist(), s.tolist(), v.tolist())])
     assert torch.allclose(B.hsv_to_rgb(h, s, v), want, atol=1e-5)
-    paint = B.random_objects(torch.tensor([0, 7]).repeat_interleave(400), torch.Generator().manual_seed(3))[1]  # (800, K, 3)
+    paint = B.random_objects(torch.tensor([0, 7]).repeat_interleave(400), torch.Generator().manual_seed(3))[
+        1
+    ]  # (800, K, 3)
     spread, apart = paint[:400].std(0).norm(dim=-1), (paint[:400].mean(0) - paint[400:].mean(0)).norm(dim=-1)
     assert (spread > 0.1).all() and apart.max() > 0.2  # typical of the class, but varied
 
@@ -156,9 +169,17 @@ def test_frame():
     assert abs(corners.norm(dim=2).max() - 1) < 1e-5
     w = corners @ B.rotation_matrix(q).mT
     reach = (w[..., :2].abs() / (B.CAMERA_DISTANCE - w[..., 2:])).amax((1, 2)) / B.HALF_VIEW
-    print("a corner outside the frame:", (reach > 1).float().mean().item(), "of objects; at most", reach.max().item(), "half-frames")
+    print(
+        "a corner outside the frame:",
+        (reach > 1).float().mean().item(),
+        "of objects; at most",
+        reach.max().item(),
+        "half-frames",
+    )
     assert reach.max() <= 1
-    gap = ((boxes[:, :, None, :3] - boxes[:, None, :, :3]).abs() - (boxes[:, :, None, 3:] + boxes[:, None, :, 3:]) / 2).amax(3)
+    gap = (
+        (boxes[:, :, None, :3] - boxes[:, None, :, :3]).abs() - (boxes[:, :, None, 3:] + boxes[:, None, :, 3:]) / 2
+    ).amax(3)
     assert (torch.linalg.matrix_power((gap < 0).float(), 5) > 0).all()  # every object is in one piece
 
 
@@ -186,10 +207,16 @@ def test_turntable():
     """Every object in its sessions from every side: upright, whole, smaller from afar, in unseen sessions on test images."""
     d, e = B.blocks_views("train", 12), B.blocks_views("test", 12)
     assert len(d["images"]) == 50 * 2 * 108 and len(e["images"]) == 20 * 9 * 36
-    assert d["factors"]["session"].unique().tolist() == [0, 1] and e["factors"]["session"].unique().tolist() == list(range(2, 11))
+    assert d["factors"]["session"].unique().tolist() == [0, 1] and e["factors"]["session"].unique().tolist() == list(
+        range(2, 11)
+    )
     assert (d["labels"].bincount() == 1080).all() and (e["labels"].bincount() == 648).all()
     view = d["factors"]["view"].view(100, 108, 3)
-    assert (view == view[0]).all() and len(view[0].unique(dim=0)) == 108 and (d["groups"].view(100, 108) == d["groups"].view(100, 108)[:, :1]).all()
+    assert (
+        (view == view[0]).all()
+        and len(view[0].unique(dim=0)) == 108
+        and (d["groups"].view(100, 108) == d["groups"].view(100, 108)[:, :1]).all()
+    )
     for s in range(2, 11):  # 36 views of each object in each session, all distances, elevations and azimuths among them
         v = e["factors"]["view"][(e["factors"]["session"] == s) & (e["groups"] == 3)]
         assert len(v) == 36 and [len(v[:, k].unique()) for k in range(3)] == [12, 3, 3]
@@ -205,8 +232,12 @@ def test_a_view_turns_the_object_about_its_vertical_and_tilts_it_to_the_camera()
     turn = lambda a: torch.tensor([[0, math.sin(half(a)), 0, math.cos(half(a))]])
     tilt = lambda a: torch.tensor([[math.sin(half(a)), 0, 0, math.cos(half(a))]])
     R = B.rotation_matrix(B.multiply(tilt(30), turn(90)))[0]
-    assert torch.allclose(R @ torch.tensor([0.0, 1, 0]), torch.tensor([0, math.cos(math.pi / 6), 0.5]), atol=1e-6)  # up leans to the camera
-    assert torch.allclose(R @ torch.tensor([0.0, 0, 1]), torch.tensor([1.0, 0, 0]), atol=1e-6)  # its front looks to the right
+    assert torch.allclose(
+        R @ torch.tensor([0.0, 1, 0]), torch.tensor([0, math.cos(math.pi / 6), 0.5]), atol=1e-6
+    )  # up leans to the camera
+    assert torch.allclose(
+        R @ torch.tensor([0.0, 0, 1]), torch.tensor([1.0, 0, 0]), atol=1e-6
+    )  # its front looks to the right
 
 
 def test_D15_quaternions_are_unit_and_keep_the_sign_of_the_formula():
@@ -214,6 +245,8 @@ def test_D15_quaternions_are_unit_and_keep_the_sign_of_the_formula():
     draw = torch.Generator().manual_seed(0)
     q = B.quaternion_from_angles((torch.rand(1000, 3, generator=draw) - 0.5) * math.pi)
     pose = B.pose_target("pose", dict(rotation=q), torch.arange(500), torch.arange(500, 1000))
-    assert (q.norm(dim=1) - 1).abs().max() < 1e-6 and (pose.norm(dim=1) - 1).abs().max() < 1e-6 and (pose[:, 3] < 0).any()
+    assert (
+        (q.norm(dim=1) - 1).abs().max() < 1e-6 and (pose.norm(dim=1) - 1).abs().max() < 1e-6 and (pose[:, 3] < 0).any()
+    )
     turn = B.quaternion_from_angles(torch.linspace(0, 2 * math.pi, 1001)[:, None] * torch.tensor([[0.0, 0.0, 1.0]]))
     assert turn.diff(dim=0).norm(dim=1).max() < 0.01 and turn[-1, 3] < -0.999

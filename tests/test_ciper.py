@@ -23,7 +23,11 @@ def t(*rows):
 
 def args_for(objective="ciper", **changes):
     first = ciper.Args(objective=objective)
-    args = ciper.Args(**ciper.values_in_force(first) | dict(objective=objective, batch_size=8, img_size=16, proj_hidden=16, proj_dim=12) | changes)
+    args = ciper.Args(
+        **ciper.values_in_force(first)
+        | dict(objective=objective, batch_size=8, img_size=16, proj_hidden=16, proj_dim=12)
+        | changes
+    )
     ciper.check(args)
     return args
 
@@ -31,21 +35,39 @@ def args_for(objective="ciper", **changes):
 # ---- losses -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("N, both, cross", [(2, 1.098612, math.log(2)), (4, 1.945910, math.log(4)), (64, 4.844187, math.log(64)), (256, 6.236370, 5.545177)])
+@pytest.mark.parametrize(
+    "N, both, cross",
+    [(2, 1.098612, math.log(2)), (4, 1.945910, math.log(4)), (64, 4.844187, math.log(64)), (256, 6.236370, 5.545177)],
+)
 def test_N13_contrast_of_equal_embeddings(N, both, cross):
     z = torch.ones(N, 5).double()
-    assert ciper.nt_xent(z, z, 0.5).item() == pytest.approx(both, abs=1e-6) and ciper.info_nce(z, z, 0.5).item() == pytest.approx(cross, abs=1e-6)
+    assert ciper.nt_xent(z, z, 0.5).item() == pytest.approx(both, abs=1e-6) and ciper.info_nce(
+        z, z, 0.5
+    ).item() == pytest.approx(cross, abs=1e-6)
 
 
-@pytest.mark.parametrize("N, tau, both, cross", [(2, 1, 0.551445, 0.313262), (2, 0.5, 0.239545, 0.126928), (4, 0.5, 0.594438, 0.340753), (64, 0.5, 2.893270, 2.254038), (256, 0.5, 4.248795, 3.569828)])
+@pytest.mark.parametrize(
+    "N, tau, both, cross",
+    [
+        (2, 1, 0.551445, 0.313262),
+        (2, 0.5, 0.239545, 0.126928),
+        (4, 0.5, 0.594438, 0.340753),
+        (64, 0.5, 2.893270, 2.254038),
+        (256, 0.5, 4.248795, 3.569828),
+    ],
+)
 def test_N13_contrast_of_orthonormal_embeddings(N, tau, both, cross):
     z = torch.eye(N).double()
-    assert ciper.nt_xent(z, z, tau).item() == pytest.approx(both, abs=1e-6) and ciper.info_nce(z, z, tau).item() == pytest.approx(cross, abs=1e-6)
+    assert ciper.nt_xent(z, z, tau).item() == pytest.approx(both, abs=1e-6) and ciper.info_nce(
+        z, z, tau
+    ).item() == pytest.approx(cross, abs=1e-6)
 
 
 def test_contrast_of_two_pairs_and_of_one():
     z1, z2 = t([1, 0], [0, 1]), t([1, 0], [0, -1])
-    assert ciper.nt_xent(z1, z2, 0.5).item() == pytest.approx(1.499084, abs=1e-6) and ciper.info_nce(z1, z2, 0.5).item() == pytest.approx(1.126928, abs=1e-6)
+    assert ciper.nt_xent(z1, z2, 0.5).item() == pytest.approx(1.499084, abs=1e-6) and ciper.info_nce(
+        z1, z2, 0.5
+    ).item() == pytest.approx(1.126928, abs=1e-6)
     assert ciper.nt_xent(z1[:1], z2[:1], 0.5).item() == 0
 
 
@@ -64,7 +86,9 @@ def test_N10_nt_xent_equals_the_loop_and_its_symmetries():
 
 
 def test_targets_are_standardised_and_a_constant_one_is_0():
-    assert ciper.standardise(t([1], [1], [1], [1], [0]))[:, 0].tolist() == pytest.approx([0.499984] * 4 + [-1.999937], abs=1e-6)
+    assert ciper.standardise(t([1], [1], [1], [1], [0]))[:, 0].tolist() == pytest.approx(
+        [0.499984] * 4 + [-1.999937], abs=1e-6
+    )
     r = ciper.standardise(t([0, 1], [2, 1], [4, 1]))
     assert r[:, 0].tolist() == pytest.approx([-1.2247, 0, 1.2247], abs=1e-4) and r[:, 1].tolist() == [0, 0, 0]
     assert r.square().mean().item() == pytest.approx(0.5, abs=1e-5)  # L_p of a prediction of 0
@@ -74,10 +98,20 @@ def step(objective, views="image", seed=0, **changes):
     """(args, model in float64, views, r, session) of one step on random images of 4 objects in 2 sessions."""
     args = args_for(objective, views=views, **changes)
     g = common.rng("test", seed)
-    data = common.ImageSet(images=torch.randint(0, 256, (32, 3, 16, 16), dtype=torch.uint8, generator=g), groups=torch.arange(32) // 8,
-                           factors=dict(session=torch.arange(32) // 4 % 2, view=360 * torch.rand(32, 3, generator=g)))
+    data = common.ImageSet(
+        images=torch.randint(0, 256, (32, 3, 16, 16), dtype=torch.uint8, generator=g),
+        groups=torch.arange(32) // 8,
+        factors=dict(session=torch.arange(32) // 4 % 2, view=360 * torch.rand(32, 3, generator=g)),
+    )
     policies = ciper.make_policies(args)
-    loader = common.Loader(data, policies, ciper.partial(ciper.draw_views, args, policies), args, torch.device("cpu"), ciper.ObjectViews(data) if views == "dataset" else None)
+    loader = common.Loader(
+        data,
+        policies,
+        ciper.partial(ciper.draw_views, args, policies),
+        args,
+        torch.device("cpu"),
+        ciper.ObjectViews(data) if views == "dataset" else None,
+    )
     views, params, rows = next(loader.batches([0]))
     if args.views == "image":
         r, session = torch.cat([ciper.augmentation(params[v], args.drop_aug) for v in "12"]), None
@@ -98,7 +132,9 @@ def test_the_whole_loss_equals_its_formula():
     error = sum(float((standard[i, m] - p[i, m]) ** 2) for i in range(16) for m in range(3)) / (16 * 3)
     entropy = sum(-math.log(float(p[i, 3:].exp()[session[i]] / p[i, 3:].exp().sum())) for i in range(16)) / 16
     contrast = ciper.nt_xent(model.projector(h1), model.projector(h2), 0.5).item()
-    assert out["L_session"].item() == pytest.approx(entropy, rel=1e-6) and out["L_p"].item() == pytest.approx(error + entropy, rel=1e-6)
+    assert out["L_session"].item() == pytest.approx(entropy, rel=1e-6) and out["L_p"].item() == pytest.approx(
+        error + entropy, rel=1e-6
+    )
     assert out["loss"].item() == pytest.approx(contrast + 0.7 * (error + entropy), rel=1e-6)
 
 
@@ -129,7 +165,9 @@ def test_rotations_are_predicted_from_half_sized_views():
     scores = model.rotation(model.backbone(turned))
     expected = -scores.log_softmax(1)[torch.arange(32), torch.arange(32) // 8].mean()
     assert out["L_rot"].item() == pytest.approx(expected.item(), rel=1e-9)
-    contrast = ciper.info_nce(model.projector(model.backbone(views["1"])), model.projector(model.backbone(views["2"])), 0.5)
+    contrast = ciper.info_nce(
+        model.projector(model.backbone(views["1"])), model.projector(model.backbone(views["2"])), 0.5
+    )
     assert out["loss"].item() == pytest.approx((contrast + 0.4 * expected).item(), rel=1e-9)
 
 
@@ -143,7 +181,11 @@ def test_parameter_counts():
         heads = lambda objective: ciper.Heads(encoder(True), ciper.Args(objective=objective), 10)
         assert count(encoder(False)) == 11_168_832 and count(encoder(True)) == 11_169_984
         assert sum(isinstance(m, torch.nn.BatchNorm2d) for m in encoder(True).modules()) == 20
-        assert count(heads("ciper").projector) == 5_246_976 and count(heads("ciper").predictor) == 268_810 and count(heads("essl").rotation) == 5_263_364
+        assert (
+            count(heads("ciper").projector) == 5_246_976
+            and count(heads("ciper").predictor) == 268_810
+            and count(heads("essl").rotation) == 5_263_364
+        )
         assert heads("simclr").predictor is None and heads("predictive").projector is None
 
 
@@ -153,7 +195,9 @@ def test_coordinates_are_those_of_the_view():
     encoder.conv1.register_forward_hook(lambda m, inputs, _: seen.append(inputs[0]))
     encoder(torch.randn(2, 3, 4, 8))
     x, y = seen[0][:, 3], seen[0][:, 4]
-    assert torch.allclose(x, torch.linspace(-1, 1, 8).expand(2, 4, 8)) and torch.allclose(y, torch.linspace(-1, 1, 4)[:, None].expand(2, 4, 8))
+    assert torch.allclose(x, torch.linspace(-1, 1, 8).expand(2, 4, 8)) and torch.allclose(
+        y, torch.linspace(-1, 1, 4)[:, None].expand(2, 4, 8)
+    )
 
 
 # ---- image views -------------------------------------------------------------------------------------------
@@ -163,7 +207,13 @@ def test_N6_the_target_says_what_torchvision_would_do():
     """The ten numbers of a view, and the order of its colour steps, are all that torchvision needs to make it."""
     args = args_for("ciper", batch_size=16, img_size=24)
     policy = ciper.make_policies(args)["1"]
-    x = F.interpolate(torch.rand(16, 3, 6, 6, generator=common.rng(1)), (24, 24), mode="bicubic").clamp(0, 1).mul(255).round().to(torch.uint8)
+    x = (
+        F.interpolate(torch.rand(16, 3, 6, 6, generator=common.rng(1)), (24, 24), mode="bicubic")
+        .clamp(0, 1)
+        .mul(255)
+        .round()
+        .to(torch.uint8)
+    )
     params = policy.sample(16, common.rng(0))
     policy.crop.place(params, torch.full((16, 2), 24))
     r, views, (mean, std) = ciper.augmentation(params), policy(x, params), common.BLOCKS
@@ -208,14 +258,26 @@ def test_a_dropped_augmentation_is_not_made():
 
 def turntable(objects=3, sessions=2):
     """Factors and groups of a grid of 4 x 2 x 2 views of each object in each session, in random order."""
-    grid = torch.cartesian_prod(torch.arange(objects), torch.arange(sessions), torch.arange(4) * 90, torch.arange(2) * 20 + 10, torch.arange(2) + 3)
+    grid = torch.cartesian_prod(
+        torch.arange(objects),
+        torch.arange(sessions),
+        torch.arange(4) * 90,
+        torch.arange(2) * 20 + 10,
+        torch.arange(2) + 3,
+    )
     grid = grid[torch.randperm(len(grid), generator=common.rng("turntable"))]
-    return common.ImageSet(images=torch.zeros(len(grid), 3, 2, 2, dtype=torch.uint8), groups=grid[:, 0] * 2 + 1, factors=dict(session=grid[:, 1], view=grid[:, 2:].float()))
+    return common.ImageSet(
+        images=torch.zeros(len(grid), 3, 2, 2, dtype=torch.uint8),
+        groups=grid[:, 0] * 2 + 1,
+        factors=dict(session=grid[:, 1], view=grid[:, 2:].float()),
+    )
 
 
 def test_dataset_views_show_the_object_uniformly():
     data = turntable()
-    data = data.subset(((data.groups != 1) | (data.factors["session"] == 1) | (data.factors["view"][:, 0] == 0)).nonzero()[:, 0])  # object 0: 4 images in session 0, 16 in 1
+    data = data.subset(
+        ((data.groups != 1) | (data.factors["session"] == 1) | (data.factors["view"][:, 0] == 0)).nonzero()[:, 0]
+    )  # object 0: 4 images in session 0, 16 in 1
     sampler = ciper.ObjectViews(data)
     items = torch.randperm(len(data))
     rows = [sampler(items, 0, common.rng(i)) for i in range(400)]
@@ -236,7 +298,9 @@ def test_changes_of_view_and_their_variance():
     r, session = ciper.change(dict(view=view), *pairs.T)
     assert session is None and r[:, 0].min() == -180 and r[:, 0].max() == 170
     r = r.double()
-    assert r.var(0, correction=0).tolist() == pytest.approx([10791.67, 800, 0.025], rel=1e-4) and r[:, 0].mean().item() == pytest.approx(-5)
+    assert r.var(0, correction=0).tolist() == pytest.approx([10791.67, 800, 0.025], rel=1e-4) and r[
+        :, 0
+    ].mean().item() == pytest.approx(-5)
     r, session = ciper.change(dict(session=torch.tensor([4, 7])), torch.tensor([0, 1]), torch.tensor([1, 1]))
     assert r.shape == (2, 0) and session.tolist() == [7, 7]
     assert F.cross_entropy(torch.zeros(2, ciper.SESSIONS), session).item() == pytest.approx(2.397895, abs=1e-6)
@@ -245,19 +309,32 @@ def test_changes_of_view_and_their_variance():
 def is_step(data, i, j):
     same_place = data.groups[i] == data.groups[j] and data.factors["session"][i] == data.factors["session"][j]
     turn, tilt, walk = (data.factors["view"][j] - data.factors["view"][i]).abs().tolist()
-    return same_place and (turn in (90, 270), tilt == 20, walk == 1).count(True) == 1 and (turn == 0) + (tilt == 0) + (walk == 0) == 2
+    return (
+        same_place
+        and (turn in (90, 270), tilt == 20, walk == 1).count(True) == 1
+        and (turn == 0) + (tilt == 0) + (walk == 0) == 2
+    )
 
 
 def test_the_stream_walks_through_the_views():
     data = turntable()
     sampler = ciper.TimeStream(data, 0.8, seed=0)
-    assert all(len(ways) == 4 and all(is_step(data, i, k) for k in ways) for i, ways in enumerate(sampler.steps))  # 2 + 1 + 1 neighbours
+    assert all(
+        len(ways) == 4 and all(is_step(data, i, k) for k in ways) for i, ways in enumerate(sampler.steps)
+    )  # 2 + 1 + 1 neighbours
     streams = [sampler.walk(e) for e in range(60)]
     pairs = [(int(a), int(b)) for s in streams for a, b in zip(s, s[1:])]
     steps = sum(is_step(data, a, b) for a, b in pairs) / len(pairs)
     stays = sum(bool(data.groups[a] == data.groups[b]) for a, b in pairs) / len(pairs)
-    switches = sum(bool(data.groups[a] == data.groups[b]) and bool(data.factors["session"][a] != data.factors["session"][b]) for a, b in pairs) / len(pairs)
-    assert steps == pytest.approx(0.64, abs=0.03) and stays == pytest.approx(0.8, abs=0.03) and switches == pytest.approx(0.16, abs=0.02)
+    switches = sum(
+        bool(data.groups[a] == data.groups[b]) and bool(data.factors["session"][a] != data.factors["session"][b])
+        for a, b in pairs
+    ) / len(pairs)
+    assert (
+        steps == pytest.approx(0.64, abs=0.03)
+        and stays == pytest.approx(0.8, abs=0.03)
+        and switches == pytest.approx(0.16, abs=0.02)
+    )
     seen = {i for s in streams for i in s.tolist()}
     assert seen == set(range(len(data))) and not torch.equal(streams[0], streams[1])
     rows = sampler(torch.arange(len(data)), 3, None)
@@ -274,7 +351,12 @@ def test_frames_are_neighbours_in_their_session_whatever_their_numbers():
 
 def test_core50_as_published(core50, tmp_path, capsys):
     train, test = (common.load_data("core50", core50, split, 16, sessions=(1, 3)) for split in ("train", "test"))
-    assert len(train) == 2 * 10 * 3 and len(test) == 10 * 3 and train.factors["session"].unique().tolist() == [0, 2] and test.factors["session"].unique().tolist() == [1]
+    assert (
+        len(train) == 2 * 10 * 3
+        and len(test) == 10 * 3
+        and train.factors["session"].unique().tolist() == [0, 2]
+        and test.factors["session"].unique().tolist() == [1]
+    )
     k = train.paths.index(str(core50 / "s3" / "o7" / "C_03_07_021.png"))
     assert (train.labels[k], train.groups[k], train.factors["frame"][k], train.classes[1]) == (1, 6, 21, "mobile phone")
     assert torch.equal(train[torch.tensor([k])][0], common.open_image(train.paths[k]))
@@ -290,12 +372,23 @@ def test_core50_as_published(core50, tmp_path, capsys):
         (root / frame).touch()
         return root
 
-    for call, words in ((lambda: common.load_data("core50", core50, "train", 16, sessions=(1, 9)), ("found the sessions 1 2 3", "1 9")),
-                        (lambda: common.load_data("core50", tmp_path / "gone", "train", 16), ("none",)),
-                        (lambda: common.load_data("core50", core50, "test", 16, sessions=(1, 2, 3)), ("test on the rest",)),
-                        (lambda: common.load_data("core50", odd("s1/o1/C_01_01_000_1.png"), "train", 16, sessions=(1,)), ("C_01_01_000_1.png", "not a frame")),
-                        (lambda: common.load_data("core50", odd("s1/o1/C_13_01_000.png"), "train", 16, sessions=(1,)), ("C_13_01_000.png",)),
-                        (lambda: common.load_data("core50", odd("s2/o1/C_02_01_000.png"), "train", 16, sessions=(1, 2)), ("no frames", "s1"))):
+    for call, words in (
+        (lambda: common.load_data("core50", core50, "train", 16, sessions=(1, 9)), ("found the sessions 1 2 3", "1 9")),
+        (lambda: common.load_data("core50", tmp_path / "gone", "train", 16), ("none",)),
+        (lambda: common.load_data("core50", core50, "test", 16, sessions=(1, 2, 3)), ("test on the rest",)),
+        (
+            lambda: common.load_data("core50", odd("s1/o1/C_01_01_000_1.png"), "train", 16, sessions=(1,)),
+            ("C_01_01_000_1.png", "not a frame"),
+        ),
+        (
+            lambda: common.load_data("core50", odd("s1/o1/C_13_01_000.png"), "train", 16, sessions=(1,)),
+            ("C_13_01_000.png",),
+        ),
+        (
+            lambda: common.load_data("core50", odd("s2/o1/C_02_01_000.png"), "train", 16, sessions=(1, 2)),
+            ("no frames", "s1"),
+        ),
+    ):
         with pytest.raises(SystemExit) as end:
             call()
         err = capsys.readouterr().err
@@ -310,8 +403,18 @@ def test_tdw_as_published(tmp_path, capsys):
     for i in range(12_096):  # the names sort to the order that counts objects and views
         os.link(tmp_path / f"{i // 1008}.png", folder / f"view_{i:05d}.png")
     data = common.load_data("tdw", tmp_path, "train", 64)
-    assert data.images.shape == (12_096, 3, 2, 2) and torch.equal(data.labels, data.images[:, 0, 0, 0].long() // 20) and data.classes[5] == "calculator"
-    for i, view in ((0, (0, 10, 0.3)), (36, (0, 20, 0.3)), (252, (0, 10, 0.4)), (1007, (350, 70, 0.6)), (1008, (0, 10, 0.3))):
+    assert (
+        data.images.shape == (12_096, 3, 2, 2)
+        and torch.equal(data.labels, data.images[:, 0, 0, 0].long() // 20)
+        and data.classes[5] == "calculator"
+    )
+    for i, view in (
+        (0, (0, 10, 0.3)),
+        (36, (0, 20, 0.3)),
+        (252, (0, 10, 0.4)),
+        (1007, (350, 70, 0.6)),
+        (1008, (0, 10, 0.3)),
+    ):
         assert data.factors["view"][i].tolist() == pytest.approx(view)
     (folder / "view_00000.png").unlink()
     with pytest.raises(SystemExit) as end:
@@ -352,10 +455,33 @@ def test_N1_N2_N3_2_processes_train_the_same_model(objective, views, tmp_path):
 
 @pytest.fixture
 def small(folder, core50):
-    shared = ["--arch", "resnet_pico", "--img-size", "16", "--batch-size", "12", "--epochs", "2", "--warmup-epochs", "1", "--proj-hidden", "16", "--proj-dim", "8",
-              "--workers", "0", "--device", "cpu", "--max-steps", "3"]
-    return dict(image=["--data", "imagefolder", "--data-dir", str(folder), "--recipe", "cifar10", *shared], dataset=["--data", "core50", "--data-dir", str(core50), *shared],
-                time=["--data", "core50", "--data-dir", str(core50), *shared])
+    shared = [
+        "--arch",
+        "resnet_pico",
+        "--img-size",
+        "16",
+        "--batch-size",
+        "12",
+        "--epochs",
+        "2",
+        "--warmup-epochs",
+        "1",
+        "--proj-hidden",
+        "16",
+        "--proj-dim",
+        "8",
+        "--workers",
+        "0",
+        "--device",
+        "cpu",
+        "--max-steps",
+        "3",
+    ]
+    return dict(
+        image=["--data", "imagefolder", "--data-dir", str(folder), "--recipe", "cifar10", *shared],
+        dataset=["--data", "core50", "--data-dir", str(core50), *shared],
+        time=["--data", "core50", "--data-dir", str(core50), *shared],
+    )
 
 
 @pytest.mark.parametrize("objective, views", COMBINATIONS)
@@ -368,20 +494,23 @@ def test_N7_every_variant_trains_and_resumes_to_the_same_bits(objective, views, 
     assert "k-NN accuracy" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("argv, words", [
-    (["--objective", "essl", "--views", "dataset"], ("--views dataset", "essl")),
-    (["--views", "time"], ("--views time", "ciper", "image, dataset")),
-    (["--views", "dataset"], ("--views dataset", "imagefolder", "core50")),
-    (["--views", "dataset", "--drop-aug", "crop"], ("--drop-aug crop", "--views image")),
-    (["--drop-aug", "crop", "flip", "jitter", "gray"], ("--drop-aug crop flip jitter gray", "leave one")),
-    (["--drop-aug", "crop", "crop"], ("--drop-aug crop crop", "each once")),
-    (["--time-continue", "0.5"], ("--time-continue 0.5", "--views time")),
-    (["--objective", "essl", "--warmup-epochs", "0", "--img-size", "1"], ("--img-size 1", "essl")),
-    (["--sessions", "1", "3"], ("--sessions 1 3", "imagefolder")),
-    (["--arch", "vit_small"], ("--arch vit_small", "resnet18")),
-    (["--recipe", "imagenet"], ("--recipe imagenet", "tdw")),
-    (["--temp", "0"], ("--temp 0",)),
-])
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--objective", "essl", "--views", "dataset"], ("--views dataset", "essl")),
+        (["--views", "time"], ("--views time", "ciper", "image, dataset")),
+        (["--views", "dataset"], ("--views dataset", "imagefolder", "core50")),
+        (["--views", "dataset", "--drop-aug", "crop"], ("--drop-aug crop", "--views image")),
+        (["--drop-aug", "crop", "flip", "jitter", "gray"], ("--drop-aug crop flip jitter gray", "leave one")),
+        (["--drop-aug", "crop", "crop"], ("--drop-aug crop crop", "each once")),
+        (["--time-continue", "0.5"], ("--time-continue 0.5", "--views time")),
+        (["--objective", "essl", "--warmup-epochs", "0", "--img-size", "1"], ("--img-size 1", "essl")),
+        (["--sessions", "1", "3"], ("--sessions 1 3", "imagefolder")),
+        (["--arch", "vit_small"], ("--arch vit_small", "resnet18")),
+        (["--recipe", "imagenet"], ("--recipe imagenet", "tdw")),
+        (["--temp", "0"], ("--temp 0",)),
+    ],
+)
 def test_mistakes(argv, words, small, tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         ciper.main([*small["image"], *argv, "--out", str(tmp_path / "run")])

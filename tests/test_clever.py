@@ -23,8 +23,20 @@ def t(*rows):
 
 def args_for(base="dino", equi="clever", **changes):
     values = clever.values_in_force(clever.Args(base=base, recipe="blocks", data="blocks"))
-    small = dict(base=base, equi=equi, arch="vit_pico", img_size=16, patch_size=4, local_size=8, local_crops=2 * (base == "dino"), batch_size=8, proj_hidden=16, bottleneck=8,
-                 head_dim=24, head_dim_equi=20 if base == "dino" else 24)
+    small = dict(
+        base=base,
+        equi=equi,
+        arch="vit_pico",
+        img_size=16,
+        patch_size=4,
+        local_size=8,
+        local_crops=2 * (base == "dino"),
+        batch_size=8,
+        proj_hidden=16,
+        bottleneck=8,
+        head_dim=24,
+        head_dim_equi=20 if base == "dino" else 24,
+    )
     args = clever.Args(**values | small | changes)
     clever.check(args)
     return args
@@ -33,7 +45,9 @@ def args_for(base="dino", equi="clever", **changes):
 def step(base="dino", equi="clever", seed=0, **changes):
     """(args, model in float64, views) of one step on random images."""
     args = args_for(base, equi, **changes)
-    data = common.ImageSet(images=torch.randint(0, 256, (32, 3, 16, 16), dtype=torch.uint8, generator=common.rng("test", seed)))
+    data = common.ImageSet(
+        images=torch.randint(0, 256, (32, 3, 16, 16), dtype=torch.uint8, generator=common.rng("test", seed))
+    )
     policies = clever.make_policies(args)
     loader = common.Loader(data, policies, clever.partial(clever.draw_views, args, policies), args, torch.device("cpu"))
     views, _, _ = next(loader.batches([0]))
@@ -54,9 +68,15 @@ def one_hot(*classes, K):
 @pytest.mark.parametrize("K, entropy", [(65536, 11.0903548890), (4096, 8.3177661667)])
 def test_N13_alike_and_entropy_of_uniform_outputs(K, entropy):
     u, e = uniform(K), one_hot(0, 5, K=K)
-    assert clever.cross_entropy(e, u.log()).item() == pytest.approx(entropy) and clever.cross_entropy(u, u.log()).item() == pytest.approx(entropy)
-    assert clever.alike(u, u.log(), "cos").item() == pytest.approx(1) and clever.alike(u, u.log(), "dot").item() == pytest.approx(1 / K)
-    assert clever.alike(e, u.log(), "cos").item() == pytest.approx(K**-0.5) and clever.alike(e, u.log(), "dot").item() == pytest.approx(1 / K)
+    assert clever.cross_entropy(e, u.log()).item() == pytest.approx(entropy) and clever.cross_entropy(
+        u, u.log()
+    ).item() == pytest.approx(entropy)
+    assert clever.alike(u, u.log(), "cos").item() == pytest.approx(1) and clever.alike(
+        u, u.log(), "dot"
+    ).item() == pytest.approx(1 / K)
+    assert clever.alike(e, u.log(), "cos").item() == pytest.approx(K**-0.5) and clever.alike(
+        e, u.log(), "dot"
+    ).item() == pytest.approx(1 / K)
     assert clever.alike(e, e.log(), "cos").item() == clever.alike(e, e.log(), "dot").item() == 1
     assert clever.alike(e, one_hot(1, 4, K=K).log(), "cos").item() == 0
 
@@ -77,7 +97,11 @@ def test_pairs(crops, pairs):
 
 def test_cosines_of_simsiam_and_ddcl():
     z = t([1, 0], [0, 1])
-    assert clever.cosines(z, z, z, z).item() == 1 and clever.cosines(-z, -z, z, z).item() == -1 and clever.cosines(z.flip(0), z.flip(0), z, z).item() == 0
+    assert (
+        clever.cosines(z, z, z, z).item() == 1
+        and clever.cosines(-z, -z, z, z).item() == -1
+        and clever.cosines(z.flip(0), z.flip(0), z, z).item() == 0
+    )
     signs = t([1, 0], [0, -1])
     assert clever.cosines(signs, signs, z, z).abs().item() == 0  # +1 and -1 cancel: the modulus comes after the mean
     p = (t([3, 4]) * 1e-10).requires_grad_()
@@ -106,7 +130,9 @@ def test_the_whole_loss_equals_its_formula(base, equi):
     torch.manual_seed(0)
     out, _ = model(views)
     heads = [model.heads] if base == "dino" else [model.projectors, model.predictors]
-    squares = lambda h: sum(float((p.detach() ** 2).sum()) for n, p in h.named_parameters() if not n.endswith("original0"))
+    squares = lambda h: sum(
+        float((p.detach() ** 2).sum()) for n, p in h.named_parameters() if not n.endswith("original0")
+    )
     penalty = sum(abs(squares(h["equi"]) - squares(h["inv"])) for h in heads) / len(heads)
     assert out["L_PReg"].item() == pytest.approx(penalty, rel=1e-9)
     if base == "dino":
@@ -118,7 +144,10 @@ def test_the_whole_loss_equals_its_formula(base, equi):
                 if i != v:
                     q = F.softmax(model.teacher["heads"]["inv"](teach[i][:, : model.inv]) / 0.04, 1)
                     CL -= (q * F.log_softmax(model.heads["inv"](o[v][:, : model.inv]) / 0.1, 1)).sum(1).mean() / 6
-                    Q, P = F.softmax(model.teacher["heads"]["equi"](teach[i][:, model.inv :]) / 0.04, 1), F.softmax(model.heads["equi"](o[v][:, model.inv :]) / 0.1, 1)
+                    Q, P = (
+                        F.softmax(model.teacher["heads"]["equi"](teach[i][:, model.inv :]) / 0.04, 1),
+                        F.softmax(model.heads["equi"](o[v][:, model.inv :]) / 0.1, 1),
+                    )
                     Orth += ((Q * P).sum(1) / Q.norm(dim=1) / P.norm(dim=1)).mean().abs() / 6
     else:
         o = [model.backbone(views[v]) for v in "12"]
@@ -129,7 +158,9 @@ def test_the_whole_loss_equals_its_formula(base, equi):
             unit = lambda v: v / v.norm(dim=1, keepdim=True)
             sides[name] = sum((unit(p[a]) * unit(z[1 - a])).sum(1).mean() for a in (0, 1)) / 2
         CL, Orth = -sides["inv"], sides["equi"].abs()
-    assert out["L_CL"].item() == pytest.approx(CL.item(), rel=1e-6) and out["L_Orth"].item() == pytest.approx(Orth.item(), rel=1e-6)
+    assert out["L_CL"].item() == pytest.approx(CL.item(), rel=1e-6) and out["L_Orth"].item() == pytest.approx(
+        Orth.item(), rel=1e-6
+    )
     assert out["loss"].item() == pytest.approx((0.9 * CL + 0.7 * Orth + 0.01 * penalty).item(), rel=1e-6)
 
 
@@ -147,9 +178,11 @@ def test_which_head_learns_from_what(base, equi):
     out, _ = model(views)
     for name, own, other in (("L_CL", "inv", "equi"), ("L_Orth", "equi", "inv")):
         names = touched(model, out[name])
-        assert any(n.startswith("backbone") for n in names) and any(f".{own}." in f".{n}" or f"s.{own}." in n for n in names if not n.startswith("backbone"))
+        assert any(n.startswith("backbone") for n in names) and any(
+            f".{own}." in f".{n}" or f"s.{own}." in n for n in names if not n.startswith("backbone")
+        )
         assert not any(f"s.{other}." in n for n in names) and not any(n.startswith("teacher") for n in names)
-        grad, = torch.autograd.grad(out[name], made[0], retain_graph=True)
+        (grad,) = torch.autograd.grad(out[name], made[0], retain_graph=True)
         inside = grad[:, : model.inv] if own == "inv" else grad[:, model.inv :]
         outside = grad[:, model.inv :] if own == "inv" else grad[:, : model.inv]
         assert inside.abs().max() > 0 and outside.abs().max() == 0
@@ -184,8 +217,12 @@ def test_without_orthogonality_and_penalty_it_is_the_base_on_the_invariant_part(
 def test_what_simsiam_alone_does():
     for equi, zero in (("none", True), ("ddcl", False)):
         _, model, _ = step("simsiam", equi, arch="resnet_pico")
-        assert all((m.bn2.weight == 0).all() == zero for m in model.backbone.modules() if isinstance(m, clever.BasicBlock))
-        assert model.projectors["inv"][-2].bias.requires_grad is not zero and set(model.projectors) == ({"inv"} if zero else {"inv", "equi"})
+        assert all(
+            (m.bn2.weight == 0).all() == zero for m in model.backbone.modules() if isinstance(m, clever.BasicBlock)
+        )
+        assert model.projectors["inv"][-2].bias.requires_grad is not zero and set(model.projectors) == (
+            {"inv"} if zero else {"inv", "equi"}
+        )
 
 
 def test_the_teacher_has_no_stochastic_depth():
@@ -194,18 +231,67 @@ def test_the_teacher_has_no_stochastic_depth():
     assert max(rates(model.backbone)) == pytest.approx(0.3) and max(rates(model.teacher)) == 0
 
 
-@pytest.mark.parametrize("base, recipe, arch, expected", [
-    ("dino", "imagenet100", "vit_small", dict(arch="vit_small", epochs=200, lr=5e-4, batch_size=512, warmup_epochs=10, weight_decay=0.04, weight_decay_end=0.4, momentum=0.996, clip=3.0,
-                                              local_crops=8, head_dim=65536, head_dim_equi=65536, bottleneck=256, drop_path=0.1, freeze_last_epochs=1, teacher_temp=(0.04, 0.04), inv_ratio=0.8,
-                                              beta=1.0, lambda_preg=0.001, crop_scale=(0.4, 1.0), local_scale=(0.05, 0.4), lr_end=1e-6)),
-    ("dino", "imagenet", "vmamba_tiny", dict(epochs=100, drop_path=0.2)),
-    ("dino", "cifar10", "vmamba_tiny", dict(drop_path=0.0)),
-    ("simsiam", "imagenet100", "vit_small", dict(arch="resnet50", equi="ddcl", epochs=200, lr=0.05, batch_size=256, warmup_epochs=30, weight_decay=1e-4, clip=None, local_crops=0, head_dim=2048,
-                                                 bottleneck=512, crop_scale=(0.2, 1.0), lr_end=0.0)),
-    ("simsiam", "cifar10", "vit_small", dict(arch="resnet18", img_size=32)),
-])
+@pytest.mark.parametrize(
+    "base, recipe, arch, expected",
+    [
+        (
+            "dino",
+            "imagenet100",
+            "vit_small",
+            dict(
+                arch="vit_small",
+                epochs=200,
+                lr=5e-4,
+                batch_size=512,
+                warmup_epochs=10,
+                weight_decay=0.04,
+                weight_decay_end=0.4,
+                momentum=0.996,
+                clip=3.0,
+                local_crops=8,
+                head_dim=65536,
+                head_dim_equi=65536,
+                bottleneck=256,
+                drop_path=0.1,
+                freeze_last_epochs=1,
+                teacher_temp=(0.04, 0.04),
+                inv_ratio=0.8,
+                beta=1.0,
+                lambda_preg=0.001,
+                crop_scale=(0.4, 1.0),
+                local_scale=(0.05, 0.4),
+                lr_end=1e-6,
+            ),
+        ),
+        ("dino", "imagenet", "vmamba_tiny", dict(epochs=100, drop_path=0.2)),
+        ("dino", "cifar10", "vmamba_tiny", dict(drop_path=0.0)),
+        (
+            "simsiam",
+            "imagenet100",
+            "vit_small",
+            dict(
+                arch="resnet50",
+                equi="ddcl",
+                epochs=200,
+                lr=0.05,
+                batch_size=256,
+                warmup_epochs=30,
+                weight_decay=1e-4,
+                clip=None,
+                local_crops=0,
+                head_dim=2048,
+                bottleneck=512,
+                crop_scale=(0.2, 1.0),
+                lr_end=0.0,
+            ),
+        ),
+        ("simsiam", "cifar10", "vit_small", dict(arch="resnet18", img_size=32)),
+    ],
+)
 def test_values_in_force(base, recipe, arch, expected):
-    values = vars(clever.Args(**clever.values_in_force(clever.Args(base=base, data="imagefolder", recipe=recipe, arch=arch))))
+    values = vars(
+        clever.Args(**clever.values_in_force(clever.Args(base=base, data="imagefolder", recipe=recipe, arch=arch)))
+    )
     assert {k: values[k] for k in expected} == expected
 
 
@@ -214,7 +300,9 @@ def test_the_diagnostics_end_at_the_floor_and_not_in_infinity():
     torch.nn.init.zeros_(head.weight), torch.nn.init.zeros_(head.bias)
     out = clever.diagnostics("equi", head, 0 * torch.ones(3, 2))
     assert {k: v.item() for k, v in out.items()} == pytest.approx(dict(log_h_equi=-37, log_z_equi=-37))
-    assert clever.diagnostics("inv", head, torch.tensor([[3.0, 4], [0, 5]]))["log_z_inv"].item() == pytest.approx(math.log10(25))
+    assert clever.diagnostics("inv", head, torch.tensor([[3.0, 4], [0, 5]]))["log_z_inv"].item() == pytest.approx(
+        math.log10(25)
+    )
 
 
 def test_centres_and_their_update():
@@ -248,7 +336,16 @@ def count(m):
     return sum(p.numel() for p in m.parameters())
 
 
-@pytest.mark.parametrize("arch, dim, clever_inv, ddcl_inv", [("vit_tiny", 192, 153, 154), ("vit_small", 384, 307, 307), ("vmamba_tiny", 768, 614, 614), ("resnet18", 512, 409, 410), ("resnet50", 2048, 1638, 1638)])
+@pytest.mark.parametrize(
+    "arch, dim, clever_inv, ddcl_inv",
+    [
+        ("vit_tiny", 192, 153, 154),
+        ("vit_small", 384, 307, 307),
+        ("vmamba_tiny", 768, 614, 614),
+        ("resnet18", 512, 409, 410),
+        ("resnet50", 2048, 1638, 1638),
+    ],
+)
 def test_where_the_representation_is_split(arch, dim, clever_inv, ddcl_inv):
     assert (math.floor(dim * 0.8), round(dim * 0.8)) == (clever_inv, ddcl_inv)
     if arch in ("vit_tiny", "resnet18"):
@@ -261,18 +358,40 @@ def test_where_the_representation_is_split(arch, dim, clever_inv, ddcl_inv):
 def test_parameter_counts_and_sizes_at_the_start():
     with torch.device("meta"):
         heads = {d: clever.DINOHead(d, clever.Args(), 65536) for d in (307, 77, 384, 1638)}
-        assert {d: count(h) for d, h in heads.items()} == {307: 22_194_432, 77: 21_723_392, 384: 22_352_128, 1638: 24_920_320}
+        assert {d: count(h) for d, h in heads.items()} == {
+            307: 22_194_432,
+            77: 21_723_392,
+            384: 22_352_128,
+            1638: 24_920_320,
+        }
         args = clever.Args(**clever.BASES["simsiam"])
         model = clever.SimSiam(common.ResNet("resnet50"), args, 1638)
-        assert (count(model.projectors["inv"]), count(model.projectors["equi"]), count(model.predictors["inv"])) == (11_753_472, 9_238_528, 2_100_224)
-        assert count(clever.SimSiam(common.ResNet("resnet50"), clever.dataclasses.replace(args, equi="none"), 2048).projectors["inv"]) == 12_593_152
-        assert count(clever.VMamba()) == 29_480_064 and count(common.ViT("vit_tiny")) == 5_524_416 and count(common.ResNet("resnet50")) == 23_508_032
+        assert (count(model.projectors["inv"]), count(model.projectors["equi"]), count(model.predictors["inv"])) == (
+            11_753_472,
+            9_238_528,
+            2_100_224,
+        )
+        assert (
+            count(
+                clever.SimSiam(
+                    common.ResNet("resnet50"), clever.dataclasses.replace(args, equi="none"), 2048
+                ).projectors["inv"]
+            )
+            == 12_593_152
+        )
+        assert (
+            count(clever.VMamba()) == 29_480_064
+            and count(common.ViT("vit_tiny")) == 5_524_416
+            and count(common.ResNet("resnet50")) == 23_508_032
+        )
     torch.manual_seed(0)
     K = 4096
     head = clever.DINOHead(307, clever.Args(), K)
     assert clever.size(head).item() == pytest.approx(K / 3 + 0.8192 * 307 + 1887.44, rel=0.01)
     model = clever.SimSiam(type("Encoder", (torch.nn.Identity,), dict(dim=80))(), args, 64)  # equi="ddcl"
-    assert clever.size(model.projectors["equi"]).log10().item() == pytest.approx(3.788, abs=0.002) and clever.size(model.predictors["inv"]).log10().item() == pytest.approx(3.136, abs=0.005)
+    assert clever.size(model.projectors["equi"]).log10().item() == pytest.approx(3.788, abs=0.002) and clever.size(
+        model.predictors["inv"]
+    ).log10().item() == pytest.approx(3.136, abs=0.005)
 
 
 def test_the_first_values_of_clever():
@@ -293,15 +412,26 @@ def test_the_first_values_of_clever():
 def test_N4_N5_schedules_of_dino():
     args = clever.Args(**clever.values_in_force(clever.Args(data="imagenet100")))
     rate = lambda s: clever.learning_rates(args, s, 247, 2470)[0]
-    assert (args.epochs, args.batch_size, rate(0)) == (200, 512, 0) and rate(2469) == pytest.approx(1e-3) and rate(2470) == pytest.approx(1e-3)
+    assert (
+        (args.epochs, args.batch_size, rate(0)) == (200, 512, 0)
+        and rate(2469) == pytest.approx(1e-3)
+        and rate(2470) == pytest.approx(1e-3)
+    )
     assert rate(49_399) == pytest.approx(1.0000011e-6, rel=1e-6)
-    assert common.cosine(0.25, args.momentum, 1.0) == pytest.approx(0.9965858, abs=1e-7) and common.cosine(0.25, args.weight_decay, args.weight_decay_end) == pytest.approx(0.0927208)
+    assert common.cosine(0.25, args.momentum, 1.0) == pytest.approx(0.9965858, abs=1e-7) and common.cosine(
+        0.25, args.weight_decay, args.weight_decay_end
+    ) == pytest.approx(0.0927208)
 
 
 def test_N5_schedules_of_simsiam():
     args = clever.Args(**clever.values_in_force(clever.Args(base="simsiam", data="imagenet100")) | dict(base="simsiam"))
     rates = lambda epoch: clever.learning_rates(args, epoch * 10 + 7, 10, 300)
-    assert args.equi == "ddcl" and rates(0) == pytest.approx([1e-9, 1e-9]) and rates(15) == pytest.approx([0.025, 0.025]) and rates(29)[0] == pytest.approx(0.0483333, abs=1e-6)
+    assert (
+        args.equi == "ddcl"
+        and rates(0) == pytest.approx([1e-9, 1e-9])
+        and rates(15) == pytest.approx([0.025, 0.025])
+        and rates(29)[0] == pytest.approx(0.0483333, abs=1e-6)
+    )
     assert rates(30) == [0.05, 0.05] and rates(130) == pytest.approx([0.025, 0.05]) and rates(31)[0] < 0.05
 
 
@@ -319,7 +449,12 @@ def test_N14_who_decays():
     groups = clever.make_optimizer(model, args_for(), torch.device("cpu")).param_groups
     names = {id(p): n for n, p in model.named_parameters()}
     decayed, plain = ([names[id(p)] for p in g["params"]] for g in groups)
-    assert "backbone.cls_token" in decayed and "backbone.pos_embed" in decayed and all(n.endswith("bias") or "norm" in n for n in plain) and plain
+    assert (
+        "backbone.cls_token" in decayed
+        and "backbone.pos_embed" in decayed
+        and all(n.endswith("bias") or "norm" in n for n in plain)
+        and plain
+    )
     assert not any("original0" in n or n.startswith("teacher") for n in decayed + plain)
     with torch.device("meta"):
         vmamba = clever.DINO(clever.VMamba(), args_for(), 614)
@@ -328,7 +463,9 @@ def test_N14_who_decays():
     assert sum(p.numel() for p in groups[0]["params"] if id(p) in backbone) == 29_396_304
     _, model, _ = step("simsiam", "ddcl")
     groups = clever.make_optimizer(model, args_for("simsiam", "ddcl"), torch.device("cpu")).param_groups
-    assert sum(map(len, (g["params"] for g in groups))) == len(list(model.parameters())) and len(groups[1]["params"]) == len(list(model.predictors.parameters()))
+    assert sum(map(len, (g["params"] for g in groups))) == len(list(model.parameters())) and len(
+        groups[1]["params"]
+    ) == len(list(model.predictors.parameters()))
 
 
 # ---- VMamba ---------------------------------------------------------------------------------------------------
@@ -336,16 +473,29 @@ def test_N14_who_decays():
 
 def test_scan_of_constants():
     one = torch.ones(1, 1, 1, 50).double()
-    y = clever.selective_scan(one, math.log(2) * one, -torch.ones(1, 1).double(), one[:, 0], one[:, 0], torch.ones(1, 1).double())[0, 0, 0]
-    assert y[:4].tolist() == pytest.approx([1.693147, 2.039721, 2.213008, 2.299651], abs=1e-6) and y[-1].item() == pytest.approx(2.386294, abs=1e-6)
-    assert torch.equal(clever.selective_scan(one, one, -one[0, :, :, 0], 0 * one[:, 0], one[:, 0], 3 * one[0, :, :, 0]), 3 * one)
+    y = clever.selective_scan(
+        one, math.log(2) * one, -torch.ones(1, 1).double(), one[:, 0], one[:, 0], torch.ones(1, 1).double()
+    )[0, 0, 0]
+    assert y[:4].tolist() == pytest.approx([1.693147, 2.039721, 2.213008, 2.299651], abs=1e-6) and y[
+        -1
+    ].item() == pytest.approx(2.386294, abs=1e-6)
+    assert torch.equal(
+        clever.selective_scan(one, one, -one[0, :, :, 0], 0 * one[:, 0], one[:, 0], 3 * one[0, :, :, 0]), 3 * one
+    )
 
 
 @pytest.mark.parametrize("L", [1, 2, 9, 36, 37, 100])
 def test_scan_in_chunks_equals_the_recurrence(L):
     g = common.rng("scan", L)
     draw = lambda *shape: torch.randn(*shape, generator=g).double()
-    u, delta, A, B, C, D = draw(2, 4, 3, L), F.softplus(3 * draw(2, 4, 3, L)), -draw(4, 3).exp(), draw(2, 4, L), draw(2, 4, L), draw(4, 3)
+    u, delta, A, B, C, D = (
+        draw(2, 4, 3, L),
+        F.softplus(3 * draw(2, 4, 3, L)),
+        -draw(4, 3).exp(),
+        draw(2, 4, L),
+        draw(2, 4, L),
+        draw(4, 3),
+    )
     tensors = [v.requires_grad_() for v in (u, delta, A, B, C, D)]
     h, rows = torch.zeros(2, 4, 3).double(), []
     for s in range(L):
@@ -354,7 +504,9 @@ def test_scan_in_chunks_equals_the_recurrence(L):
     y, expected = clever.selective_scan(*tensors), torch.stack(rows, 3)
     assert torch.allclose(y, expected, atol=1e-10)
     weight = draw(*y.shape)
-    for a, b in zip(torch.autograd.grad((y * weight).sum(), tensors), torch.autograd.grad((expected * weight).sum(), tensors)):
+    for a, b in zip(
+        torch.autograd.grad((y * weight).sum(), tensors), torch.autograd.grad((expected * weight).sum(), tensors)
+    ):
         assert torch.allclose(a, b, atol=1e-9)
 
 
@@ -366,7 +518,12 @@ def test_a_long_step_overflows_nothing():
 
 def test_cross_scan_and_merge():
     x = t([1, 2, 3], [4, 5, 6])[None, None]
-    assert ["".join(str(int(v)) for v in row) for row in clever.cross_scan(x)[0, :, 0]] == ["123456", "142536", "654321", "635241"]
+    assert ["".join(str(int(v)) for v in row) for row in clever.cross_scan(x)[0, :, 0]] == [
+        "123456",
+        "142536",
+        "654321",
+        "635241",
+    ]
     assert torch.equal(clever.cross_merge(clever.cross_scan(x), 2, 3), 4 * x)
 
 
@@ -412,11 +569,35 @@ def test_elastic_law():
 
 def test_complex_views_of_small_images_with_local_crops():
     args, _, views = step(aug="complex_plus", img_size=32, local_size=16, patch_size=8)
-    assert {k: tuple(v.shape) for k, v in views.items()} == {"1": (8, 3, 32, 32), "2": (8, 3, 32, 32), "3": (8, 3, 16, 16), "4": (8, 3, 16, 16)}
+    assert {k: tuple(v.shape) for k, v in views.items()} == {
+        "1": (8, 3, 32, 32),
+        "2": (8, 3, 32, 32),
+        "3": (8, 3, 16, 16),
+        "4": (8, 3, 16, 16),
+    }
     assert all(torch.isfinite(v).all() for v in views.values())
-    names = lambda base: [type(op).__name__ for op in clever.make_policies(args_for(base, "none", aug="complex_plus", blur=True))["2"].ops]
-    assert names("dino") == ["HorizontalFlip", "Affine", "Elastic", "ColorJitter", "Grayscale", "GaussianBlur", "Solarize", "Normalize"]
-    assert names("simsiam") == ["ColorJitter", "Grayscale", "GaussianBlur", "HorizontalFlip", "Affine", "Elastic", "Normalize"]
+    names = lambda base: [
+        type(op).__name__ for op in clever.make_policies(args_for(base, "none", aug="complex_plus", blur=True))["2"].ops
+    ]
+    assert names("dino") == [
+        "HorizontalFlip",
+        "Affine",
+        "Elastic",
+        "ColorJitter",
+        "Grayscale",
+        "GaussianBlur",
+        "Solarize",
+        "Normalize",
+    ]
+    assert names("simsiam") == [
+        "ColorJitter",
+        "Grayscale",
+        "GaussianBlur",
+        "HorizontalFlip",
+        "Affine",
+        "Elastic",
+        "Normalize",
+    ]
 
 
 # ---- training -----------------------------------------------------------------------------------------------------
@@ -453,8 +634,40 @@ def test_N1_N3_2_processes_train_the_same_model(base, equi, arch, tmp_path):
 
 @pytest.fixture
 def small(folder):
-    return ["--data", "imagefolder", "--data-dir", str(folder), "--recipe", "cifar10", "--img-size", "16", "--patch-size", "4", "--batch-size", "12", "--epochs", "3", "--warmup-epochs", "1",
-            "--proj-hidden", "16", "--head-dim", "24", "--head-dim-equi", "24", "--bottleneck", "8", "--local-size", "8", "--workers", "0", "--device", "cpu", "--max-steps", "4"]
+    return [
+        "--data",
+        "imagefolder",
+        "--data-dir",
+        str(folder),
+        "--recipe",
+        "cifar10",
+        "--img-size",
+        "16",
+        "--patch-size",
+        "4",
+        "--batch-size",
+        "12",
+        "--epochs",
+        "3",
+        "--warmup-epochs",
+        "1",
+        "--proj-hidden",
+        "16",
+        "--head-dim",
+        "24",
+        "--head-dim-equi",
+        "24",
+        "--bottleneck",
+        "8",
+        "--local-size",
+        "8",
+        "--workers",
+        "0",
+        "--device",
+        "cpu",
+        "--max-steps",
+        "4",
+    ]
 
 
 @pytest.mark.parametrize("arch", ["vit_pico", "resnet_pico"])
@@ -464,7 +677,11 @@ def test_N7_every_variant_trains_and_resumes_to_the_same_bits(base, equi, arch, 
     warm-up, after which the momentum starts anew (simsiam)."""
     run = [*small, "--base", base, "--equi", equi, "--arch", arch, "--freeze-last-epochs", "2", "--max-steps", "6"]
     run += ["--warmup-epochs", "2"] if base == "simsiam" else []
-    run += ["--local-crops", "2", "--teacher-temp", "0.04", "0.07", "--teacher-temp-epochs", "2", "--aug", "complex_plus"] if base == "dino" else []
+    run += (
+        ["--local-crops", "2", "--teacher-temp", "0.04", "0.07", "--teacher-temp-epochs", "2", "--aug", "complex_plus"]
+        if base == "dino"
+        else []
+    )
     clever.main([*run, "--out", str(tmp_path / "whole")])
     clever.main([*run, "--out", str(tmp_path / "halved"), "--max-steps", "3"])
     clever.main([*run, "--out", str(tmp_path / "halved"), "--resume"])
@@ -479,7 +696,21 @@ def test_N7_every_variant_trains_and_resumes_to_the_same_bits(base, equi, arch, 
 
 def test_frozen_prototypes_stay_where_they_are(small, tmp_path):
     for epochs, moved in (("1", True), ("2", False)):
-        clever.main([*small, "--arch", "vit_pico", "--local-crops", "1", "--freeze-last-epochs", epochs, "--momentum", "1.0", "--out", str(tmp_path / epochs)])
+        clever.main(
+            [
+                *small,
+                "--arch",
+                "vit_pico",
+                "--local-crops",
+                "1",
+                "--freeze-last-epochs",
+                epochs,
+                "--momentum",
+                "1.0",
+                "--out",
+                str(tmp_path / epochs),
+            ]
+        )
         state = common.load_checkpoint(tmp_path / epochs / "checkpoint.pt")["train_state"]["heads"]
         for name in ("inv", "equi"):  # 4 steps of 2 epochs; a teacher that never moves
             now, then = (state[f"{who}heads.{name}.last.parametrizations.weight.original1"] for who in ("", "teacher."))
@@ -487,24 +718,41 @@ def test_frozen_prototypes_stay_where_they_are(small, tmp_path):
 
 
 def test_vmamba_trains(small, tmp_path, capsys):
-    clever.main([*small, "--arch", "vmamba_tiny", "--local-crops", "1", "--max-steps", "1", "--batch-size", "4", "--out", str(tmp_path / "run")])
+    clever.main(
+        [
+            *small,
+            "--arch",
+            "vmamba_tiny",
+            "--local-crops",
+            "1",
+            "--max-steps",
+            "1",
+            "--batch-size",
+            "4",
+            "--out",
+            str(tmp_path / "run"),
+        ]
+    )
     encoder, _ = common.load_backbone(tmp_path / "run" / "checkpoint.pt")
     assert isinstance(encoder, clever.VMamba) and encoder.inv == 614
 
 
-@pytest.mark.parametrize("argv, words", [
-    (["--base", "simsiam", "--equi", "clever"], ("--equi clever", "--base dino")),
-    (["--equi", "ddcl"], ("--equi ddcl", "--base simsiam")),
-    (["--base", "simsiam", "--local-crops", "4"], ("--local-crops 4", "simsiam")),
-    (["--local-size", "10"], ("--local-size 10", "--patch-size 4")),
-    (["--warmup-epochs", "3"], ("--warmup-epochs 3",)),
-    (["--inv-ratio", "1"], ("--inv-ratio 1",)),
-    (["--arch", "vit_pico", "--inv-ratio", "0.001"], ("--inv-ratio 0.001", "0 of 128")),
-    (["--base", "simsiam", "--arch", "vit_pico", "--inv-ratio", "0.999"], ("--inv-ratio 0.999", "128 of 128")),
-    (["--base", "simsiam", "--orth", "dot"], ("--orth dot", "dino")),
-    (["--arch", "vmamba_small"], ("--arch vmamba_small", "vmamba_tiny")),
-    (["--recipe", "tdw"], ("--recipe tdw", "cifar10")),
-])
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--base", "simsiam", "--equi", "clever"], ("--equi clever", "--base dino")),
+        (["--equi", "ddcl"], ("--equi ddcl", "--base simsiam")),
+        (["--base", "simsiam", "--local-crops", "4"], ("--local-crops 4", "simsiam")),
+        (["--local-size", "10"], ("--local-size 10", "--patch-size 4")),
+        (["--warmup-epochs", "3"], ("--warmup-epochs 3",)),
+        (["--inv-ratio", "1"], ("--inv-ratio 1",)),
+        (["--arch", "vit_pico", "--inv-ratio", "0.001"], ("--inv-ratio 0.001", "0 of 128")),
+        (["--base", "simsiam", "--arch", "vit_pico", "--inv-ratio", "0.999"], ("--inv-ratio 0.999", "128 of 128")),
+        (["--base", "simsiam", "--orth", "dot"], ("--orth dot", "dino")),
+        (["--arch", "vmamba_small"], ("--arch vmamba_small", "vmamba_tiny")),
+        (["--recipe", "tdw"], ("--recipe tdw", "cifar10")),
+    ],
+)
 def test_mistakes(argv, words, small, tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         clever.main([*small, *argv, "--out", str(tmp_path / "run")])

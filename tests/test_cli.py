@@ -62,11 +62,23 @@ MISTAKES = {
     "C19 output under a file": (["{tiny}", "--out", "{tmp}/file/run"], "--out"),
     "A1 unknown flag": (["{tiny}", "--learning-rate", "1"], "--learning-rate"),
     "ser without a layer": (["{tiny}", "--equi-layer", "0"], "--equi-layer 0", "tokens"),
-    "[CLS] after the layer that reads it": (["{tiny}", "--equi", "augself", "--equi-layer", "2", "--cls-layer", "2"], "--equi-layer 2", "--cls-layer 0"),
+    "[CLS] after the layer that reads it": (
+        ["{tiny}", "--equi", "augself", "--equi-layer", "2", "--cls-layer", "2"],
+        "--equi-layer 2",
+        "--cls-layer 0",
+    ),
     "local views of a baseline": (["{tiny}", "--equi", "essl", "--local-views", "4"], "--local-views 4", "ser or none"),
     "local views of Barlow Twins": (["{tiny}", "--base", "barlow", "--local-views", "4"], "--local-views 4", "mocov3"),
-    "a parameter that never changes": (["{tiny}", "--equi", "augself", "--equi-params", "crop", "solarize"], "--equi-params solarize", "--solarize"),
-    "A5 local size not divisible": (["{tiny}", "--local-views", "4", "--local-size", "6"], "--local-size 6", "--patch-size 4"),
+    "a parameter that never changes": (
+        ["{tiny}", "--equi", "augself", "--equi-params", "crop", "solarize"],
+        "--equi-params solarize",
+        "--solarize",
+    ),
+    "A5 local size not divisible": (
+        ["{tiny}", "--local-views", "4", "--local-size", "6"],
+        "--local-size 6",
+        "--patch-size 4",
+    ),
     "A7 odd batch for pairs": (["{tiny}", "--equi", "stl", "--batch-size", "11"], "--batch-size 11", "even"),
     "nothing to predict": (["{tiny}", "--equi", "augself", "--equi-params"], "--equi-params", "crop color"),
     "A1 wrong type": (["{tiny}", "--epochs", "many"], "--epochs", "many"),
@@ -95,7 +107,16 @@ def test_mistakes_of_training(name, tiny, folder, tmp_path, capsys, monkeypatch)
 def test_A4_mistakes_of_processes(tiny, capsys, monkeypatch):
     monkeypatch.setattr(common, "world_size", lambda: 5)
     args = common.parse(ser.Args, ser.values_in_force, tiny)
-    expect_mistake(capsys, lambda _: common.Loader(common.ImageSet(images=torch.zeros(24, 3, 2, 2, dtype=torch.uint8)), {}, None, args, torch.device("cpu")), None, "--batch-size 12", "5 processes", "10")
+    expect_mistake(
+        capsys,
+        lambda _: common.Loader(
+            common.ImageSet(images=torch.zeros(24, 3, 2, 2, dtype=torch.uint8)), {}, None, args, torch.device("cpu")
+        ),
+        None,
+        "--batch-size 12",
+        "5 processes",
+        "10",
+    )
     expect_mistake(capsys, lambda _: ser.check(args), None, "8 images", "5 processes", "1, 2, 4 or 8")
     args = common.parse(ser.Args, ser.values_in_force, [*tiny, "--equi", "stl", "--batch-size", "15"])
     expect_mistake(capsys, lambda _: ser.check(args), None, "--batch-size 15", "5 processes", "even")
@@ -106,11 +127,18 @@ def test_A2_every_number_is_refused_outside_its_range(script, capsys):
     """NaN, infinity and both sides of the interval are; its closed ends, such as --lr 0, are not."""
     for name, interval in common.ranges(script.Args).items():
         args, (low, high) = script.Args(), map(float, interval[1:-1].split(","))
-        given = lambda value, args=args, name=name: setattr(args, name, (value,) if isinstance(getattr(args, name), tuple) else value)
+        given = lambda value, args=args, name=name: setattr(
+            args, name, (value,) if isinstance(getattr(args, name), tuple) else value
+        )
         ends = [low] * (interval[0] == "[") + [high] * (interval[-1] == "]")
         for value in (math.nan, math.inf, -math.inf, low - 1, high + 1, *({low, high} - {*ends})):
             given(value)
-            refused(capsys, lambda args=args, name=name: common.check_ranges(args), f"--{name.replace('_', '-')} {value}", interval)
+            refused(
+                capsys,
+                lambda args=args, name=name: common.check_ranges(args),
+                f"--{name.replace('_', '-')} {value}",
+                interval,
+            )
         for value in ends:
             given(value)
             common.check_ranges(args)
@@ -140,7 +168,9 @@ def test_C17_mistakes_with_the_output_directory(tiny, tmp_path, capsys):
 def test_A2_C14_every_argument_that_computes_is_fixed_on_resume(script):
     """A new argument is either free to change on resumption or compared: none slips through unnamed."""
     assert common.Run.FREE <= {f.name for f in common.dataclasses.fields(script.Args)}
-    numbers = {f.name for f in common.dataclasses.fields(script.Args) if any(t in str(f.type) for t in ("int", "float"))}
+    numbers = {
+        f.name for f in common.dataclasses.fields(script.Args) if any(t in str(f.type) for t in ("int", "float"))
+    }
     assert numbers == set(common.ranges(script.Args))  # every number has a range
 
 
@@ -154,7 +184,9 @@ def test_mistakes_of_probing(tiny, folder, tmp_path, capsys):
     expect_mistake(capsys, eval_probe.main, [checkpoint, "--data-dir", str(tmp_path / "gone")], "gone")
     expect_mistake(capsys, eval_probe.main, [checkpoint, "--data", "pets"], "--data-dir", "pets needs")
     expect_mistake(capsys, eval_probe.main, [checkpoint, "--knn-k", "0"], "--knn-k 0")
-    expect_mistake(capsys, eval_probe.main, [checkpoint, "--tasks", "r2", "--r2-targets", "pose"], "--r2-targets pose", "rotation")
+    expect_mistake(
+        capsys, eval_probe.main, [checkpoint, "--tasks", "r2", "--r2-targets", "pose"], "--r2-targets pose", "rotation"
+    )
     flat = tmp_path / "flat"
     shutil.copytree(folder / "train" / "left", flat)
     expect_mistake(capsys, eval_probe.main, [checkpoint, "--data-dir", str(flat)], "test split")
@@ -162,20 +194,54 @@ def test_mistakes_of_probing(tiny, folder, tmp_path, capsys):
 
 def test_a_tree_without_classes_trains_and_promises_no_score(tiny, folder, tmp_path, capsys):
     shutil.copytree(folder / "train" / "left", tmp_path / "tree" / "deep" / "er")
-    ser.main([*tiny, "--data-dir", str(tmp_path / "tree"), "--max-steps", "1", "--epochs", "2", "--out", str(tmp_path / "run")])
+    ser.main(
+        [
+            *tiny,
+            "--data-dir",
+            str(tmp_path / "tree"),
+            "--max-steps",
+            "1",
+            "--epochs",
+            "2",
+            "--out",
+            str(tmp_path / "run"),
+        ]
+    )
     assert "no k-NN score" in capsys.readouterr().out and (tmp_path / "run" / "checkpoint.pt").exists()
 
 
-@pytest.mark.parametrize("main, flags", [(ser.main, [*vars(ser.Args())]), (recon_xattn.main, [*vars(recon_xattn.Args())]), (ciper.main, [*vars(ciper.Args())]), (clever.main, [*vars(clever.Args())]), (eval_probe.main, [k for k in vars(eval_probe.Args()) if k != "checkpoints"]),
-                                         (eval_robustness.main, [k for k in vars(eval_robustness.Args()) if k != "checkpoints"])])
+@pytest.mark.parametrize(
+    "main, flags",
+    [
+        (ser.main, [*vars(ser.Args())]),
+        (recon_xattn.main, [*vars(recon_xattn.Args())]),
+        (ciper.main, [*vars(ciper.Args())]),
+        (clever.main, [*vars(clever.Args())]),
+        (eval_probe.main, [k for k in vars(eval_probe.Args()) if k != "checkpoints"]),
+        (eval_robustness.main, [k for k in vars(eval_robustness.Args()) if k != "checkpoints"]),
+    ],
+)
 def test_help_teaches_every_flag(main, flags, capsys):
     with pytest.raises(SystemExit) as end:
         main(["--help"])
     text = capsys.readouterr().out
     assert end.value.code == 0 and all(f"--{name.replace('_', '-')}" in text for name in flags)
     assert "is silent" not in text and text.index("python ") < text.index("options")
-    for cls in (ser.Args, recon_xattn.Args, ciper.Args, clever.Args, common.RunArgs, eval_probe.Args, eval_robustness.Args):
-        source = Path(common.sys.modules[cls.__module__].__file__).read_text().split(f"class {cls.__name__}")[1].split("\n\n\n")[0]
+    for cls in (
+        ser.Args,
+        recon_xattn.Args,
+        ciper.Args,
+        clever.Args,
+        common.RunArgs,
+        eval_probe.Args,
+        eval_robustness.Args,
+    ):
+        source = (
+            Path(common.sys.modules[cls.__module__].__file__)
+            .read_text()
+            .split(f"class {cls.__name__}")[1]
+            .split("\n\n\n")[0]
+        )
         fields = re.findall(r"^    (\w+): .*\n(.*)$", source, flags=re.M)
         assert fields and all(doc.strip().startswith('"""') for _, doc in fields), cls
 
@@ -188,11 +254,46 @@ def test_help_shows_the_values_in_force(capsys):
         assert f"(default: {value})" in text.split("--batch-size INT")[1][:200]
 
 
-@pytest.mark.parametrize("base, expected", [
-    ("dino", dict(lr=1e-4, lr_end=0.0125, momentum=0.982, temp=0.1, teacher_temp=(0.04, 0.07), teacher_temp_epochs=10, weight_decay=0.04, weight_decay_end=0.4,
-                  clip=0.3, prototypes=65536, proj_hidden=2048, proj_dim=256, drop_path=0.1, crop_scale=(0.25, 1.0), equi_weight=0.3, equi_temp=0.5)),
-    ("barlow", dict(lr=1e-4, lr_end=0.001, weight_decay=0.1, clip=0.3, proj_hidden=8192, proj_dim=8192, redundancy=0.0051, equi_weight=1.0, equi_temp=0.3)),
-])
+@pytest.mark.parametrize(
+    "base, expected",
+    [
+        (
+            "dino",
+            dict(
+                lr=1e-4,
+                lr_end=0.0125,
+                momentum=0.982,
+                temp=0.1,
+                teacher_temp=(0.04, 0.07),
+                teacher_temp_epochs=10,
+                weight_decay=0.04,
+                weight_decay_end=0.4,
+                clip=0.3,
+                prototypes=65536,
+                proj_hidden=2048,
+                proj_dim=256,
+                drop_path=0.1,
+                crop_scale=(0.25, 1.0),
+                equi_weight=0.3,
+                equi_temp=0.5,
+            ),
+        ),
+        (
+            "barlow",
+            dict(
+                lr=1e-4,
+                lr_end=0.001,
+                weight_decay=0.1,
+                clip=0.3,
+                proj_hidden=8192,
+                proj_dim=8192,
+                redundancy=0.0051,
+                equi_weight=1.0,
+                equi_temp=0.3,
+            ),
+        ),
+    ],
+)
 def test_the_other_bases_of_the_paper(base, expected):
     args = ser.Args(**ser.values_in_force(ser.Args(base=base, data="imagefolder", recipe="imagenet")))
     assert {k: getattr(args, k) for k in expected} == expected
@@ -200,9 +301,30 @@ def test_the_other_bases_of_the_paper(base, expected):
 
 def test_the_recipe_of_the_paper():
     args = ser.Args(**ser.values_in_force(ser.Args(data="imagefolder", recipe="imagenet")))
-    expected = dict(arch="vit_small", img_size=224, patch_size=16, epochs=100, warmup_epochs=10, batch_size=2048, lr=3e-4, weight_decay=0.1, temp=0.2, momentum=0.99,
-                    equi_layer=3, equi_ratio=0.01, equi_weight=1.0, equi_temp=0.3, equi_dim=512, proj_hidden=4096, proj_dim=256, crop_scale=(0.08, 1.0),
-                    jitter=(0.4, 0.4, 0.2, 0.1), blur=(1.0, 0.1), solarize=(0.0, 0.2), equi_area=(0.7, 1.3))
+    expected = dict(
+        arch="vit_small",
+        img_size=224,
+        patch_size=16,
+        epochs=100,
+        warmup_epochs=10,
+        batch_size=2048,
+        lr=3e-4,
+        weight_decay=0.1,
+        temp=0.2,
+        momentum=0.99,
+        equi_layer=3,
+        equi_ratio=0.01,
+        equi_weight=1.0,
+        equi_temp=0.3,
+        equi_dim=512,
+        proj_hidden=4096,
+        proj_dim=256,
+        crop_scale=(0.08, 1.0),
+        jitter=(0.4, 0.4, 0.2, 0.1),
+        blur=(1.0, 0.1),
+        solarize=(0.0, 0.2),
+        equi_area=(0.7, 1.3),
+    )
     assert {k: getattr(args, k) for k in expected} == expected
     assert args.lr * args.batch_size / 256 == pytest.approx(2.4e-3)
 
@@ -215,8 +337,15 @@ def test_the_commands_of_the_readme_run(tiny, folder, core50, tmp_path, monkeypa
     blocks = re.findall(r"^```sh\n(.*?)^```", text, flags=re.M | re.S)
     shell = 'python() { echo "$@"; }; torchrun() { echo "$@"; }\n' + "".join(b for b in blocks if "venv" not in b)
     lines = subprocess.run(["bash", "-ec", shell], capture_output=True, text=True, check=True).stdout.splitlines()
-    calls = [(Path(words[i]).stem, words[i + 1 :]) for words in map(str.split, lines) for i, w in enumerate(words) if w.endswith(".py") and not w.startswith("tests/")]
-    calls = list(dict.fromkeys((script, re.sub(r" --(seed|out) \S+", "", " ".join(argv))) for script, argv in calls))  # each kind once
+    calls = [
+        (Path(words[i]).stem, words[i + 1 :])
+        for words in map(str.split, lines)
+        for i, w in enumerate(words)
+        if w.endswith(".py") and not w.startswith("tests/")
+    ]
+    calls = list(
+        dict.fromkeys((script, re.sub(r" --(seed|out) \S+", "", " ".join(argv))) for script, argv in calls)
+    )  # each kind once
     trained, split, seen = 0, None, set()
     for script, argv in ((script, argv.split()) for script, argv in calls):
         settings = {(script, setting) for setting in re.split(r" (?=--)", " ".join(argv))}
@@ -226,19 +355,59 @@ def test_the_commands_of_the_readme_run(tiny, folder, core50, tmp_path, monkeypa
         if not script.startswith("eval"):
             trained += 1
             split = trained if script == "recon_xattn" else split
-            shared = [a for flag, value in zip(tiny[::2], tiny[1::2]) if flag not in ("--proj-dim", "--equi-dim") for a in (flag, value)]
-            views = ["--data", "core50", "--data-dir", str(core50), "--recipe", "core50", "--arch", "resnet_pico", "--proj-dim", "8"]
-            main, ours = dict(ser=(ser.main, [*tiny, "--prototypes", "32"]), recon_xattn=(recon_xattn.main, [*shared, "--neck", "16", "--embed-dim", "8"]),
-                              ciper=(ciper.main, [*shared, *views]), clever=(clever.main, [*shared, "--head-dim", "16", "--head-dim-equi", "16", "--local-size", "8"]))[script]
-            main([*argv, *ours, *(["--epochs", "0"] if "0" in argv else []), "--max-steps", "1", "--no-compile", "--out", f"run-{trained}-s0"])
+            shared = [
+                a
+                for flag, value in zip(tiny[::2], tiny[1::2])
+                if flag not in ("--proj-dim", "--equi-dim")
+                for a in (flag, value)
+            ]
+            views = [
+                "--data",
+                "core50",
+                "--data-dir",
+                str(core50),
+                "--recipe",
+                "core50",
+                "--arch",
+                "resnet_pico",
+                "--proj-dim",
+                "8",
+            ]
+            main, ours = dict(
+                ser=(ser.main, [*tiny, "--prototypes", "32"]),
+                recon_xattn=(recon_xattn.main, [*shared, "--neck", "16", "--embed-dim", "8"]),
+                ciper=(ciper.main, [*shared, *views]),
+                clever=(clever.main, [*shared, "--head-dim", "16", "--head-dim-equi", "16", "--local-size", "8"]),
+            )[script]
+            main(
+                [
+                    *argv,
+                    *ours,
+                    *(["--epochs", "0"] if "0" in argv else []),
+                    "--max-steps",
+                    "1",
+                    "--no-compile",
+                    "--out",
+                    f"run-{trained}-s0",
+                ]
+            )
         else:
             flags = argv[next((i for i, w in enumerate(argv) if w.startswith("--")), len(argv)) :]
             for flag in ("--data", "--data-dir"):
                 flags = flags[: flags.index(flag)] + flags[flags.index(flag) + 2 :] if flag in flags else flags
             if "shifts" in flags and "--suite-dir" not in flags:  # only rendered images have shifts of their own
                 flags += ["--suite-dir", "SHIFTED"]
-            flags = [str(folder / "test") if before == "--suite-dir" else word for before, word in zip(["", *flags], flags)]
-            checkpoint = [f"run-{split if '--part' in flags else 1}-s0/checkpoint.pt", *flags, "--linear-epochs", "1", "--device", "cpu"]
+            flags = [
+                str(folder / "test") if before == "--suite-dir" else word for before, word in zip(["", *flags], flags)
+            ]
+            checkpoint = [
+                f"run-{split if '--part' in flags else 1}-s0/checkpoint.pt",
+                *flags,
+                "--linear-epochs",
+                "1",
+                "--device",
+                "cpu",
+            ]
             if script == "eval_robustness":
                 eval_robustness.main([*checkpoint, "--images-per-class", "1", "--passes", "1"])
             else:

@@ -867,11 +867,17 @@ def test_D14_a_latent_that_is_none_is_named(bench3die, capsys, what, words):
 
 def test_R3_a_digest_does_not_ask_how_a_tensor_lies_in_memory():
     x = torch.arange(6).view(3, 2)
-    assert common.digest_of(x[:, 1]) == common.digest_of(torch.tensor([1, 3, 5])) != common.digest_of(torch.tensor([1, 3, 6]))
+    assert (
+        common.digest_of(x[:, 1])
+        == common.digest_of(torch.tensor([1, 3, 5]))
+        != common.digest_of(torch.tensor([1, 3, 6]))
+    )
     assert common.digest_of(torch.ones(1).expand(4)) == common.digest_of(torch.ones(4))
 
 
 def test_R3_turntables_are_rendered_into_an_empty_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     first = common.load_data("blocks-views", None, "test", 8)
-    assert len(list(tmp_path.rglob("*.pt"))) == 1 and torch.equal(common.load_data("blocks-views", None, "test", 8).images, first.images)
+    assert len(list(tmp_path.rglob("*.pt"))) == 1 and torch.equal(
+        common.load_data("blocks-views", None, "test", 8).images, first.images
+    )

@@ -49,12 +49,29 @@ def on_ranks(world, tmp_path, fn, *args):
 
 def train(base, equi, changes, steps=3):
     """`steps` steps of tiny training in float64 -> (losses, gradients of the first step), as numpy."""
-    args = ser.Args(**ser.values_in_force(ser.Args(base=base, equi=equi)) | dict(base=base, prototypes=32, equi=equi, batch_size=16, img_size=16, patch_size=4, proj_hidden=16,
-                                                                                proj_dim=8, equi_dim=16, equi_ratio=0.5, local_size=8) | changes)
+    args = ser.Args(
+        **ser.values_in_force(ser.Args(base=base, equi=equi))
+        | dict(
+            base=base,
+            prototypes=32,
+            equi=equi,
+            batch_size=16,
+            img_size=16,
+            patch_size=4,
+            proj_hidden=16,
+            proj_dim=8,
+            equi_dim=16,
+            equi_ratio=0.5,
+            local_size=8,
+        )
+        | changes
+    )
     ser.check(args)
     device = torch.device("cpu")
     model, policies = ser.build(args, device).double(), ser.make_policies(args)
-    data = common.ImageSet(images=torch.randint(0, 256, (40, 3, 16, 16), dtype=torch.uint8, generator=common.rng("test")))
+    data = common.ImageSet(
+        images=torch.randint(0, 256, (40, 3, 16, 16), dtype=torch.uint8, generator=common.rng("test"))
+    )
     loader = common.Loader(data, policies, partial(ser.draw_views, args, policies), args, device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer, losses, ddp = torch.optim.SGD(parameters, lr=0.01), [], common.distributed(model)
@@ -71,9 +88,26 @@ def train(base, equi, changes, steps=3):
     return losses, gradients
 
 
-@pytest.mark.parametrize("base, equi, changes", [(base, equi, {}) for base in ser.BASES for equi in ("ser", "none")]
-                         + [("mocov3", "augself", dict(equi_params=("crop", "color", "flip", "blur", "solarize", "rotation"), blur=(0.5, 0.5), solarize=(0.5, 0.5))), ("mocov3", "stl", {}),
-                            ("mocov3", "equimod", {}), ("mocov3", "essl", {}), ("mocov3", "ser", dict(local_views=4)), ("mocov3", "equimod", dict(equi_layer=2))])
+@pytest.mark.parametrize(
+    "base, equi, changes",
+    [(base, equi, {}) for base in ser.BASES for equi in ("ser", "none")]
+    + [
+        (
+            "mocov3",
+            "augself",
+            dict(
+                equi_params=("crop", "color", "flip", "blur", "solarize", "rotation"),
+                blur=(0.5, 0.5),
+                solarize=(0.5, 0.5),
+            ),
+        ),
+        ("mocov3", "stl", {}),
+        ("mocov3", "equimod", {}),
+        ("mocov3", "essl", {}),
+        ("mocov3", "ser", dict(local_views=4)),
+        ("mocov3", "equimod", dict(equi_layer=2)),
+    ],
+)
 def test_N1_N2_N3_N4_1_2_and_for_ser_4_processes_train_the_same_model(base, equi, changes, tmp_path):
     (losses, gradients), *_ = on_ranks(1, tmp_path, train, base, equi, changes)
     scale = max(abs(g).max() for g in gradients)
@@ -107,11 +141,20 @@ def collectives():
     norm = common.batchnorm_over_ranks(nn.BatchNorm1d(4).double(), torch.device("cpu"))
     out = norm(x[mine])
     (out * x[mine].sin()).sum().backward()
-    bn = [common.gather(out.detach()).numpy(), common.all_reduce(norm.weight.grad).numpy(), norm.running_mean.numpy(), norm.running_var.numpy()]
+    bn = [
+        common.gather(out.detach()).numpy(),
+        common.all_reduce(norm.weight.grad).numpy(),
+        norm.running_mean.numpy(),
+        norm.running_var.numpy(),
+    ]
 
-    backbone = common.make_backbone("vit_pico", *common.CIFAR10, img_size=16, patch_size=4, cls_layer=0, pos="sincos").eval()
+    backbone = common.make_backbone(
+        "vit_pico", *common.CIFAR10, img_size=16, patch_size=4, cls_layer=0, pos="sincos"
+    ).eval()
     images = common.ImageSet(images=torch.randint(0, 256, (13, 3, 16, 16), dtype=torch.uint8, generator=g))
-    mean_colour = common.features(backbone, images, torch.device("cpu"), encode=lambda v: v.mean((2, 3)), batch_size=4).numpy()
+    mean_colour = common.features(
+        backbone, images, torch.device("cpu"), encode=lambda v: v.mean((2, 3)), batch_size=4
+    ).numpy()
     return gradient(common.gather), gradient(own_slot), bn, mean_colour, common.any_rank(r)
 
 
@@ -122,31 +165,64 @@ def test_N1_N2_A10_collectives(tmp_path):
             assert abs(other - gradient).max() < 1e-12
             assert abs(wrong - gradient).max() > 1e-3  # a gather without the others' gradient would be noticed
             assert all(abs(a - b).max() < 1e-12 for a, b in zip(bn, other_bn))
-            assert mean_colour.shape == (13, 3) and len(other_colour) in (0, 13) and (other_colour == mean_colour[: len(other_colour)]).all()  # rank 0 has them
+            assert (
+                mean_colour.shape == (13, 3)
+                and len(other_colour) in (0, 13)
+                and (other_colour == mean_colour[: len(other_colour)]).all()
+            )  # rank 0 has them
             assert agreed == world - 1  # the largest flag of all ranks
 
 
 def launch(*argv, **kwargs):
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *argv], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, **kwargs)
+    return subprocess.run(
+        [sys.executable, *argv], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, **kwargs
+    )
 
 
 def test_N3_C13_S14_torchrun_trains_what_python_trains(tiny, tmp_path):
     argv = [*tiny, "--max-steps", "4"]
-    run = launch("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "ser.py", *argv, "--out", str(tmp_path / "two"))
+    run = launch(
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "ser.py",
+        *argv,
+        "--out",
+        str(tmp_path / "two"),
+    )
     assert run.returncode == 0, run.stderr
     ser.main([*argv, "--out", str(tmp_path / "one")])
-    one, two = ([json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()] for name in ("one", "two"))
+    one, two = (
+        [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    )
     assert len(one) == len(two) == 4
     for a, b in zip(one, two):
         for key in ("loss", "L_inv", "L_equiv", "lr", "feature_std"):
             assert a[key] == pytest.approx(b[key], rel=1e-4), key
-    ser.main([*argv, "--out", str(tmp_path / "two"), "--resume", "--max-steps", "5"])  # two processes saved, one goes on
+    ser.main(
+        [*argv, "--out", str(tmp_path / "two"), "--resume", "--max-steps", "5"]
+    )  # two processes saved, one goes on
 
 
 def test_S12_S14_a_mistake_under_torchrun_is_one_line(tmp_path):
-    run = launch("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "ser.py", "--data", "imagefolder", "--recipe", "cifar10",
-                 "--data-dir", str(tmp_path / "nowhere"), "--device", "cpu")
+    run = launch(
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "ser.py",
+        "--data",
+        "imagefolder",
+        "--recipe",
+        "cifar10",
+        "--data-dir",
+        str(tmp_path / "nowhere"),
+        "--device",
+        "cpu",
+    )
     assert run.returncode == 1 and run.stderr.count("no such directory") == 1
 
 

@@ -43,7 +43,11 @@ def run(untrained, tmp_path):
 
 
 def records(run):
-    return [json.loads(line) for line in (run / "eval.jsonl").read_text().splitlines()] if (run / "eval.jsonl").exists() else []
+    return (
+        [json.loads(line) for line in (run / "eval.jsonl").read_text().splitlines()]
+        if (run / "eval.jsonl").exists()
+        else []
+    )
 
 
 def ends(code, main, argv, capsys):
@@ -60,7 +64,11 @@ def ends(code, main, argv, capsys):
 # ---- what was finished is kept ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("error", [RuntimeError("boom"), KeyError("boom"), OSError(errno.EIO, "boom"), SystemExit(2)], ids=["R6 RuntimeError", "R6 KeyError", "R6 OSError", "R6 a mistake"])
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("boom"), KeyError("boom"), OSError(errno.EIO, "boom"), SystemExit(2)],
+    ids=["R6 RuntimeError", "R6 KeyError", "R6 OSError", "R6 a mistake"],
+)
 def test_R6_a_task_that_fails_costs_one_line_and_the_exit_code(error, run, capsys, monkeypatch):
     def fails(case):
         if isinstance(error, SystemExit):
@@ -68,7 +76,9 @@ def test_R6_a_task_that_fails_costs_one_line_and_the_exit_code(error, run, capsy
         raise error
 
     monkeypatch.setitem(eval_probe.TASKS, "mlp", fails)
-    line, out = ends(1, eval_probe.main, [str(run / "checkpoint.pt"), "--tasks", "knn", "mlp", "linear", *QUICK], capsys)
+    line, out = ends(
+        1, eval_probe.main, [str(run / "checkpoint.pt"), "--tasks", "knn", "mlp", "linear", *QUICK], capsys
+    )
     assert "boom" in line and out.splitlines()[0].split() == ["n", "knn", "linear"]  # the one after it too
     assert [list(r["results"]) for r in records(run)] == [["knn"], ["linear"]]
 
@@ -83,9 +93,16 @@ def test_R6_one_bad_checkpoint_of_three_costs_its_own_row(main, bad, run, tmp_pa
     torch.save(state, tmp_path / "b" / "checkpoint.pt")
     if bad == "damaged":
         (tmp_path / "b" / "checkpoint.pt").write_bytes((run / "checkpoint.pt").read_bytes()[:-1000])
-    paths, what = [str(tmp_path / name / "checkpoint.pt") for name in ("run", "b", "c")], ["--tasks", "knn"] if main is eval_probe.main else ["--suite", "augmentations", "--passes", "1"]
+    paths, what = (
+        [str(tmp_path / name / "checkpoint.pt") for name in ("run", "b", "c")],
+        ["--tasks", "knn"] if main is eval_probe.main else ["--suite", "augmentations", "--passes", "1"],
+    )
     line, out = ends(1, main, [*paths, *what, *QUICK], capsys)
-    assert ("damaged" if bad == "damaged" else "gone") in line and len(out.splitlines()) == 2 and out.splitlines()[1].split()[:2] == ["run", "2"]
+    assert (
+        ("damaged" if bad == "damaged" else "gone") in line
+        and len(out.splitlines()) == 2
+        and out.splitlines()[1].split()[:2] == ["run", "2"]
+    )
     assert len(records(run)) == len(records(tmp_path / "c")) == 1 and not records(tmp_path / "b")
     line, out = ends(2, main, [paths[1], *what, *QUICK], capsys)  # where it is the only one it is a mistake of the call
     assert not out
@@ -115,7 +132,11 @@ def on_two_ranks(paths, broken):
     return 0
 
 
-@pytest.mark.parametrize("broken, kept", [("a mistake", [2, 2]), ("a checkpoint on one rank", [0, 3]), ("rank 0 alone", [1, 0])], ids=["R6 a mistake on 2 ranks", "R6 a checkpoint on 1 of 2", "R6 rank 0 of 2"])
+@pytest.mark.parametrize(
+    "broken, kept",
+    [("a mistake", [2, 2]), ("a checkpoint on one rank", [0, 3]), ("rank 0 alone", [1, 0])],
+    ids=["R6 a mistake on 2 ranks", "R6 a checkpoint on 1 of 2", "R6 rank 0 of 2"],
+)
 def test_R6_ranks_go_on_together_or_end(broken, kept, run, tmp_path):
     shutil.copytree(run, tmp_path / "other")
     paths = [str(p / "checkpoint.pt") for p in (run, tmp_path / "other")]
@@ -134,7 +155,9 @@ def on_ranks_but_one(tmp_path, fn, *args):
         child = os.fork()
         if child == 0:
             torch.set_num_threads(1)
-            common.dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'rendezvous-one'}", rank=rank, world_size=2)
+            common.dist.init_process_group(
+                "gloo", init_method=f"file://{tmp_path / 'rendezvous-one'}", rank=rank, world_size=2
+            )
             os._exit(fn(*args))
         children.append(child)
     code = os.waitstatus_to_exitcode(os.waitpid(children[0], 0)[1])
@@ -143,23 +166,43 @@ def on_ranks_but_one(tmp_path, fn, *args):
 
 def test_R6_a_mean_over_fewer_says_so():
     rows = [("a", dict(knn=1.0, mlp=1.0)), ("a", dict(knn=2.0))]
-    assert "1.50 ± 0.71" in eval_probe.table(rows) and "1.00 (1 of 2)" in eval_probe.table(rows) and json.loads(eval_probe.table(rows, "json"))["a"]["mlp"]["n"] == 1
+    assert (
+        "1.50 ± 0.71" in eval_probe.table(rows)
+        and "1.00 (1 of 2)" in eval_probe.table(rows)
+        and json.loads(eval_probe.table(rows, "json"))["a"]["mlp"]["n"] == 1
+    )
 
 
 def test_R6_a_suite_that_fails_leaves_the_others(run, capsys, monkeypatch):
     monkeypatch.setitem(eval_robustness.SUITES, "perturbations", lambda *a: 1 / 0)
-    line, out = ends(1, eval_robustness.main, [str(run / "checkpoint.pt"), "--suite", "perturbations", "augmentations", "--passes", "1", *QUICK], capsys)
+    line, out = ends(
+        1,
+        eval_robustness.main,
+        [str(run / "checkpoint.pt"), "--suite", "perturbations", "augmentations", "--passes", "1", *QUICK],
+        capsys,
+    )
     assert "perturbations: ZeroDivisionError" in line and "CJ+Ro" in out
     assert [r["protocol"]["suite"] for r in records(run)] == ["augmentations"]
 
 
-SIGNALS = dict(argnames="number", argvalues=[signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=["S4 SIGINT 130", "S4 SIGTERM 143", "S4 SIGHUP 129"])
+SIGNALS = dict(
+    argnames="number",
+    argvalues=[signal.SIGINT, signal.SIGTERM, signal.SIGHUP],
+    ids=["S4 SIGINT 130", "S4 SIGTERM 143", "S4 SIGHUP 129"],
+)
 
 
 @pytest.mark.parametrize(**SIGNALS)
 @pytest.mark.parametrize("where", ["k-NN", "features", "reading the checkpoint", "arguments"])
 def test_R6_a_signal_ends_a_probe_in_one_line_with_what_was_finished(number, where, run, capsys, monkeypatch):
-    module, name = dict([("k-NN", (common, "knn")), ("features", (common, "features")), ("reading the checkpoint", (common, "load_checkpoint")), ("arguments", (common, "parse"))])[where]
+    module, name = dict(
+        [
+            ("k-NN", (common, "knn")),
+            ("features", (common, "features")),
+            ("reading the checkpoint", (common, "load_checkpoint")),
+            ("arguments", (common, "parse")),
+        ]
+    )[where]
     fn = getattr(module, name)
     monkeypatch.setattr(module, name, lambda *a, **k: (os.kill(os.getpid(), number), fn(*a, **k))[1])
     before = [signal.getsignal(s) for s in eval_probe.STOPPING]
@@ -180,27 +223,56 @@ def test_R6_a_signal_inside_a_suite_prints_what_it_has_counted(number, run, caps
         return corrupt(x, name, *a)
 
     monkeypatch.setattr(eval_robustness, "corrupt", late)
-    line, out = ends(128 + number, eval_robustness.main, [str(run / "checkpoint.pt"), "--suite", "augmentations", "corruptions", "--passes", "1", *QUICK], capsys)
+    line, out = ends(
+        128 + number,
+        eval_robustness.main,
+        [str(run / "checkpoint.pt"), "--suite", "augmentations", "corruptions", "--passes", "1", *QUICK],
+        capsys,
+    )
     assert number.name in line and [r["protocol"]["suite"] for r in records(run)] == ["augmentations"]
-    assert "CJ+Ro" in out and "defocus_blur" in out and "clean" in out and "fog" not in out  # what was not shown is not in the table
+    assert (
+        "CJ+Ro" in out and "defocus_blur" in out and "clean" in out and "fog" not in out
+    )  # what was not shown is not in the table
 
 
 def test_R6_a_signal_that_nohup_has_switched_off_stays_off(run, monkeypatch):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        monkeypatch.setitem(eval_probe.TASKS, "knn", lambda case: (os.kill(os.getpid(), signal.SIGHUP), ({"knn": 1.0}, {}))[1])
+        monkeypatch.setitem(
+            eval_probe.TASKS, "knn", lambda case: (os.kill(os.getpid(), signal.SIGHUP), ({"knn": 1.0}, {}))[1]
+        )
         assert eval_probe.main([str(run / "checkpoint.pt"), "--tasks", "knn", *QUICK])[0][1] == {"knn": 1.0}
     finally:
         signal.signal(signal.SIGHUP, before)
 
 
-@pytest.mark.parametrize("error, words", [(MemoryError(), "out of memory"), (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"), "out of memory"),
-                                          (RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 10 bytes"), "out of memory")],
-                         ids=["S13 MemoryError", "S13 GPU", "S13 CPU"])
+@pytest.mark.parametrize(
+    "error, words",
+    [
+        (MemoryError(), "out of memory"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"), "out of memory"),
+        (
+            RuntimeError(
+                "[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 10 bytes"
+            ),
+            "out of memory",
+        ),
+    ],
+    ids=["S13 MemoryError", "S13 GPU", "S13 CPU"],
+)
 @pytest.mark.parametrize("main", [eval_probe.main, eval_robustness.main])
 def test_S13_out_of_memory_is_one_line_that_says_what_to_lower(error, words, main, run, capsys, monkeypatch):
     monkeypatch.setattr(common.ViT, "last_blocks", lambda self, x: (_ for _ in ()).throw(error))
-    line, _ = ends(1, main, [str(run / "checkpoint.pt"), *(["--tasks", "linear"] if main is eval_probe.main else ["--suite", "augmentations"]), *QUICK], capsys)
+    line, _ = ends(
+        1,
+        main,
+        [
+            str(run / "checkpoint.pt"),
+            *(["--tasks", "linear"] if main is eval_probe.main else ["--suite", "augmentations"]),
+            *QUICK,
+        ],
+        capsys,
+    )
     assert words in line and "--workers" in line and "--device" in line and "--batch-size" not in line
 
 
@@ -228,7 +300,9 @@ def test_V7_a_table_on_an_ascii_terminal_and_json_without_nan(run, capsys, monke
     shutil.copytree(run, run.with_name("other"))
     eval_probe.main([str(p / "checkpoint.pt") for p in (run, run.with_name("other"))] + ["--tasks", "knn", *QUICK])
     line = (run / "eval.jsonl").read_text()
-    assert json.loads(line, parse_constant=lambda token: pytest.fail(token))["results"] == {"knn": None} and line.isascii()
+    assert (
+        json.loads(line, parse_constant=lambda token: pytest.fail(token))["results"] == {"knn": None} and line.isascii()
+    )
 
 
 def test_F10_a_record_begins_on_a_line_of_its_own(run):
@@ -241,7 +315,14 @@ def test_F10_a_record_begins_on_a_line_of_its_own(run):
 # ---- caches and checkpoints ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")], ids=["F13 OSError", "F13 RuntimeError"])
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"),
+    ],
+    ids=["F13 OSError", "F13 RuntimeError"],
+)
 def test_F13_features_that_cannot_be_kept_cost_one_line(error, run, tmp_path, capsys, monkeypatch):
     def full(state, file, *a):
         if isinstance(file, (str, Path)) or not isinstance(file, io.BytesIO):
@@ -249,14 +330,25 @@ def test_F13_features_that_cannot_be_kept_cost_one_line(error, run, tmp_path, ca
         raise error
 
     monkeypatch.setattr(torch, "save", full)
-    results = eval_probe.main([str(run / "checkpoint.pt"), "--tasks", "knn", "linear", "--cache-dir", str(tmp_path / "cache"), *QUICK])
+    results = eval_probe.main(
+        [str(run / "checkpoint.pt"), "--tasks", "knn", "linear", "--cache-dir", str(tmp_path / "cache"), *QUICK]
+    )
     out, err = capsys.readouterr()
-    assert {"knn", "linear"} == set(results[0][1]) and "knn" in out and "--cache-dir" in err and not list((tmp_path / "cache").iterdir())
+    assert (
+        {"knn", "linear"} == set(results[0][1])
+        and "knn" in out
+        and "--cache-dir" in err
+        and not list((tmp_path / "cache").iterdir())
+    )
 
 
 def test_F14_evaluations_at_once_share_no_temporary_name(run, tmp_path, monkeypatch):
     """While one keeps its features another comes from beginning to end."""
-    argv, replace, again = [str(run / "checkpoint.pt"), "--tasks", "knn", "--cache-dir", str(tmp_path / "cache"), *QUICK], os.replace, [1]
+    argv, replace, again = (
+        [str(run / "checkpoint.pt"), "--tasks", "knn", "--cache-dir", str(tmp_path / "cache"), *QUICK],
+        os.replace,
+        [1],
+    )
 
     def late(source, target):
         if again and "features-" in str(target):
@@ -269,7 +361,9 @@ def test_F14_evaluations_at_once_share_no_temporary_name(run, tmp_path, monkeypa
     first = eval_probe.main(argv)
     assert first == second and len(list((tmp_path / "cache").iterdir())) == 2
     probe, unlink = tmp_path / "cache" / ".writable-0", Path.unlink
-    monkeypatch.setattr(Path, "unlink", lambda self, *a, **k: (unlink(probe, missing_ok=True), unlink(self, *a, **k))[1])  # the other one was quicker
+    monkeypatch.setattr(
+        Path, "unlink", lambda self, *a, **k: (unlink(probe, missing_ok=True), unlink(self, *a, **k))[1]
+    )  # the other one was quicker
     assert eval_probe.main(argv) == first
 
 
@@ -284,7 +378,13 @@ def test_R3_a_checkpoint_is_read_once_and_named_by_what_was_read(run, tmp_path, 
         torch.save(state, run / "checkpoint.pt")
         return out
 
-    sys.addaudithook(lambda event, args: opened.append(args[0]) if watching and event == "open" and str(args[0]) == str(run / "checkpoint.pt") and args[1] != "wb" else None)
+    sys.addaudithook(
+        lambda event, args: (
+            opened.append(args[0])
+            if watching and event == "open" and str(args[0]) == str(run / "checkpoint.pt") and args[1] != "wb"
+            else None
+        )
+    )
     watching, argv = [1], [str(run / "checkpoint.pt"), "--tasks", "knn", "--cache-dir", str(tmp_path / "cache"), *QUICK]
     monkeypatch.setattr(common, "load_backbone", replaced)
     first = eval_probe.main(argv)
@@ -298,7 +398,11 @@ def test_R3_a_checkpoint_is_read_once_and_named_by_what_was_read(run, tmp_path, 
 
 
 def test_R3_kept_features_of_another_length_or_another_version_are_not_taken(run, tmp_path, monkeypatch):
-    argv, encoded, features = [str(run / "checkpoint.pt"), "--tasks", "knn", "--cache-dir", str(tmp_path / "cache"), *QUICK], [], common.features
+    argv, encoded, features = (
+        [str(run / "checkpoint.pt"), "--tasks", "knn", "--cache-dir", str(tmp_path / "cache"), *QUICK],
+        [],
+        common.features,
+    )
     monkeypatch.setattr(common, "features", lambda *a, **k: (encoded.append(1), features(*a, **k))[1])
     first = eval_probe.main(argv)
     for path in (tmp_path / "cache").iterdir():
@@ -310,11 +414,28 @@ def test_R3_kept_features_of_another_length_or_another_version_are_not_taken(run
     assert eval_probe.main(argv) == first and len(encoded) == 6
 
 
-@pytest.mark.parametrize("change, words", [("more", "24 and 28 images"), ("another class", "other classes"), ("other names", "file names")], ids=["F4 more images", "F4 another class", "F4 other names"])
+@pytest.mark.parametrize(
+    "change, words",
+    [("more", "24 and 28 images"), ("another class", "other classes"), ("other names", "file names")],
+    ids=["F4 more images", "F4 another class", "F4 other names"],
+)
 def test_F3_probes_refuse_images_that_the_checkpoint_has_not_seen(change, words, tiny, folder, tmp_path, capsys):
     root = tmp_path / "images"
     shutil.copytree(folder, root)
-    ser.main([*tiny[: tiny.index("--data-dir")], "--data-dir", str(root), *tiny[tiny.index("--data-dir") + 2 :], "--epochs", "0", "--equi", "none", "--out", str(tmp_path / "run")])
+    ser.main(
+        [
+            *tiny[: tiny.index("--data-dir")],
+            "--data-dir",
+            str(root),
+            *tiny[tiny.index("--data-dir") + 2 :],
+            "--epochs",
+            "0",
+            "--equi",
+            "none",
+            "--out",
+            str(tmp_path / "run"),
+        ]
+    )
     argv = [str(tmp_path / "run" / "checkpoint.pt"), "--tasks", "knn", *QUICK]
     shutil.copytree(root, tmp_path / "moved")
     assert eval_probe.main([*argv, "--data-dir", str(tmp_path / "moved")]) == eval_probe.main(argv)
@@ -348,12 +469,29 @@ def resnet():
     return {k: v for k, v in timm.create_model("resnet18", num_classes=0).state_dict().items()}
 
 
-@pytest.mark.parametrize("how", ["C5 a flipped bit", "C4 cut short", "C11 NaN", "C11 NaN in safetensors", "C6 legacy format", "C7 pickled code", "C8 expanded", "C8 deflated", "C6 text", "C4 safetensors cut short"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "C5 a flipped bit",
+        "C4 cut short",
+        "C11 NaN",
+        "C11 NaN in safetensors",
+        "C6 legacy format",
+        "C7 pickled code",
+        "C8 expanded",
+        "C8 deflated",
+        "C6 text",
+        "C4 safetensors cut short",
+    ],
+)
 def test_R11_weights_for_timm_are_checked_as_ours_are(how, resnet, folder, tmp_path, capsys, monkeypatch):
     from safetensors.torch import save_file
 
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
-    file, nan = tmp_path / ("w.safetensors" if "safetensors" in how else "w.pt"), resnet | {"fc.weight": torch.ones(1), "conv1.weight": torch.full_like(resnet["conv1.weight"], math.nan)}
+    file, nan = (
+        tmp_path / ("w.safetensors" if "safetensors" in how else "w.pt"),
+        resnet | {"fc.weight": torch.ones(1), "conv1.weight": torch.full_like(resnet["conv1.weight"], math.nan)},
+    )
     if "NaN" in how:
         save_file(nan, file) if "safetensors" in how else torch.save(nan, file)
     elif "safetensors" in how:
@@ -382,7 +520,9 @@ def test_R11_weights_for_timm_are_checked_as_ours_are(how, resnet, folder, tmp_p
     with pytest.raises(SystemExit):
         eval_probe.main(argv)
     err = capsys.readouterr().err
-    assert "weights_only" not in err and "unsafe" not in err and "trust" not in err and not (tmp_path / "marker").exists()
+    assert (
+        "weights_only" not in err and "unsafe" not in err and "trust" not in err and not (tmp_path / "marker").exists()
+    )
 
 
 def test_R11_notes_in_a_file_for_timm_name_no_other_file(run, tmp_path, capsys):
@@ -391,7 +531,11 @@ def test_R11_notes_in_a_file_for_timm_name_no_other_file(run, tmp_path, capsys):
 
     with safe_open(run / "backbone.safetensors", "pt") as f:
         notes = f.metadata()
-    save_file(load_file(run / "backbone.safetensors"), tmp_path / "w.safetensors", notes | dict(timm=json.dumps(json.loads(notes["timm"]) | dict(checkpoint_path="/nowhere.pt"))))
+    save_file(
+        load_file(run / "backbone.safetensors"),
+        tmp_path / "w.safetensors",
+        notes | dict(timm=json.dumps(json.loads(notes["timm"]) | dict(checkpoint_path="/nowhere.pt"))),
+    )
     encoder, _ = eval_probe.load(f"timm:vit_small_patch16_224@{tmp_path / 'w.safetensors'}")
     assert encoder.img_size == 16
 
@@ -400,21 +544,38 @@ def test_R11_notes_in_a_file_for_timm_name_no_other_file(run, tmp_path, capsys):
 
 
 def test_checkpoints_come_first(run, capsys):
-    for main, flags in ((eval_probe.main, ["--tasks", "knn", "linear"]), (eval_robustness.main, ["--suite", "corruptions"])):
+    for main, flags in (
+        (eval_probe.main, ["--tasks", "knn", "linear"]),
+        (eval_robustness.main, ["--suite", "corruptions"]),
+    ):
         expect_mistake(capsys, main, [*flags, str(run / "checkpoint.pt")], "checkpoint.pt", "checkpoints come first")
 
 
-@pytest.mark.parametrize("where", ["checkpoint", "timm file", "--data-dir", "--cache-dir", "--suite-dir", "--frost-dir", "--save-images"])
+@pytest.mark.parametrize(
+    "where", ["checkpoint", "timm file", "--data-dir", "--cache-dir", "--suite-dir", "--frost-dir", "--save-images"]
+)
 def test_C22_a_name_of_256_characters_is_one_line(where, run, capsys):
-    long, first, main = "x" * 256, str(run / "checkpoint.pt"), eval_probe.main if where in ("checkpoint", "timm file", "--data-dir", "--cache-dir") else eval_robustness.main
-    argv = {"checkpoint": [f"{long}/checkpoint.pt"], "timm file": [f"timm:resnet18@{long}", "--data", "blocks"]}.get(where, [first, where, long, *(["--suite", "shifts"] if where == "--suite-dir" else [])])
+    long, first, main = (
+        "x" * 256,
+        str(run / "checkpoint.pt"),
+        eval_probe.main if where in ("checkpoint", "timm file", "--data-dir", "--cache-dir") else eval_robustness.main,
+    )
+    argv = {"checkpoint": [f"{long}/checkpoint.pt"], "timm file": [f"timm:resnet18@{long}", "--data", "blocks"]}.get(
+        where, [first, where, long, *(["--suite", "shifts"] if where == "--suite-dir" else [])]
+    )
     expect_mistake(capsys, main, [*argv, *QUICK], long)
 
 
-@pytest.mark.parametrize("flags, words", [
-    pytest.param(["--data", "cifar11"], ["cifar11", "cifar10"], id="V1 unknown data set"), pytest.param(["--data-dir", "{flat}"], ["test split"], id="V1 no test split"),
-    pytest.param(["--data-dir", "{fewer}"], ["different classes", "right"], id="V2 a class is missing"), pytest.param(["--data-dir", "{other}"], ["different classes"], id="V3 other class names"),
-    pytest.param(["--data-dir", "{one}"], ["no classes"], id="D3 one class")])
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        pytest.param(["--data", "cifar11"], ["cifar11", "cifar10"], id="V1 unknown data set"),
+        pytest.param(["--data-dir", "{flat}"], ["test split"], id="V1 no test split"),
+        pytest.param(["--data-dir", "{fewer}"], ["different classes", "right"], id="V2 a class is missing"),
+        pytest.param(["--data-dir", "{other}"], ["different classes"], id="V3 other class names"),
+        pytest.param(["--data-dir", "{one}"], ["no classes"], id="D3 one class"),
+    ],
+)
 def test_V1_data_that_cannot_be_probed_are_one_line(flags, words, run, folder, tmp_path, capsys):
     shutil.copytree(folder / "train" / "left", tmp_path / "flat")
     for name in ("fewer", "other", "one"):
@@ -431,7 +592,9 @@ def test_V1_data_that_cannot_be_probed_are_one_line(flags, words, run, folder, t
 
 def test_V2_top_5_of_three_classes_is_not_shown():
     scores, labels = torch.eye(3)[torch.tensor([0, 1, 2, 2])], torch.tensor([0, 1, 2, 1])
-    assert eval_probe.accuracies("knn", scores[:, :3], labels)["knn"] == 75 and not any("top-5" in k for k in eval_probe.accuracies("knn", scores, labels))
+    assert eval_probe.accuracies("knn", scores[:, :3], labels)["knn"] == 75 and not any(
+        "top-5" in k for k in eval_probe.accuracies("knn", scores, labels)
+    )
 
 
 @pytest.mark.parametrize("how", ["V3 copies", "V3 links"])
@@ -444,7 +607,9 @@ def test_V3_test_images_that_were_trained_on_are_told(how, run, folder, tmp_path
     for i in range(3):
         there = root / "test" / "left" / f"{i:02d}.png"
         there.unlink()
-        (shutil.copy if "copies" in how else lambda a, b: os.symlink(a, b))(root / "train" / "left" / f"{i:02d}.png", there)
+        (shutil.copy if "copies" in how else lambda a, b: os.symlink(a, b))(
+            root / "train" / "left" / f"{i:02d}.png", there
+        )
     eval_probe.main(argv)
     assert "3 of 12 test images are training images too" in capsys.readouterr().err
 
@@ -452,7 +617,23 @@ def test_V3_test_images_that_were_trained_on_are_told(how, run, folder, tmp_path
 def test_V4_an_evaluation_touches_nothing_and_repeats_to_the_bits(run, capsys):
     """File and mode of the encoder; two runs give the same bits, with other workers and batches too (N8, N15)."""
     before, path = (run / "checkpoint.pt").read_bytes(), str(run / "checkpoint.pt")
-    argv = [path, "--tasks", "knn", "linear", "r2", "--augment", "--r2-targets", "crop", "--r2-epochs", "1", "--linear-epochs", "2", "--device", "cpu", "--workers"]
+    argv = [
+        path,
+        "--tasks",
+        "knn",
+        "linear",
+        "r2",
+        "--augment",
+        "--r2-targets",
+        "crop",
+        "--r2-epochs",
+        "1",
+        "--linear-epochs",
+        "2",
+        "--device",
+        "cpu",
+        "--workers",
+    ]
     assert eval_probe.main([*argv, "0"]) == eval_probe.main([*argv, "0"]) == eval_probe.main([*argv, "2"])
     assert (run / "checkpoint.pt").read_bytes() == before
     encoder, state = eval_probe.load(path)
@@ -465,14 +646,24 @@ def test_V4_an_evaluation_touches_nothing_and_repeats_to_the_bits(run, capsys):
 def encoded(n, batch_size):
     """Features of n images on this rank, and what every rank encoded."""
     seen = []
-    data = common.ImageSet(images=torch.arange(n * 3, dtype=torch.uint8).view(n, 3, 1, 1).expand(n, 3, 4, 4).contiguous())
+    data = common.ImageSet(
+        images=torch.arange(n * 3, dtype=torch.uint8).view(n, 3, 1, 1).expand(n, 3, 4, 4).contiguous()
+    )
     encoder = torch.nn.Identity()
     encoder.img_size, encoder.mean, encoder.std = 4, (0.0,) * 3, (1.0,) * 3
-    x = common.features(encoder, data, torch.device("cpu"), encode=lambda x: (seen.extend((255 * x[:, 0, 0, 0]).round().int().tolist()), x.mean((2, 3)))[1], batch_size=batch_size)
+    x = common.features(
+        encoder,
+        data,
+        torch.device("cpu"),
+        encode=lambda x: (seen.extend((255 * x[:, 0, 0, 0]).round().int().tolist()), x.mean((2, 3)))[1],
+        batch_size=batch_size,
+    )
     return (255 * x).round().int().tolist(), seen
 
 
-@pytest.mark.parametrize("n, world, batch_size", [(10, 4, 2), (7, 2, 3), (2, 3, 256)], ids=["V6 10 on 4", "V6 7 on 2", "V6 2 on 3"])
+@pytest.mark.parametrize(
+    "n, world, batch_size", [(10, 4, 2), (7, 2, 3), (2, 3, 256)], ids=["V6 10 on 4", "V6 7 on 2", "V6 2 on 3"]
+)
 def test_V6_every_image_counts_once_and_rank_0_alone_holds_the_features(n, world, batch_size, tmp_path):
     (first, _), *others = on_ranks(world, tmp_path, encoded, n, batch_size)
     assert first == [[3 * i, 3 * i + 1, 3 * i + 2] for i in range(n)] and all(x == [] for x, _ in others)
@@ -490,16 +681,32 @@ class WhoAreYou:
 
 
 def test_F9_workers_start_once_and_serve_every_pass(folder, monkeypatch):
-    data, started, start = common.load_data("imagefolder", str(folder), "train", 16), [], torch.utils.data.dataloader._MultiProcessingDataLoaderIter.__init__
-    monkeypatch.setattr(torch.utils.data.dataloader._MultiProcessingDataLoaderIter, "__init__", lambda self, loader: (started.append(1), start(self, loader))[1])
+    data, started, start = (
+        common.load_data("imagefolder", str(folder), "train", 16),
+        [],
+        torch.utils.data.dataloader._MultiProcessingDataLoaderIter.__init__,
+    )
+    monkeypatch.setattr(
+        torch.utils.data.dataloader._MultiProcessingDataLoaderIter,
+        "__init__",
+        lambda self, loader: (started.append(1), start(self, loader))[1],
+    )
     reader, rows = common.Reader(data, 1), torch.arange(24)
-    passes = [torch.cat([x for _, x in reader.batches(WhoAreYou(), rows, batch_size=8)]).unique().tolist() for _ in range(3)]
+    passes = [
+        torch.cat([x for _, x in reader.batches(WhoAreYou(), rows, batch_size=8)]).unique().tolist() for _ in range(3)
+    ]
     assert passes[0] == passes[1] == passes[2] != [os.getpid()] and len(started) == 1
     next(iter(reader.batches(WhoAreYou(), rows, batch_size=8)))  # one that is broken off takes its workers along
     assert [len(chunk) for chunk, _ in reader.batches(WhoAreYou(), rows, batch_size=9)] == [9, 9, 6]
     del started[:]
-    case = eval_probe.Case(common.make_backbone("vit_pico", *common.CIFAR10, 16, patch_size=4), {}, data, common.load_data("imagefolder", str(folder), "test", 16),
-                           eval_probe.Args(workers=1, linear_epochs=3, r2_epochs=1, augment=True), torch.device("cpu"))
+    case = eval_probe.Case(
+        common.make_backbone("vit_pico", *common.CIFAR10, 16, patch_size=4),
+        {},
+        data,
+        common.load_data("imagefolder", str(folder), "test", 16),
+        eval_probe.Args(workers=1, linear_epochs=3, r2_epochs=1, augment=True),
+        torch.device("cpu"),
+    )
     for task in ("linear", "r2", "equivariance", "rotation"):
         eval_probe.TASKS[task](case)
     assert len(started) == 2  # of train and test images
@@ -521,7 +728,13 @@ def test_D11_a_killed_worker_is_one_line_and_others_take_its_place(folder, capsy
 
 def test_F11_shared_memory_that_is_too_small_is_found_before_workers_start(run, capsys, monkeypatch):
     monkeypatch.setattr(os, "statvfs", lambda path: os.statvfs_result((4096, 4096, 16, 16, 16, 0, 0, 0, 0, 255)))
-    expect_mistake(capsys, eval_probe.main, [str(run / "checkpoint.pt"), "--tasks", "knn", "--device", "cpu", "--workers", "1"], "--workers 1", "--shm-size")
+    expect_mistake(
+        capsys,
+        eval_probe.main,
+        [str(run / "checkpoint.pt"), "--tasks", "knn", "--device", "cpu", "--workers", "1"],
+        "--workers 1",
+        "--shm-size",
+    )
 
 
 FORKSERVER = """
@@ -542,11 +755,18 @@ if __name__ == "__main__":
 
 
 def test_F9_every_task_runs_where_workers_are_not_forked(run, folder, tmp_path):
-    (tmp_path / "script.py").write_text(FORKSERVER.format(root=str(ROOT), path=str(run / "checkpoint.pt"), shifted=str(folder / "test")))
+    (tmp_path / "script.py").write_text(
+        FORKSERVER.format(root=str(ROOT), path=str(run / "checkpoint.pt"), shifted=str(folder / "test"))
+    )
     done = subprocess.run([sys.executable, str(tmp_path / "script.py")], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     assert {task for r in records(run) for task in r["protocol"] if task in eval_probe.TASKS} == set(eval_probe.TASKS)
-    assert [r["protocol"]["suite"] for r in records(run) if "suite" in r["protocol"]] == ["corruptions", "perturbations", "augmentations", "shifts"]
+    assert [r["protocol"]["suite"] for r in records(run) if "suite" in r["protocol"]] == [
+        "corruptions",
+        "perturbations",
+        "augmentations",
+        "shifts",
+    ]
 
 
 # ---- sizes of images ------------------------------------------------------------------------------------
@@ -570,15 +790,25 @@ def test_F6_clean_images_are_seen_at_the_encoders_own_size(tmp_path, capsys):
             for i in range(n):
                 x = torch.zeros(64, 64, 3, dtype=torch.uint8)
                 x[i % 2 :: 2] = 255
-                Image.fromarray((x.transpose(0, 1) if c else x).contiguous().numpy()).save(tmp_path / split / name / f"{i}.png")
+                Image.fromarray((x.transpose(0, 1) if c else x).contiguous().numpy()).save(
+                    tmp_path / split / name / f"{i}.png"
+                )
     sets = [common.load_data("imagefolder", str(tmp_path), split, 64) for split in ("train", "test")]
-    case = eval_probe.Case(Lines(), dict(data="imagefolder", data_dir=str(tmp_path)), *sets, eval_probe.Args(tasks=("linear",), linear_epochs=30, linear_lrs=(10.0,), workers=0), torch.device("cpu"))
+    case = eval_probe.Case(
+        Lines(),
+        dict(data="imagefolder", data_dir=str(tmp_path)),
+        *sets,
+        eval_probe.Args(tasks=("linear",), linear_epochs=30, linear_lrs=(10.0,), workers=0),
+        torch.device("cpu"),
+    )
     who, clean = eval_robustness.Subject("lines", "lines.pt", case), eval_probe.linear(case)[0]["linear"]
     assert clean == 100
 
     def outcome(make, **args):
         suite = make([who], case.test, eval_robustness.Args(workers=0, **args))
-        eval_robustness.measure(suite, sums := eval_robustness.zeros(suite, [who]), eval_robustness.Args(workers=0, **args))
+        eval_robustness.measure(
+            suite, sums := eval_robustness.zeros(suite, [who]), eval_robustness.Args(workers=0, **args)
+        )
         return suite.row(sums["lines.pt"][""])[0], suite
 
     values, suite = outcome(eval_robustness.corruptions, types=("brightness",))
@@ -598,8 +828,12 @@ def test_F6_clean_is_what_the_linear_probe_says(run):
     """Also of images that are larger than the encoder's, and of encoders of several sizes in one call."""
     path = str(run / "checkpoint.pt")
     linear = eval_probe.main([path, "--tasks", "linear", *QUICK])[0][1]["linear"]
-    tables = eval_robustness.main([path, "--suite", "corruptions", "augmentations", "--types", "fog", "--passes", "1", *QUICK])
-    assert tables["corruptions"][0][1]["clean"] == tables["augmentations"][0][1]["Orig"] == pytest.approx(linear, abs=1e-4)
+    tables = eval_robustness.main(
+        [path, "--suite", "corruptions", "augmentations", "--types", "fog", "--passes", "1", *QUICK]
+    )
+    assert (
+        tables["corruptions"][0][1]["clean"] == tables["augmentations"][0][1]["Orig"] == pytest.approx(linear, abs=1e-4)
+    )
 
 
 @pytest.mark.parametrize("how", ["V5 absent", "V5 a file for a folder", "V5 severity 6"])
@@ -613,17 +847,36 @@ def test_V5_published_sets_that_are_not_whole_are_one_line(how, run, folder, tmp
         (tmp_path / "C" / "fog" / "4").write_text("")
     else:
         with pytest.raises(ValueError, match="1 to 5"):
-            eval_robustness.corrupt(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), "fog", 6, torch.zeros(1, dtype=torch.long))
+            eval_robustness.corrupt(
+                torch.zeros(1, 3, 32, 32, dtype=torch.uint8), "fog", 6, torch.zeros(1, dtype=torch.long)
+            )
         return
-    expect_mistake(capsys, eval_robustness.main, [str(run / "checkpoint.pt"), "--types", "fog", "--suite-dir", str(tmp_path / "C"), *QUICK], "--suite-dir", "fog/4")
+    expect_mistake(
+        capsys,
+        eval_robustness.main,
+        [str(run / "checkpoint.pt"), "--types", "fog", "--suite-dir", str(tmp_path / "C"), *QUICK],
+        "--suite-dir",
+        "fog/4",
+    )
 
 
 def test_F6_two_sizes_in_one_call(run, tiny, tmp_path):
     i = tiny.index("--img-size")
-    ser.main([*tiny[:i], "--img-size", "24", *tiny[i + 2 :], "--epochs", "0", "--equi", "none", "--out", str(tmp_path / "larger")])
+    ser.main(
+        [
+            *tiny[:i],
+            "--img-size",
+            "24",
+            *tiny[i + 2 :],
+            "--epochs",
+            "0",
+            "--equi",
+            "none",
+            "--out",
+            str(tmp_path / "larger"),
+        ]
+    )
     paths = [str(run / "checkpoint.pt"), str(tmp_path / "larger" / "checkpoint.pt")]
     linear = [values["linear"] for _, values in eval_probe.main([*paths, "--tasks", "linear", *QUICK])]
     tables = eval_robustness.main([*paths, "--suite", "augmentations", "--passes", "1", *QUICK])
     assert [values["Orig"] for _, values in tables["augmentations"]] == pytest.approx(linear, abs=1e-4)
-
-

@@ -34,7 +34,15 @@ class Maps(torch.nn.Module):
 
     def __init__(self, see):
         super().__init__()
-        self.see, self.img_size, self.mean, self.std, self.dim, self.inv, self.depth = see, 16, (0.5,) * 3, (0.5,) * 3, 192, None, 1
+        self.see, self.img_size, self.mean, self.std, self.dim, self.inv, self.depth = (
+            see,
+            16,
+            (0.5,) * 3,
+            (0.5,) * 3,
+            192,
+            None,
+            1,
+        )
 
     def forward(self, x):
         return F.adaptive_avg_pool2d(x, 8).flatten(1)
@@ -47,10 +55,21 @@ class Maps(torch.nn.Module):
 
 def case_of(encoder, n=400, **changes):
     """Images that are bright at the top left, with classes by chance."""
-    light = torch.linspace(255, 0, 16)[:, None] * torch.linspace(1, 0.3, 16) * torch.rand(n + n // 2, 3, 1, 1, generator=g)
+    light = (
+        torch.linspace(255, 0, 16)[:, None] * torch.linspace(1, 0.3, 16) * torch.rand(n + n // 2, 3, 1, 1, generator=g)
+    )
     images = (light + 40 * torch.rand(len(light), 3, 16, 16, generator=g)).clamp(0, 255).to(torch.uint8)
-    sets = [common.ImageSet(images=v, labels=torch.arange(len(v)) % 2, classes=("a", "b")) for v in images.split([n, n // 2])]
-    return eval_probe.Case(encoder, {}, *sets, eval_probe.Args(**dict(workers=0, r2_epochs=25, linear_epochs=10) | changes), torch.device("cpu"))
+    sets = [
+        common.ImageSet(images=v, labels=torch.arange(len(v)) % 2, classes=("a", "b"))
+        for v in images.split([n, n // 2])
+    ]
+    return eval_probe.Case(
+        encoder,
+        {},
+        *sets,
+        eval_probe.Args(**dict(workers=0, r2_epochs=25, linear_epochs=10) | changes),
+        torch.device("cpu"),
+    )
 
 
 def cells(x):
@@ -75,7 +94,9 @@ def shy(x):
     """Features as of trained encoders: where the light is stands in a small share of the variance, under a common offset and beside
     dimensions of large variance: (n, 3, 16, 16) -> (n, 16)."""
     light, grid = x.mean(1) * 0.5 + 0.5, torch.linspace(-1, 1, 16)  # (n, 16, 16), the pixels again from 0 to 1
-    where = torch.stack([(light * grid).sum((1, 2)), (light * grid[:, None]).sum((1, 2))], 1) / light.sum((1, 2))[:, None]  # (n, 2)
+    where = (
+        torch.stack([(light * grid).sum((1, 2)), (light * grid[:, None]).sum((1, 2))], 1) / light.sum((1, 2))[:, None]
+    )  # (n, 2)
     a = x.flatten(1) @ torch.randn(768, 2, generator=common.rng("loud"))  # (n, 2), angles as different as images
     loud = torch.cat([a.cos(), -a.cos(), a.sin(), -a.sin()], 1)  # (n, 8)
     return torch.cat([3 + 0.005 * where, loud, torch.tensor([3.0, -3.0, -3.0] * 2).expand(len(x), -1)], 1)
@@ -113,8 +134,13 @@ def test_dimensions_that_do_not_vary_are_left_out():
     x = torch.cat([torch.full((100, 1), 0.1), torch.zeros(100, 1), torch.randn(100, 2, generator=g) * 1e-4 + 5], 1)
     first = eval_probe.Standardise(x, slice(None))
     assert torch.equal(first(x + torch.tensor([1.0, 1.0, 0.0, 0.0]))[:, :2], torch.zeros(100, 2))
-    assert torch.allclose(first(x)[:, 2:].std(0, correction=0), torch.ones(2), atol=1e-3) and first(x)[:, 2:].mean(0).abs().max() < 1e-2
-    pairs = torch.stack([x, x + torch.tensor([0.0, 0.0, 1.0, 1.0])], 1)  # both views together: what differs between them stays
+    assert (
+        torch.allclose(first(x)[:, 2:].std(0, correction=0), torch.ones(2), atol=1e-3)
+        and first(x)[:, 2:].mean(0).abs().max() < 1e-2
+    )
+    pairs = torch.stack(
+        [x, x + torch.tensor([0.0, 0.0, 1.0, 1.0])], 1
+    )  # both views together: what differs between them stays
     assert (eval_probe.Standardise(pairs, slice(2, 4))(pairs).view(100, 2, 2).diff(dim=1) > 1.9).all()
 
 
@@ -131,11 +157,16 @@ def test_equivariance_of_maps_that_turn_with_the_image():
     whole = Maps(lambda x: F.avg_pool2d(x, 4).permute(0, 2, 3, 1))
     whole.patch_size, whole.grid = 4, 4
     smooth = case_of(whole)
-    smooth.test.images[:] = F.interpolate(torch.rand(len(smooth.test), 3, 2, 2, generator=g) * 255, (16, 16), mode="bilinear").to(torch.uint8)
+    smooth.test.images[:] = F.interpolate(
+        torch.rand(len(smooth.test), 3, 2, 2, generator=g) * 255, (16, 16), mode="bilinear"
+    ).to(torch.uint8)
     values, _ = eval_probe.equivariance(smooth)
     assert values["equi scale centred"] > 0.95 > values["equi scale shuffled"] + 0.1
     constant, _ = eval_probe.equivariance(case_of(Maps(lambda x: torch.ones(len(x), 4, 4, 8))))
-    assert constant["equi rotation"] == constant["equi rotation shuffled"] == pytest.approx(1) and constant["equi rotation centred"] == 0  # what the control is for
+    assert (
+        constant["equi rotation"] == constant["equi rotation shuffled"] == pytest.approx(1)
+        and constant["equi rotation centred"] == 0
+    )  # what the control is for
     noise, _ = eval_probe.equivariance(case_of(Maps(lambda x: torch.randn(len(x), 4, 4, 64, generator=g))))
     assert abs(noise["equi rotation"]) < 0.02 and abs(noise["equi flip centred"]) < 0.02
     fixed = torch.randn(4, 4, 64, generator=g)
@@ -154,12 +185,17 @@ def test_quarter_turns_are_seen_and_not_in_noise():
 def test_fine_tuning_learns_and_leaves_the_encoder_alone():
     labels = torch.arange(60) % 2  # dark and bright images
     images = (torch.rand(60, 3, 16, 16, generator=g) * 120 + 120 * labels[:, None, None, None]).to(torch.uint8)
-    train, test = (common.ImageSet(images=images[rows], labels=labels[rows], classes=("dark", "bright")) for rows in (slice(40), slice(40, 60)))
+    train, test = (
+        common.ImageSet(images=images[rows], labels=labels[rows], classes=("dark", "bright"))
+        for rows in (slice(40), slice(40, 60))
+    )
     for arch, kwargs in (("vit_pico", dict(patch_size=4, cls_layer=0)), ("resnet_pico", dict(stem="cifar"))):
         torch.manual_seed(0)
         encoder = common.make_backbone(arch, *common.CIFAR10, 16, **kwargs).eval()
         before = {k: v.clone() for k, v in encoder.state_dict().items()}
-        args = eval_probe.Args(workers=0, finetune_epochs=20, finetune_lr=1.0, linear_epochs=2, tasks=("finetune", "rotation"))
+        args = eval_probe.Args(
+            workers=0, finetune_epochs=20, finetune_lr=1.0, linear_epochs=2, tasks=("finetune", "rotation")
+        )
         case = eval_probe.Case(encoder, {}, train, test, args, torch.device("cpu"))
         values = eval_probe.finetune(case)[0]
         args.finetune_epochs = 1  # of the encoder that tells quarter turns
@@ -176,16 +212,30 @@ def posed(m, sessions):
     """(a set without images of m objects of 4 classes in some sessions, features that hold class, session and view linearly)."""
     of = torch.cartesian_prod(torch.arange(m), torch.tensor(sessions), torch.arange(24))
     view = torch.stack([of[:, 2] % 6 * 60.0, of[:, 2] // 6 * 10.0, torch.rand(len(of), generator=g)], 1)
-    data = common.ImageSet(paths=common.Paths("", [""] * len(of)), labels=of[:, 0] % 4, classes=tuple("abcd"), groups=of[:, 0], factors=dict(session=of[:, 1], view=view))
-    return data, torch.cat([F.one_hot(data.labels, 4), F.one_hot(of[:, 1], 11), view / torch.tensor([100.0, 10.0, 1.0])], 1).float()
+    data = common.ImageSet(
+        paths=common.Paths("", [""] * len(of)),
+        labels=of[:, 0] % 4,
+        classes=tuple("abcd"),
+        groups=of[:, 0],
+        factors=dict(session=of[:, 1], view=view),
+    )
+    return data, torch.cat(
+        [F.one_hot(data.labels, 4), F.one_hot(of[:, 1], 11), view / torch.tensor([100.0, 10.0, 1.0])], 1
+    ).float()
 
 
 def test_latents_are_read_where_they_are_held_and_not_in_noise():
     (train, x), (test, x_test) = posed(16, (0, 1)), posed(8, (2, 5, 9))
     values, details = eval_probe.latents(train, test, x, x_test, eval_probe.Args())
-    assert all(values[f"{k}{s}"] > 99 for k in ("object", "session") for s in ("", " lstsq")) and values["view err"] < 2 and values["view err lstsq"] < 1e-6
+    assert (
+        all(values[f"{k}{s}"] > 99 for k in ("object", "session") for s in ("", " lstsq"))
+        and values["view err"] < 2
+        and values["view err lstsq"] < 1e-6
+    )
     assert details["rmse"]["azimuth"] < 20
-    blind, _ = eval_probe.latents(train, test, torch.randn(x.shape, generator=g), torch.randn(x_test.shape, generator=g), eval_probe.Args())
+    blind, _ = eval_probe.latents(
+        train, test, torch.randn(x.shape, generator=g), torch.randn(x_test.shape, generator=g), eval_probe.Args()
+    )
     assert abs(blind["object"] - 25) < 10 and abs(blind["session"] - 33) < 15 and 95 < blind["view err"] < 120
     del train.factors["session"], test.factors["session"]  # as in tdw: views are learnt on train images
     values, _ = eval_probe.latents(train, test, x, x_test, eval_probe.Args())
@@ -196,18 +246,27 @@ def test_a_constant_errs_by_100_in_views():
     (train, x), (test, _) = posed(8, (0,)), posed(8, (0,))
     del train.factors["session"], test.factors["session"]
     test.factors["view"] = train.factors["view"]
-    values, details = eval_probe.latents(train, test, torch.randn(x.shape, generator=g) * 1e-9, torch.zeros_like(x), eval_probe.Args())
+    values, details = eval_probe.latents(
+        train, test, torch.randn(x.shape, generator=g) * 1e-9, torch.zeros_like(x), eval_probe.Args()
+    )
     assert values["view err lstsq"] == pytest.approx(100, abs=5)
 
 
 def test_the_linear_schedule_is_the_paper_s(monkeypatch):
     """Rate 1, times 0.3 every 10 epochs: 1.968e-5 in the last ten; a line is fitted exactly."""
     rates, step = [], torch.optim.SGD.step
-    monkeypatch.setattr(torch.optim.SGD, "step", lambda self, *a: (rates.append(self.param_groups[0]["lr"]), step(self, *a))[1])
+    monkeypatch.setattr(
+        torch.optim.SGD, "step", lambda self, *a: (rates.append(self.param_groups[0]["lr"]), step(self, *a))[1]
+    )
     x = torch.randn(1024, 3, generator=g) / 3**0.5
     W = torch.randn(3, 3, generator=g)
     out = eval_probe.linear_schedule(x, x @ W + 4, common.rng(0))(x)
-    assert rates[:40] == [1] * 40 and rates[79] == pytest.approx(0.3) and rates[-1] == pytest.approx(1.968e-5, rel=1e-3) and len(rates) == 400
+    assert (
+        rates[:40] == [1] * 40
+        and rates[79] == pytest.approx(0.3)
+        and rates[-1] == pytest.approx(1.968e-5, rel=1e-3)
+        and len(rates) == 400
+    )
     assert torch.allclose(out, x @ W + 4, atol=1e-2)
 
 
@@ -271,15 +330,32 @@ def test_augmented_probes_see_other_views_each_epoch_and_all_learn_from_one_pass
     monkeypatch.setattr(common, "features", lambda *a, **k: (passes.append(k.get("name")), features(*a, **k))[1])
     values = eval_probe.linear(case)[0] | eval_probe.fewshot(case)[0]
     assert {"linear", "fewshot 1%", "fewshot 10%"} == set(values)
-    assert passes.count("augmented") == 10 and len(passes) == 12  # 10 epochs for all three probes; train and test images once
+    assert (
+        passes.count("augmented") == 10 and len(passes) == 12
+    )  # 10 epochs for all three probes; train and test images once
     a, b = case.augmented(0), case.augmented(1)
     assert torch.equal(a, case.augmented(0)) and not torch.equal(a, b)
 
 
-@pytest.mark.parametrize("protocol, expected", [
-    ("ser", dict(augment=True, linear_epochs=50, linear="sgd", fewshot="linear")), ("ciper", dict(linear="steps", augment=False)), ("recon", dict(linear="lbfgs", r2_epochs=300)),
-    ("clever", dict(augment=True, linear_epochs=100, linear_lrs=(0.001,), fewshot="finetune", finetune_epochs=200, finetune_lr=0.001)),
-])
+@pytest.mark.parametrize(
+    "protocol, expected",
+    [
+        ("ser", dict(augment=True, linear_epochs=50, linear="sgd", fewshot="linear")),
+        ("ciper", dict(linear="steps", augment=False)),
+        ("recon", dict(linear="lbfgs", r2_epochs=300)),
+        (
+            "clever",
+            dict(
+                augment=True,
+                linear_epochs=100,
+                linear_lrs=(0.001,),
+                fewshot="finetune",
+                finetune_epochs=200,
+                finetune_lr=0.001,
+            ),
+        ),
+    ],
+)
 def test_protocols_set_flags_that_help_shows(protocol, expected, capsys):
     with pytest.raises(SystemExit):
         eval_probe.main(["--protocol", protocol, "--help"])
@@ -290,13 +366,41 @@ def test_protocols_set_flags_that_help_shows(protocol, expected, capsys):
 
 def test_the_clever_protocol_depends_on_the_base(tmp_path, folder, monkeypatch):
     """DDCL's code has another rate than CLeVER's; flags given by hand win for both."""
-    shared = ["--data", "imagefolder", "--data-dir", str(folder), "--recipe", "cifar10", "--arch", "resnet_pico", "--img-size", "16", "--epochs", "0", "--warmup-epochs", "0",
-              "--batch-size", "12", "--workers", "0", "--device", "cpu", "--head-dim", "8", "--head-dim-equi", "8"]
+    shared = [
+        "--data",
+        "imagefolder",
+        "--data-dir",
+        str(folder),
+        "--recipe",
+        "cifar10",
+        "--arch",
+        "resnet_pico",
+        "--img-size",
+        "16",
+        "--epochs",
+        "0",
+        "--warmup-epochs",
+        "0",
+        "--batch-size",
+        "12",
+        "--workers",
+        "0",
+        "--device",
+        "cpu",
+        "--head-dim",
+        "8",
+        "--head-dim-equi",
+        "8",
+    ]
     paths = [str(tmp_path / base / "checkpoint.pt") for base in ("dino", "simsiam")]
     clever.main([*shared, "--base", "dino", "--local-size", "8", "--out", str(tmp_path / "dino")])
     clever.main([*shared, "--base", "simsiam", "--out", str(tmp_path / "simsiam")])
     seen = []
-    monkeypatch.setattr(eval_probe, "open_case", lambda path, encoder, state, args, device: (seen.append((args.linear_lrs, args.linear_epochs)), exit(2))[1])
+    monkeypatch.setattr(
+        eval_probe,
+        "open_case",
+        lambda path, encoder, state, args, device: (seen.append((args.linear_lrs, args.linear_epochs)), exit(2))[1],
+    )
     for flags in ([], ["--linear-epochs", "7"]):
         for path in paths:
             with pytest.raises(SystemExit):
@@ -309,7 +413,9 @@ def test_cached_features_are_used_and_belong_to_their_checkpoint_and_data(tiny, 
         ser.main([*tiny, "--epochs", "0", "--seed", seed, "--out", str(tmp_path / f"run-s{seed}")])
     paths, encoded, features = [str(tmp_path / f"run-s{s}" / "checkpoint.pt") for s in "01"], [], common.features
     monkeypatch.setattr(common, "features", lambda *a, **k: (encoded.append(1), features(*a, **k))[1])
-    run = lambda *argv: eval_probe.main([*argv, "--cache-dir", str(tmp_path / "cache"), "--tasks", "knn", "--device", "cpu"])
+    run = lambda *argv: eval_probe.main(
+        [*argv, "--cache-dir", str(tmp_path / "cache"), "--tasks", "knn", "--device", "cpu"]
+    )
     first = run(*paths)
     assert len(encoded) == 4 and len(list((tmp_path / "cache").iterdir())) == 4
     assert run(*paths) == first and len(encoded) == 4
@@ -323,9 +429,18 @@ def test_cached_features_are_used_and_belong_to_their_checkpoint_and_data(tiny, 
 
 def test_formats_of_the_table():
     results = [("a", {"knn": 50.0, "r2 flip": 0.5}), ("a", {"knn": 52.0, "r2 flip": 0.7}), ("b|", {"knn": 10.0})]
-    assert eval_probe.table(results, "markdown").splitlines() == ["|  | n | knn | r2 flip |", "| --- | --- | --- | --- |", "| a | 2 | 51.00 ± 1.41 | 0.600 ± 0.141 |", "| b| | 1 | 10.00 | - |"]
+    assert eval_probe.table(results, "markdown").splitlines() == [
+        "|  | n | knn | r2 flip |",
+        "| --- | --- | --- | --- |",
+        "| a | 2 | 51.00 ± 1.41 | 0.600 ± 0.141 |",
+        "| b| | 1 | 10.00 | - |",
+    ]
     rows = list(csv.reader(eval_probe.table(results, "csv").splitlines()))
-    assert rows[0] == ["", "n", "knn", "knn std", "r2 flip", "r2 flip std"] and rows[2] == ["b|", "1", "10.0", "", "", ""] and float(rows[1][3]) == pytest.approx(2**0.5)
+    assert (
+        rows[0] == ["", "n", "knn", "knn std", "r2 flip", "r2 flip std"]
+        and rows[2] == ["b|", "1", "10.0", "", "", ""]
+        and float(rows[1][3]) == pytest.approx(2**0.5)
+    )
     assert json.loads(eval_probe.table(results, "json"))["a"]["r2 flip"]["mean"] == pytest.approx(0.6)
 
 
@@ -335,17 +450,40 @@ def test_a_model_of_timm_in_the_same_table(tiny, folder, tmp_path, capsys):
 
     ser.main([*tiny, "--equi", "none", "--epochs", "0", "--out", str(tmp_path / "run")])
     baseline = f"timm:vit_small_patch16_224@{tmp_path / 'run' / 'backbone.safetensors'}"
-    run = [str(tmp_path / "run" / "checkpoint.pt"), baseline, "--data", "imagefolder", "--data-dir", str(folder), "--tasks", "knn", "linear", "equivariance", "--linear-epochs", "2", "--device", "cpu"]
+    run = [
+        str(tmp_path / "run" / "checkpoint.pt"),
+        baseline,
+        "--data",
+        "imagefolder",
+        "--data-dir",
+        str(folder),
+        "--tasks",
+        "knn",
+        "linear",
+        "equivariance",
+        "--linear-epochs",
+        "2",
+        "--device",
+        "cpu",
+    ]
     ours, theirs = eval_probe.main(run)
-    assert theirs[0] == "timm:vit_small_patch16_224@backbone.safetensors" and theirs[1] == pytest.approx({k: v for k, v in ours[1].items() if "scale" not in k}, abs=1e-3)
+    assert theirs[0] == "timm:vit_small_patch16_224@backbone.safetensors" and theirs[1] == pytest.approx(
+        {k: v for k, v in ours[1].items() if "scale" not in k}, abs=1e-3
+    )
     kept = records(tmp_path / "run")
-    assert [r["checkpoint"] for r in kept] == ["checkpoint.pt"] * 3 + [baseline] * 3 and kept[0]["args"]["linear_epochs"] == 2
+    assert [r["checkpoint"] for r in kept] == ["checkpoint.pt"] * 3 + [baseline] * 3 and kept[0]["args"][
+        "linear_epochs"
+    ] == 2
     whole = timm.create_model("resnet18", num_classes=5)
     torch.save(whole.state_dict(), tmp_path / "resnet.pt")  # its classifier is left aside
     encoder, _ = eval_probe.load(f"timm:resnet18@{tmp_path / 'resnet.pt'}")
     x = torch.randn(1, 3, 64, 64)
     assert torch.allclose(encoder(x), whole.eval().forward_head(whole.forward_features(x), pre_logits=True), atol=1e-6)
-    for path, word in ((f"timm:vit_tiny_patch16_224@{tmp_path / 'resnet.pt'}", "Missing key"), ("timm:resnt18", "no model"), (f"timm:resnet18@{tmp_path}/none.pt", "no such file")):
+    for path, word in (
+        (f"timm:vit_tiny_patch16_224@{tmp_path / 'resnet.pt'}", "Missing key"),
+        ("timm:resnt18", "no model"),
+        (f"timm:resnet18@{tmp_path}/none.pt", "no such file"),
+    ):
         capsys.readouterr()
         with pytest.raises(SystemExit) as end:
             eval_probe.main([path, "--data", "imagefolder", "--data-dir", str(folder)])
@@ -357,7 +495,29 @@ def test_a_model_of_timm_in_the_same_table(tiny, folder, tmp_path, capsys):
 
 
 def probed(checkpoint):
-    return eval_probe.main([checkpoint, "--tasks", "knn", "linear", "fewshot", "r2", "layers", "equivariance", "rotation", "--r2-targets", "flip", "--r2-epochs", "1", "--linear-epochs", "2", "--device", "cpu", "--workers", "0"])
+    return eval_probe.main(
+        [
+            checkpoint,
+            "--tasks",
+            "knn",
+            "linear",
+            "fewshot",
+            "r2",
+            "layers",
+            "equivariance",
+            "rotation",
+            "--r2-targets",
+            "flip",
+            "--r2-epochs",
+            "1",
+            "--linear-epochs",
+            "2",
+            "--device",
+            "cpu",
+            "--workers",
+            "0",
+        ]
+    )
 
 
 def test_2_processes_print_what_one_prints(tiny, tmp_path):
@@ -369,8 +529,21 @@ def test_2_processes_print_what_one_prints(tiny, tmp_path):
 
 
 def tuned(checkpoint):
-    quick = ["--linear-epochs", "2", "--finetune-epochs", "2", "--finetune-lr", "0.1", "--device", "cpu", "--workers", "0"]
-    return eval_probe.main([checkpoint, "--tasks", "linear", "finetune", "--augment", *quick]) + eval_probe.main([checkpoint, "--tasks", "linear", "fewshot", "--linear", "lbfgs", *quick])
+    quick = [
+        "--linear-epochs",
+        "2",
+        "--finetune-epochs",
+        "2",
+        "--finetune-lr",
+        "0.1",
+        "--device",
+        "cpu",
+        "--workers",
+        "0",
+    ]
+    return eval_probe.main([checkpoint, "--tasks", "linear", "finetune", "--augment", *quick]) + eval_probe.main(
+        [checkpoint, "--tasks", "linear", "fewshot", "--linear", "lbfgs", *quick]
+    )
 
 
 def test_2_processes_augment_fit_and_fine_tune_as_one_does(tiny, tmp_path):
@@ -380,14 +553,18 @@ def test_2_processes_augment_fit_and_fine_tune_as_one_does(tiny, tmp_path):
         assert other == alone  # shares of 12 test images
 
 
-@pytest.mark.parametrize("how", [dict(linear="sgd"), dict(linear="lbfgs"), dict(linear="steps"), dict(linear="sgd", augment=True)])
+@pytest.mark.parametrize(
+    "how", [dict(linear="sgd"), dict(linear="lbfgs"), dict(linear="steps"), dict(linear="sgd", augment=True)]
+)
 def test_every_probe_of_classes_finds_them_and_nothing_in_noise(how):
     """Dark and bright images; then features that are noise."""
     tasks = ("knn", "linear", "fewshot") + (("mlp",) if how == dict(linear="sgd") else ())
     for sees in (True, False):
         case = case_of(Maps(cells), n=200, tasks=tasks, mlp_epochs=5, **how)
         for data in (case.train, case.test):
-            data.images[:] = (torch.rand(data.images.shape, generator=g) * 100 + 120 * data.labels[:, None, None, None]).to(torch.uint8)
+            data.images[:] = (
+                torch.rand(data.images.shape, generator=g) * 100 + 120 * data.labels[:, None, None, None]
+            ).to(torch.uint8)
         if not sees:
             case.backbone.last_blocks = case.backbone.forward = lambda x: torch.randn(len(x), 192, generator=g)
         values = {}
@@ -406,7 +583,14 @@ def test_class_means_stand_beside_unequal_classes():
 def test_the_mlp_separates_what_no_line_can_and_is_at_chance_on_noise():
     x = torch.randn(800, 2, generator=g)
     labels = (x[:, 0] * x[:, 1] > 0).long()  # quadrants
-    right = lambda x: (eval_probe.mlp_probe(lambda _: (x[:600], labels[:600]), 2, 20, common.rng(0))(x[600:]).argmax(1) == labels[600:]).float().mean()
+    right = lambda x: (
+        (
+            eval_probe.mlp_probe(lambda _: (x[:600], labels[:600]), 2, 20, common.rng(0))(x[600:]).argmax(1)
+            == labels[600:]
+        )
+        .float()
+        .mean()
+    )
     assert right(x) > 0.95 and abs(right(torch.randn(800, 2, generator=g)) - 0.5) < 0.12
 
 
@@ -421,7 +605,9 @@ def test_few_images_are_a_share_of_each_class_and_at_least_one():
     labels = torch.tensor([0] * 300 + [1] * 40 + [2] * 3)[torch.randperm(343, generator=g)]
     rows = eval_probe.stratified(labels, 0.1, common.rng(0))
     assert torch.bincount(labels[rows]).tolist() == [30, 4, 1] and len(rows.unique()) == 35
-    assert torch.equal(rows, eval_probe.stratified(labels, 0.1, common.rng(0))) and not torch.equal(rows, eval_probe.stratified(labels, 0.1, common.rng(1)))
+    assert torch.equal(rows, eval_probe.stratified(labels, 0.1, common.rng(0))) and not torch.equal(
+        rows, eval_probe.stratified(labels, 0.1, common.rng(1))
+    )
 
 
 def test_the_rate_is_chosen_on_the_held_out_part():
@@ -446,12 +632,15 @@ def quaternions(angles):
     return common.quaternion_from_angles(torch.tensor(angles, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("first, second, relative", [
-    ((math.pi / 2, 0, 0), (0, math.pi / 2, 0), (-0.5, 0.5, -0.5, 0.5)),
-    ((0.1, 0.2, 0.3), (0.3, -0.2, 0.5), (0.097355, -0.173903, 0.137116, 0.970299)),
-    ((0.3, -0.2, 0.5), (-0.1, 0.4, 0.25), (-0.176117, 0.279365, -0.152705, 0.931461)),
-    ((0.1, 0.2, 0.3), (0.1, 0.2, 0.3), (0.0, 0.0, 0.0, 1.0)),
-])
+@pytest.mark.parametrize(
+    "first, second, relative",
+    [
+        ((math.pi / 2, 0, 0), (0, math.pi / 2, 0), (-0.5, 0.5, -0.5, 0.5)),
+        ((0.1, 0.2, 0.3), (0.3, -0.2, 0.5), (0.097355, -0.173903, 0.137116, 0.970299)),
+        ((0.3, -0.2, 0.5), (-0.1, 0.4, 0.25), (-0.176117, 0.279365, -0.152705, 0.931461)),
+        ((0.1, 0.2, 0.3), (0.1, 0.2, 0.3), (0.0, 0.0, 0.0, 1.0)),
+    ],
+)
 def test_pose_target_is_the_relative_quaternion(first, second, relative):
     factors = dict(rotation=quaternions([first, second]).float())
     target = common.pose_target("pose", factors, torch.tensor([0]), torch.tensor([1]))
@@ -460,7 +649,11 @@ def test_pose_target_is_the_relative_quaternion(first, second, relative):
 
 def test_quaternions_of_angles():
     q = quaternions([[math.pi / 2, 0, 0], [0.1, 0.2, 0.3], [0.3, -0.2, 0.5]])
-    expected = [[0.707107, 0, 0, 0.707107], [0.034271, 0.106021, 0.143572, 0.983347], [0.168491, -0.058857, 0.257859, 0.949555]]
+    expected = [
+        [0.707107, 0, 0, 0.707107],
+        [0.034271, 0.106021, 0.143572, 0.983347],
+        [0.168491, -0.058857, 0.257859, 0.949555],
+    ]
     assert torch.allclose(q, torch.tensor(expected, dtype=q.dtype), atol=1e-6)
 
 
@@ -502,7 +695,9 @@ class Blind(Planted):
 def r2(pairs_of, target, encoder, train, test, columns=slice(None), **args):
     case = eval_probe.Case(encoder, {}, train, test, eval_probe.Args(amp="off", workers=0, **args), torch.device("cpu"))
     sample, test_pairs, test_targets = pairs_of(target, case)
-    probe = eval_probe.mlp_probe(sample, test_targets.shape[1], case.args.r2_epochs, common.rng(0, "r2", target), columns)
+    probe = eval_probe.mlp_probe(
+        sample, test_targets.shape[1], case.args.r2_epochs, common.rng(0, "r2", target), columns
+    )
     return eval_probe.r2_scores(test_targets, probe(test_pairs))["flat"]
 
 
@@ -521,10 +716,23 @@ def test_r2_probe_finds_what_the_features_hold_and_nothing_in_noise(target):
 @pytest.mark.parametrize("target, enough, nothing", [("pose", 0.8, 0.26), ("hues", 0.95, 0.05)])
 def test_r2_of_poses_is_learnt_from_features_that_hold_them(target, enough, nothing):
     n = 800
-    factors = {s: dict(rotation=common.quaternion_from_angles((torch.rand(n, 3, generator=g) - 0.5) * math.pi), floor_hue=torch.rand(n, generator=g),
-                       light_hue=torch.rand(n, generator=g)) for s in ("train", "test")}
-    pixels = lambda f: (torch.cat([f["rotation"] / 2 + 0.5, f["floor_hue"][:, None], f["light_hue"][:, None]], 1) * 255).round().to(torch.uint8)
-    sets = {s: common.ImageSet(images=F.pad(pixels(f), (0, 6)).view(n, 3, 2, 2), groups=torch.arange(n) // 8, factors=f) for s, f in factors.items()}
+    factors = {
+        s: dict(
+            rotation=common.quaternion_from_angles((torch.rand(n, 3, generator=g) - 0.5) * math.pi),
+            floor_hue=torch.rand(n, generator=g),
+            light_hue=torch.rand(n, generator=g),
+        )
+        for s in ("train", "test")
+    }
+    pixels = lambda f: (
+        (torch.cat([f["rotation"] / 2 + 0.5, f["floor_hue"][:, None], f["light_hue"][:, None]], 1) * 255)
+        .round()
+        .to(torch.uint8)
+    )
+    sets = {
+        s: common.ImageSet(images=F.pad(pixels(f), (0, 6)).view(n, 3, 2, 2), groups=torch.arange(n) // 8, factors=f)
+        for s, f in factors.items()
+    }
 
     class Flat(Planted):
         img_size, dim = 2, 12
@@ -532,8 +740,12 @@ def test_r2_of_poses_is_learnt_from_features_that_hold_them(target, enough, noth
         def forward(self, x):
             return x.flatten(1)
 
-    probe = lambda columns: r2(eval_probe.pairs_of_poses, target, Flat(), sets["train"], sets["test"], columns, r2_epochs=30)
-    assert probe(slice(None)) > enough and probe(slice(6)) > enough  # of 12 features the first 6 hold it all, the others are 0
+    probe = lambda columns: r2(
+        eval_probe.pairs_of_poses, target, Flat(), sets["train"], sets["test"], columns, r2_epochs=30
+    )
+    assert (
+        probe(slice(None)) > enough and probe(slice(6)) > enough
+    )  # of 12 features the first 6 hold it all, the others are 0
     assert probe(slice(6, None)) < nothing  # what a constant scores, and a little
 
 
@@ -547,8 +759,21 @@ def test_targets_say_what_was_done():
         target = common.family_target(name, params, 32)
         assert target.shape == (500, K) and 0.5 < target.abs().max() <= 1.0 + 1e-6
     one, zero = torch.ones(1), torch.zeros(1)
-    identity = dict(angle=zero, shift_x=zero, shift_y=zero, brightness=one, contrast=one, saturation=one, hue=zero, sigma=zero, top=zero, left=zero,
-                    height=one, width=one, flip=zero.bool())
+    identity = dict(
+        angle=zero,
+        shift_x=zero,
+        shift_y=zero,
+        brightness=one,
+        contrast=one,
+        saturation=one,
+        hue=zero,
+        sigma=zero,
+        top=zero,
+        left=zero,
+        height=one,
+        width=one,
+        flip=zero.bool(),
+    )
     assert all(common.family_target(name, identity, 32).abs().max() == 0 for name in dims)
     assert common.family_target("rotation", dict(angle=torch.tensor([-45.0])), 32).item() == -1
     corner = dict(top=zero, left=torch.tensor([0.5]), height=one / 2, width=one / 2)
@@ -577,18 +802,86 @@ def records(folder):
 def test_parts_are_slices_of_the_last_block(folder, tmp_path, capsys, monkeypatch):
     """Of four blocks of a ViT side by side the equivariant part is the last dimensions of the last, the invariant part all others;
     of a single representation its own two parts. Seen in the widths that the probes are given."""
-    shared = ["--data", "imagefolder", "--data-dir", str(folder), "--recipe", "cifar10", "--arch", "vit_pico", "--img-size", "16", "--patch-size", "4", "--epochs", "0", "--warmup-epochs", "0",
-              "--batch-size", "12", "--workers", "0", "--device", "cpu"]
-    clever.main([*shared, "--local-size", "8", "--head-dim", "8", "--head-dim-equi", "8", "--out", str(tmp_path / "clever")])
+    shared = [
+        "--data",
+        "imagefolder",
+        "--data-dir",
+        str(folder),
+        "--recipe",
+        "cifar10",
+        "--arch",
+        "vit_pico",
+        "--img-size",
+        "16",
+        "--patch-size",
+        "4",
+        "--epochs",
+        "0",
+        "--warmup-epochs",
+        "0",
+        "--batch-size",
+        "12",
+        "--workers",
+        "0",
+        "--device",
+        "cpu",
+    ]
+    clever.main(
+        [*shared, "--local-size", "8", "--head-dim", "8", "--head-dim-equi", "8", "--out", str(tmp_path / "clever")]
+    )
     recon_xattn.main([*shared, "--neck", "16", "--embed-dim", "8", "--out", str(tmp_path / "recon")])
     seen, linear, standardise = [], eval_probe.LinearProbe.__init__, eval_probe.Standardise.__init__
-    monkeypatch.setattr(eval_probe.LinearProbe, "__init__", lambda self, dim, *a: (seen.append(dim), linear(self, dim, *a))[1])
-    monkeypatch.setattr(eval_probe.Standardise, "__init__", lambda self, x, columns: (seen.append(x[..., columns].shape[-1]), standardise(self, x, columns))[1])
+    monkeypatch.setattr(
+        eval_probe.LinearProbe, "__init__", lambda self, dim, *a: (seen.append(dim), linear(self, dim, *a))[1]
+    )
+    monkeypatch.setattr(
+        eval_probe.Standardise,
+        "__init__",
+        lambda self, x, columns: (seen.append(x[..., columns].shape[-1]), standardise(self, x, columns))[1],
+    )
     paths = [str(tmp_path / name / "checkpoint.pt") for name in ("clever", "recon")]
-    run = [*paths, "--tasks", "knn", "linear", "mlp", "fewshot", "r2", "--mlp-epochs", "1", "--part", "all", "inv", "equi", "--known-fraction", "0.5", "--linear-epochs", "1", "--r2-epochs", "1", "--r2-targets", "flip", "--device", "cpu"]
+    run = [
+        *paths,
+        "--tasks",
+        "knn",
+        "linear",
+        "mlp",
+        "fewshot",
+        "r2",
+        "--mlp-epochs",
+        "1",
+        "--part",
+        "all",
+        "inv",
+        "equi",
+        "--known-fraction",
+        "0.5",
+        "--linear-epochs",
+        "1",
+        "--r2-epochs",
+        "1",
+        "--r2-targets",
+        "flip",
+        "--device",
+        "cpu",
+    ]
     results = dict(eval_probe.main(run))
-    assert seen == [*[512, 512 - 26, 26] * 4, 128, 102, 26, *[16, 8, 8] * 5]  # linear, twice fewshot, mlp; r2: 128 dimensions: 102 + 26
-    assert {f"{k}{p}" for k in ("knn", "linear", "mlp", "fewshot 1%", "fewshot 10%", "r2 flip") for p in ("", " (inv)", " (equi)")} <= set(results["clever"]) == set(results["recon"])
+    assert seen == [
+        *[512, 512 - 26, 26] * 4,
+        128,
+        102,
+        26,
+        *[16, 8, 8] * 5,
+    ]  # linear, twice fewshot, mlp; r2: 128 dimensions: 102 + 26
+    assert (
+        {
+            f"{k}{p}"
+            for k in ("knn", "linear", "mlp", "fewshot 1%", "fewshot 10%", "r2 flip")
+            for p in ("", " (inv)", " (equi)")
+        }
+        <= set(results["clever"])
+        == set(results["recon"])
+    )
     record = records(tmp_path / "clever")[0]
     assert record["protocol"]["train_images"] == 12 and record["protocol"]["known_fraction"] == 0.5
     ser.main([*shared, "--equi", "none", "--out", str(tmp_path / "ser")])
@@ -604,14 +897,41 @@ def test_one_call_from_checkpoints_to_table(tiny, folder, tmp_path, capsys):
     paths = [tmp_path / name / "checkpoint.pt" for name in ("run-s0", "run-s1", "untrained")]
     before = [p.read_bytes() for p in paths]
     capsys.readouterr()
-    results = eval_probe.main([*map(str, paths), "--tasks", "knn", "linear", "r2", "--linear-epochs", "2", "--r2-epochs", "1", "--r2-targets", "flip", "--device", "cpu"])
+    results = eval_probe.main(
+        [
+            *map(str, paths),
+            "--tasks",
+            "knn",
+            "linear",
+            "r2",
+            "--linear-epochs",
+            "2",
+            "--r2-epochs",
+            "1",
+            "--r2-targets",
+            "flip",
+            "--device",
+            "cpu",
+        ]
+    )
     table = capsys.readouterr().out.splitlines()
     assert [name for name, _ in results] == ["run", "run", "untrained"] and [p.read_bytes() for p in paths] == before
-    assert len(table) == 3 and table[1].split()[:2] == ["run", "2"] and "±" in table[1] and table[2].split()[:2] == ["untrained", "1"]
+    assert (
+        len(table) == 3
+        and table[1].split()[:2] == ["run", "2"]
+        and "±" in table[1]
+        and table[2].split()[:2] == ["untrained", "1"]
+    )
     assert all(0 <= v["knn"] <= 100 and 0 <= v["linear"] <= 100 for _, v in results)
     knn, linear, r2 = records(tmp_path / "run-s0")  # one a task
     assert knn["results"] | linear["results"] | r2["results"] == results[0][1]
-    assert knn["protocol"]["knn"]["k"] == 20 and "linear" not in knn["protocol"] and set(r2["protocol"]["r2"]["both"]["flip"]) == {"flat", "uniform", "train"}
+    assert (
+        knn["protocol"]["knn"]["k"] == 20
+        and "linear" not in knn["protocol"]
+        and set(r2["protocol"]["r2"]["both"]["flip"]) == {"flat", "uniform", "train"}
+    )
     again = eval_probe.main([str(paths[0]), "--tasks", "knn", "linear", "--linear-epochs", "2", "--device", "cpu"])
-    assert again[0][1] == {k: v for k, v in results[0][1].items() if not k.startswith("r2")}  # a second run: the same numbers
+    assert again[0][1] == {
+        k: v for k, v in results[0][1].items() if not k.startswith("r2")
+    }  # a second run: the same numbers
     assert len(records(tmp_path / "run-s0")) == 5

@@ -114,7 +114,9 @@ def test_R5_ranks_with_other_arguments_or_images_do_not_train_together(tiny, fol
     (tmp_path / "renamed" / "train" / "left" / "11.png").rename(tmp_path / "renamed" / "train" / "left" / "12.png")
     for name, words in (("fewer", "24 and 23 images"), ("renamed", "other file names")):
         (tmp_path / f"r-{name}").mkdir()
-        for code, lines in on_ranks(2, tmp_path / f"r-{name}", with_own, [*tiny, *out], [[], ["--data-dir", str(tmp_path / name)]]):
+        for code, lines in on_ranks(
+            2, tmp_path / f"r-{name}", with_own, [*tiny, *out], [[], ["--data-dir", str(tmp_path / name)]]
+        ):
             assert code == 2 and "rank 1" in lines[0] and words in lines[0], lines
 
 
@@ -122,7 +124,9 @@ def test_S12_R5_a_mistake_of_one_rank_alone_is_printed(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
     waits = []
     monkeypatch.setattr(time, "sleep", waits.append)
-    refused(capsys, lambda: common.die("--lr: odd"), "--lr: odd")  # nobody ended this process while it waited for rank 0
+    refused(
+        capsys, lambda: common.die("--lr: odd"), "--lr: odd"
+    )  # nobody ended this process while it waited for rank 0
     assert waits == [5]
     monkeypatch.setenv("RANK", "0")
     refused(capsys, lambda: common.die("--lr: odd"), "--lr: odd")
@@ -180,27 +184,55 @@ def test_C14_a_resumed_run_may_change_no_argument_that_says_what_is_computed(sav
     now = ser.Args(**{k: tuple(v) if isinstance(v, list) else v for k, v in args.items()})
     now.resume = True
     value = getattr(now, name)
-    setattr(now, name, "other" if isinstance(value, str) or value is None else (9.5,) if isinstance(value, tuple) else value + 1)
+    setattr(
+        now,
+        name,
+        "other" if isinstance(value, str) or value is None else (9.5,) if isinstance(value, tuple) else value + 1,
+    )
     run = common.Run(now, "", *nothing())
     run.data = common.load_checkpoint(saved / "checkpoint.pt")["train_state"]["data"]
     refused(capsys, run._read, f"--{name.replace('_', '-')}", "was made with")
 
 
 def test_C14_what_is_free_to_change_is_what_does_not_touch_the_result():
-    assert common.Run.FREE == {"data_dir", "out", "resume", "overwrite", "workers", "device", "compile", "max_steps", "save_every", "log_every"}
+    assert common.Run.FREE == {
+        "data_dir",
+        "out",
+        "resume",
+        "overwrite",
+        "workers",
+        "device",
+        "compile",
+        "max_steps",
+        "save_every",
+        "log_every",
+    }
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_C9_another_scripts_checkpoint_is_not_continued(script, saved, tiny, tmp_path, capsys):
-    left_out = dict(ser=(), recon_xattn=("--equi-dim", "--proj-dim"), ciper=("--equi-dim", "--proj-dim", "--arch", "--patch-size"), clever=("--equi-dim", "--proj-dim", "--proj-hidden"))[script]
+    left_out = dict(
+        ser=(),
+        recon_xattn=("--equi-dim", "--proj-dim"),
+        ciper=("--equi-dim", "--proj-dim", "--arch", "--patch-size"),
+        clever=("--equi-dim", "--proj-dim", "--proj-hidden"),
+    )[script]
     flags = [v for pair in zip(tiny[::2], tiny[1::2]) if pair[0] not in left_out for v in pair]
     flags += ["--arch", "resnet_pico"] if script == "ciper" else []
     for other in SCRIPTS.keys() - {script}:
-        common.save_checkpoint(tmp_path / "checkpoint.pt", common.load_checkpoint(saved / "checkpoint.pt") | dict(method=other))
-        refused(capsys, lambda: SCRIPTS[script].main([*flags, "--out", str(tmp_path), "--resume"]), f"its checkpoint is of {other}.py")
+        common.save_checkpoint(
+            tmp_path / "checkpoint.pt", common.load_checkpoint(saved / "checkpoint.pt") | dict(method=other)
+        )
+        refused(
+            capsys,
+            lambda: SCRIPTS[script].main([*flags, "--out", str(tmp_path), "--resume"]),
+            f"its checkpoint is of {other}.py",
+        )
 
 
-@pytest.mark.parametrize("spoil", ["heads", "optimizer", "C10 a key of heads", "C10 a shape of heads", "C10 a prefix of heads"])
+@pytest.mark.parametrize(
+    "spoil", ["heads", "optimizer", "C10 a key of heads", "C10 a shape of heads", "C10 a prefix of heads"]
+)
 def test_C15_a_training_state_with_a_part_missing_is_one_line(spoil, saved, tiny, tmp_path, capsys):
     c = common.load_checkpoint(saved / "checkpoint.pt")
     if spoil in c["train_state"]:
@@ -213,7 +245,13 @@ def test_C15_a_training_state_with_a_part_missing_is_one_line(spoil, saved, tiny
         if "prefix" in spoil:
             c["train_state"]["heads"] = {f"module.{k}": v for k, v in c["train_state"]["heads"].items()}
     common.save_checkpoint(tmp_path / "checkpoint.pt", c)
-    refused(capsys, lambda: ser.main([*tiny, "--out", str(tmp_path), "--resume"]), "checkpoint.pt", "does not fit", *([key] if "C10" in spoil else []))
+    refused(
+        capsys,
+        lambda: ser.main([*tiny, "--out", str(tmp_path), "--resume"]),
+        "checkpoint.pt",
+        "does not fit",
+        *([key] if "C10" in spoil else []),
+    )
 
 
 # ---- disks ------------------------------------------------------------------------------------------
@@ -260,7 +298,12 @@ def test_F10_a_line_after_a_torn_one_begins_anew(tiny, tmp_path, monkeypatch, ca
     ser.main([*tiny, "--out", str(tmp_path), "--max-steps", "4"])
     monkeypatch.undo()
     lines = (tmp_path / "log.jsonl").read_text().splitlines()
-    assert [common.step_of(line) for line in lines] == [0, -1, 2, 3] and "could not log step 1" in capsys.readouterr().err
+    assert [common.step_of(line) for line in lines] == [
+        0,
+        -1,
+        2,
+        3,
+    ] and "could not log step 1" in capsys.readouterr().err
 
 
 def test_C19_a_directory_that_vanishes_costs_a_line_a_save_and_the_exit_code(tiny, tmp_path, capsys, monkeypatch):
@@ -276,7 +319,11 @@ def test_C19_a_directory_that_vanishes_costs_a_line_a_save_and_the_exit_code(tin
     with pytest.raises(SystemExit) as end:
         ser.main([*tiny, "--out", str(tmp_path / "run"), "--max-steps", "3", "--save-every", "1"])
     err = capsys.readouterr().err
-    assert end.value.code == 1 and err.count("could not save step 2") == err.count("could not save step 3") == 1 and "could not log step 2" in err
+    assert (
+        end.value.code == 1
+        and err.count("could not save step 2") == err.count("could not save step 3") == 1
+        and "could not log step 2" in err
+    )
 
 
 @pytest.mark.parametrize("name", ["C22 ünï cödé x", "C22 a\nline", "-x", "C22 $(touch y);'\""])
@@ -300,7 +347,9 @@ def test_F16_a_directory_that_cannot_be_flushed_keeps_its_checkpoint(tmp_path, m
     monkeypatch.setattr(os, "fsync", on_directories)
     common.save_checkpoint(tmp_path / "checkpoint.pt", state(3))
     assert common.load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 3
-    monkeypatch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(number, os.strerror(number))))  # nor files
+    monkeypatch.setattr(
+        os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(number, os.strerror(number)))
+    )  # nor files
     common.save_checkpoint(tmp_path / "checkpoint.pt", state(4))
     assert common.load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 4
 
@@ -397,7 +446,9 @@ def test_C21_R11_an_overwritten_link_stays_a_link(tiny, tmp_path):
     common.save_checkpoint(tmp_path / "disk" / "c.pt", state())
     (tmp_path / "run" / "checkpoint.pt").symlink_to(tmp_path / "disk" / "c.pt")
     ser.main([*tiny, "--out", str(tmp_path / "run"), "--overwrite", "--max-steps", "1"])
-    assert (tmp_path / "run" / "checkpoint.pt").is_symlink() and common.load_checkpoint(tmp_path / "disk" / "c.pt")["step"] == 1
+    assert (tmp_path / "run" / "checkpoint.pt").is_symlink() and common.load_checkpoint(tmp_path / "disk" / "c.pt")[
+        "step"
+    ] == 1
 
 
 @pytest.mark.parametrize("how", ["C8 expanded", "C8 storage"])
@@ -461,9 +512,12 @@ def test_S2_a_second_sigint_ends_at_once(tiny, tmp_path):
     assert stopped(tiny, tmp_path, signal.SIGINT, twice) == 130 and not (tmp_path / "checkpoint.pt").exists()
 
 
-@pytest.mark.parametrize("where, code, step", [("building", -signal.SIGTERM, None), ("saving", 143, 2), ("scoring", -signal.SIGTERM, 6)])
+@pytest.mark.parametrize(
+    "where, code, step", [("building", -signal.SIGTERM, None), ("saving", 143, 2), ("scoring", -signal.SIGTERM, 6)]
+)
 def test_S4_a_sigterm_at_another_moment_leaves_whole_files(where, code, step, tiny, tmp_path):
     """Before the first step and after the last one nothing needs saving; a save is finished, and the run ends at the next step."""
+
     def act():
         module, name = dict(building=(ser, "build"), saving=(os, "replace"), scoring=(common, "knn_accuracy"))[where]
         original = getattr(module, name)
@@ -497,7 +551,15 @@ def with_fault(argv, rank, step, fault):
 
 
 def test_S5_a_signal_to_one_rank_stops_all_at_the_same_step(tiny, tmp_path):
-    for code, lines in on_ranks(2, tmp_path, with_fault, [*tiny, "--out", str(tmp_path / "run")], 1, 2, lambda out: os.kill(os.getpid(), signal.SIGTERM) or out):
+    for code, lines in on_ranks(
+        2,
+        tmp_path,
+        with_fault,
+        [*tiny, "--out", str(tmp_path / "run")],
+        1,
+        2,
+        lambda out: os.kill(os.getpid(), signal.SIGTERM) or out,
+    ):
         assert code == 143 and "stopped by SIGTERM after step 3" in lines[0]
     assert common.load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 3
 
@@ -510,7 +572,11 @@ def test_S6_when_a_rank_dies_the_others_end_and_the_checkpoint_stands(tiny, tmp_
         time.sleep = lambda s: None  # torchrun would end this rank meanwhile
         argv = [*tiny, "--out", str(tmp_path / "run"), "--save-every", "1"]
         forward, seen = ser.Base.forward, []
-        ser.Base.forward = lambda *a, **k: (seen.append(1), os.kill(os.getpid(), signal.SIGKILL) if rank == 1 and len(seen) == 4 else None, forward(*a, **k))[2]
+        ser.Base.forward = lambda *a, **k: (
+            seen.append(1),
+            os.kill(os.getpid(), signal.SIGKILL) if rank == 1 and len(seen) == 4 else None,
+            forward(*a, **k),
+        )[2]
         common.command(lambda: ser.main(argv))
 
     begin, doomed = time.monotonic(), os.fork()
@@ -574,7 +640,9 @@ def test_S8_a_run_whose_torchrun_is_gone_saves_and_ends(tiny, tmp_path, monkeypa
 def test_D11_a_killed_worker_is_one_line_and_saves_nothing_torn(tiny, tmp_path, capfd):
     def act():
         item = common.Loader.__getitem__
-        common.Loader.__getitem__ = lambda self, step: os.kill(os.getpid(), signal.SIGKILL) if step == 3 else item(self, step)
+        common.Loader.__getitem__ = lambda self, step: (
+            os.kill(os.getpid(), signal.SIGKILL) if step == 3 else item(self, step)
+        )
         common.command(lambda: ser.main([*tiny, "--out", str(tmp_path), "--workers", "1", "--save-every", "1"]))
 
     assert in_child(act) == 1
@@ -586,19 +654,36 @@ def test_D11_a_killed_worker_is_one_line_and_saves_nothing_torn(tiny, tmp_path, 
 
 def test_F11_shared_memory_that_is_too_small_is_found_before_workers_start(tiny, tmp_path, monkeypatch, capsys):
     real = os.statvfs
-    monkeypatch.setattr(os, "statvfs", lambda path: type("", (), dict(f_bavail=4, f_frsize=4096)) if path == "/dev/shm" else real(path))
+    monkeypatch.setattr(
+        os, "statvfs", lambda path: type("", (), dict(f_bavail=4, f_frsize=4096)) if path == "/dev/shm" else real(path)
+    )
     with pytest.raises(SystemExit) as end:
         ser.main([*tiny, "--out", str(tmp_path), "--workers", "2"])
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert end.value.code == 2 and "--workers 2" in line and "--shm-size" in line
 
 
-@pytest.mark.parametrize("error, words", [
-    (KeyboardInterrupt(), "SIGINT"), (MemoryError(), "--batch-size"), (torch.OutOfMemoryError("CUDA out of memory"), "--batch-size"),
-    (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"), "--batch-size"),
-    (RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc] Connection closed by peer [127.0.0.1]"), "another process"),
-    (RuntimeError("InvalidCxxCompiler: No working C++ compiler found in torch._inductor.config.cpp.cxx"), "--compile"),
-    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error."), "--workers"), (OSError(28, "No space left on device", "x/y"), "x/y")])
+@pytest.mark.parametrize(
+    "error, words",
+    [
+        (KeyboardInterrupt(), "SIGINT"),
+        (MemoryError(), "--batch-size"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "--batch-size"),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"), "--batch-size"),
+        (
+            RuntimeError(
+                "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc] Connection closed by peer [127.0.0.1]"
+            ),
+            "another process",
+        ),
+        (
+            RuntimeError("InvalidCxxCompiler: No working C++ compiler found in torch._inductor.config.cpp.cxx"),
+            "--compile",
+        ),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error."), "--workers"),
+        (OSError(28, "No space left on device", "x/y"), "x/y"),
+    ],
+)
 def test_S13_what_the_machine_does_is_one_line(error, words, capsys, monkeypatch):
     def main():
         raise error
@@ -609,7 +694,9 @@ def test_S13_what_the_machine_does_is_one_line(error, words, capsys, monkeypatch
     with pytest.raises(SystemExit) as end:
         common.command(main)
     lines = capsys.readouterr().err.strip().splitlines()
-    assert end.value.code == (130 if isinstance(error, KeyboardInterrupt) else 1) and len(lines) == 1 and words in lines[0]
+    assert (
+        end.value.code == (130 if isinstance(error, KeyboardInterrupt) else 1) and len(lines) == 1 and words in lines[0]
+    )
     with pytest.raises(RuntimeError):  # a fault of the code keeps its traceback
         common.command(lambda: (_ for _ in ()).throw(RuntimeError("shapes do not match")))
 
@@ -637,6 +724,7 @@ def traced(argv, flags):
 
     calls = []
     for name in ("all_reduce", "all_gather", "broadcast_object_list", "all_gather_object", "barrier", "broadcast"):
+
         def record(call, name, *a, **k):
             calls.append((name, *(tuple(v.shape) for v in a if isinstance(v, torch.Tensor))))
             return call(*a, **k)
@@ -656,10 +744,22 @@ def test_S7_all_ranks_take_part_in_the_same_collectives(tiny, tmp_path):
 def test_S12_a_damaged_image_on_one_rank_is_one_line(folder, tiny, tmp_path):
     shutil.copytree(folder, tmp_path / "data")
     (tmp_path / "data" / "train" / "left" / "03.png").write_bytes(b"\x89PNG nothing more")
-    argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "ser.py", *with_data(tiny, tmp_path / "data"), "--out", str(tmp_path / "run")]
+    argv = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "ser.py",
+        *with_data(tiny, tmp_path / "data"),
+        "--out",
+        str(tmp_path / "run"),
+    ]
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=120)
     lines = [line for line in done.stderr.splitlines() if "ser.py: error:" in line]
-    assert done.returncode == 1 and len(lines) == 1 and "03.png" in lines[0] and 'common.py", line' not in done.stderr, done.stderr
+    assert (
+        done.returncode == 1 and len(lines) == 1 and "03.png" in lines[0] and 'common.py", line' not in done.stderr
+    ), done.stderr
 
 
 def test_A6_A7_an_untrained_encoder_needs_no_full_batch(tiny, tmp_path):
@@ -670,10 +770,18 @@ def test_A6_A7_an_untrained_encoder_needs_no_full_batch(tiny, tmp_path):
 # ---- the environment --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("env, words", [
-    ({"WORLD_SIZE": "2"}, "RANK is not"), ({"WORLD_SIZE": "two"}, "WORLD_SIZE='two'"), ({"RANK": "3"}, "RANK=3"), ({"LOCAL_RANK": "-1"}, "LOCAL_RANK='-1'"),
-    ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}, "MASTER_PORT is not"),
-    ({"WORLD_SIZE": "2", "RANK": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}, "RANK=2"), ({"RANK": ""}, "RANK=''")])
+@pytest.mark.parametrize(
+    "env, words",
+    [
+        ({"WORLD_SIZE": "2"}, "RANK is not"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE='two'"),
+        ({"RANK": "3"}, "RANK=3"),
+        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK='-1'"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}, "MASTER_PORT is not"),
+        ({"WORLD_SIZE": "2", "RANK": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}, "RANK=2"),
+        ({"RANK": ""}, "RANK=''"),
+    ],
+)
 def test_S10_a_half_set_or_stray_environment_is_one_line(env, words, monkeypatch, capsys):
     for name, value in env.items():
         monkeypatch.setenv(name, value)
@@ -699,9 +807,15 @@ def test_S9_one_process_opens_no_port_and_no_port_is_fixed(tiny, tmp_path):
 def four(monkeypatch):
     """The environment of the first of four processes, and what `start` then asks torch for."""
     asked = {}
-    for name, value in dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=4, LOCAL_WORLD_SIZE=4, MASTER_ADDR="localhost", MASTER_PORT=1).items():
+    for name, value in dict(
+        RANK=0, LOCAL_RANK=0, WORLD_SIZE=4, LOCAL_WORLD_SIZE=4, MASTER_ADDR="localhost", MASTER_PORT=1
+    ).items():
         monkeypatch.setenv(name, str(value))
-    monkeypatch.setattr(common.dist, "init_process_group", lambda backend, timeout: asked.update(backend=backend, minutes=timeout.total_seconds() / 60))
+    monkeypatch.setattr(
+        common.dist,
+        "init_process_group",
+        lambda backend, timeout: asked.update(backend=backend, minutes=timeout.total_seconds() / 60),
+    )
     monkeypatch.setattr(common.atexit, "register", lambda act: asked.update(at_exit=act))
     return asked
 
@@ -749,7 +863,9 @@ def test_C11_a_head_that_is_not_finite_is_not_saved_over_one_that_is(what, tiny,
         update(model, m)
         calls.append(1)
         if len(calls) == 3:
-            (model.equi.projector[0].weight.data[0] if "weight" in what else model.predictor[-1].running_var)[0] = math.nan
+            (model.equi.projector[0].weight.data[0] if "weight" in what else model.predictor[-1].running_var)[0] = (
+                math.nan
+            )
 
     monkeypatch.setattr(ser, "update_teacher", ruin)
     with pytest.raises(SystemExit) as end:
@@ -760,7 +876,15 @@ def test_C11_a_head_that_is_not_finite_is_not_saved_over_one_that_is(what, tiny,
 
 
 def test_T1_a_loss_that_is_not_finite_on_one_rank_stops_all_at_the_same_step(tiny, tmp_path):
-    for code, lines in on_ranks(2, tmp_path, with_fault, [*tiny, "--out", str(tmp_path / "run"), "--save-every", "1"], 1, 2, lambda out: out | dict(loss=out["loss"] * math.nan)):
+    for code, lines in on_ranks(
+        2,
+        tmp_path,
+        with_fault,
+        [*tiny, "--out", str(tmp_path / "run"), "--save-every", "1"],
+        1,
+        2,
+        lambda out: out | dict(loss=out["loss"] * math.nan),
+    ):
         assert code == 1 and "not finite at step 2" in lines[0] and "the last good state is in" in lines[0]
     assert common.load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 2
 
@@ -779,7 +903,9 @@ def test_F12_a_monitor_ends_no_run(monkeypatch):
     nan = common.collapse_monitors(torch.full((10, 4), math.nan))
     assert nan == dict(feature_std=None, effective_rank=None) and json.loads(json.dumps(nan, allow_nan=False)) == nan
     monkeypatch.setattr(torch.linalg, "eigvalsh", fails)
-    assert common.collapse_monitors(torch.ones(10, 4)) == dict(feature_std=pytest.approx(0, abs=1e-6), effective_rank=None)
+    assert common.collapse_monitors(torch.ones(10, 4)) == dict(
+        feature_std=pytest.approx(0, abs=1e-6), effective_rank=None
+    )
 
 
 # ---- what a step is made of -------------------------------------------------------------------------
@@ -790,7 +916,9 @@ def test_N8_every_step_draws_its_own_augmentations(folder, tiny):
     ser.check(args)
     policies = ser.make_policies(args)
     draw = common.partial(ser.draw_views, args, policies)
-    loader = common.Loader(common.load_data("imagefolder", folder, "train", 16), policies, draw, args, torch.device("cpu"))
+    loader = common.Loader(
+        common.load_data("imagefolder", folder, "train", 16), policies, draw, args, torch.device("cpu")
+    )
     tops = [loader[step][0]["1"][1]["top"] for step in range(4)]
     assert all(not torch.equal(tops[i], tops[j]) for i in range(4) for j in range(i))
 
@@ -806,7 +934,9 @@ def test_N7_drop_path_resumes_to_the_bits(tiny, tmp_path):
 
 
 def test_an_export_whose_features_timm_does_not_give_is_not_written(tmp_path, monkeypatch):
-    backbone = common.make_backbone("vit_pico", *common.CIFAR10, img_size=16, patch_size=4, cls_layer=0, pos="sincos").eval()
+    backbone = common.make_backbone(
+        "vit_pico", *common.CIFAR10, img_size=16, patch_size=4, cls_layer=0, pos="sincos"
+    ).eval()
     forward = type(backbone).forward
     monkeypatch.setattr(type(backbone), "forward", lambda self, x: forward(self, x) + 1e-3)
     line = common.export_backbone(tmp_path / "x.safetensors", backbone)
@@ -816,11 +946,30 @@ def test_an_export_whose_features_timm_does_not_give_is_not_written(tmp_path, mo
 # ---- every flag once --------------------------------------------------------------------------------
 
 COMPILED = [
-    *(pytest.param("ser", ["--base", base, "--equi", equi], id=f"F21 ser {base} {equi}") for base, equi in
-      [("mocov3", "ser"), ("dino", "ser"), ("barlow", "none"), ("mocov3", "augself"), ("mocov3", "stl"), ("mocov3", "equimod"), ("mocov3", "essl")]),
-    *(pytest.param("recon_xattn", ["--objective", o], id=f"F21 recon_xattn {o}") for o in ("recon", "sie", "vicreg", "supervised")),
-    *(pytest.param("ciper", ["--objective", o], id=f"F21 ciper {o}") for o in ("ciper", "simclr", "predictive", "essl")),
-    *(pytest.param("clever", ["--base", b, "--equi", e], id=f"F21 clever {b} {e}") for b, e in (("dino", "clever"), ("dino", "none"), ("simsiam", "ddcl"), ("simsiam", "none"))),
+    *(
+        pytest.param("ser", ["--base", base, "--equi", equi], id=f"F21 ser {base} {equi}")
+        for base, equi in [
+            ("mocov3", "ser"),
+            ("dino", "ser"),
+            ("barlow", "none"),
+            ("mocov3", "augself"),
+            ("mocov3", "stl"),
+            ("mocov3", "equimod"),
+            ("mocov3", "essl"),
+        ]
+    ),
+    *(
+        pytest.param("recon_xattn", ["--objective", o], id=f"F21 recon_xattn {o}")
+        for o in ("recon", "sie", "vicreg", "supervised")
+    ),
+    *(
+        pytest.param("ciper", ["--objective", o], id=f"F21 ciper {o}")
+        for o in ("ciper", "simclr", "predictive", "essl")
+    ),
+    *(
+        pytest.param("clever", ["--base", b, "--equi", e], id=f"F21 clever {b} {e}")
+        for b, e in (("dino", "clever"), ("dino", "none"), ("simsiam", "ddcl"), ("simsiam", "none"))
+    ),
 ]
 
 
@@ -828,11 +977,35 @@ COMPILED = [
 def test_F21_compile_is_tried_with_every_variant(script, flags, folder, tmp_path, monkeypatch):
     """With dynamo's eager backend: the losses of plain training, to rounding."""
     monkeypatch.setattr(torch, "compile", common.partial(torch.compile, backend="eager"))
-    argv = ["--data", "imagefolder", "--data-dir", str(folder), "--recipe", "cifar10", "--img-size", "16", "--batch-size", "12", "--epochs", "2", "--warmup-epochs", "0",
-            "--max-steps", "1", "--workers", "0", "--device", "cpu"]
+    argv = [
+        "--data",
+        "imagefolder",
+        "--data-dir",
+        str(folder),
+        "--recipe",
+        "cifar10",
+        "--img-size",
+        "16",
+        "--batch-size",
+        "12",
+        "--epochs",
+        "2",
+        "--warmup-epochs",
+        "0",
+        "--max-steps",
+        "1",
+        "--workers",
+        "0",
+        "--device",
+        "cpu",
+    ]
     argv += ["--arch", "resnet_pico"] if script == "ciper" else ["--arch", "vit_pico", "--patch-size", "4"]
-    argv += dict(ser=["--proj-hidden", "16", "--prototypes", "16", "--local-size", "8"], recon_xattn=["--neck", "16", "--embed-dim", "8"], ciper=["--proj-hidden", "16"],
-                 clever=["--local-size", "8", "--head-dim", "8", "--head-dim-equi", "8"])[script]
+    argv += dict(
+        ser=["--proj-hidden", "16", "--prototypes", "16", "--local-size", "8"],
+        recon_xattn=["--neck", "16", "--embed-dim", "8"],
+        ciper=["--proj-hidden", "16"],
+        clever=["--local-size", "8", "--head-dim", "8", "--head-dim-equi", "8"],
+    )[script]
     for name in ("plain", "compiled"):
         torch._dynamo.reset()
         SCRIPTS[script].main([*argv, *flags, "--out", str(tmp_path / name), *["--compile"] * (name == "compiled")])
@@ -846,9 +1019,13 @@ def test_F20_a_copied_and_renamed_script_trains_and_archives_itself(tiny, tmp_pa
     run = [sys.executable, str(tmp_path / "mine.py"), *tiny, "--max-steps", "1", "--out", str(tmp_path / "run")]
     done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "run" / "mine.py").read_text() == (ROOT / "ser.py").read_text() and (tmp_path / "run" / "common.py").exists()
+    assert (tmp_path / "run" / "mine.py").read_text() == (ROOT / "ser.py").read_text() and (
+        tmp_path / "run" / "common.py"
+    ).exists()
     assert common.load_checkpoint(tmp_path / "run" / "checkpoint.pt")["method"] == "mine"
-    (_, scores), *_ = eval_probe.main([str(tmp_path / "run" / "checkpoint.pt"), "--tasks", "knn", "--workers", "0", "--device", "cpu"])
+    (_, scores), *_ = eval_probe.main(
+        [str(tmp_path / "run" / "checkpoint.pt"), "--tasks", "knn", "--workers", "0", "--device", "cpu"]
+    )
     assert scores["knn"] > 0
 
 

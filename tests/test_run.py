@@ -18,8 +18,15 @@ import ser
 
 
 def state(value=0.0, n=1000):
-    return dict(format=common.FORMAT, method="ser", args={}, step=int(value), backbone={}, backbone_state={"w": torch.full((n,), float(value))},
-                train_state={"v": torch.full((n,), float(value))})
+    return dict(
+        format=common.FORMAT,
+        method="ser",
+        args={},
+        step=int(value),
+        backbone={},
+        backbone_state={"w": torch.full((n,), float(value))},
+        train_state={"v": torch.full((n,), float(value))},
+    )
 
 
 def refused(capsys, call, *words):
@@ -109,7 +116,9 @@ def test_C5_600_bit_flips_give_no_wrong_load(tmp_path, capsys):
             assert end.code == 2
             refusals += 1
             continue
-        assert torch.equal(read["backbone_state"]["w"], original["backbone_state"]["w"]) and torch.equal(read["train_state"]["v"], original["train_state"]["v"])
+        assert torch.equal(read["backbone_state"]["w"], original["backbone_state"]["w"]) and torch.equal(
+            read["train_state"]["v"], original["train_state"]["v"]
+        )
         assert read["step"] == 7 and read["method"] == "ser"
     assert refusals > 300  # most flips hit something
     assert "Traceback" not in capsys.readouterr().err
@@ -174,16 +183,33 @@ def spoiled(path, how):
         torch.save(good, path)
 
 
-@pytest.mark.parametrize("how, words", [
-    *(pytest.param(how, ["damaged"], id=f"C6 {how}") for how in ("text", "picture", "bare pickle", "legacy format")), pytest.param("deflated", ["damaged"], id="C8 deflated"),
-    *(pytest.param(how, ["keys"], id=f"C6 {how}") for how in ("list", "other keys")), *(pytest.param(key, ["keys", key], id=f"C15 no {key}") for key in sorted(common.KEYS)),
-    pytest.param("other format", ["99", f"reads {common.FORMAT}"], id="C12 other format"), *(pytest.param(how, ["NaN or infinity"], id=f"C11 {how}") for how in ("NaN", "infinity"))])
+@pytest.mark.parametrize(
+    "how, words",
+    [
+        *(
+            pytest.param(how, ["damaged"], id=f"C6 {how}")
+            for how in ("text", "picture", "bare pickle", "legacy format")
+        ),
+        pytest.param("deflated", ["damaged"], id="C8 deflated"),
+        *(pytest.param(how, ["keys"], id=f"C6 {how}") for how in ("list", "other keys")),
+        *(pytest.param(key, ["keys", key], id=f"C15 no {key}") for key in sorted(common.KEYS)),
+        pytest.param("other format", ["99", f"reads {common.FORMAT}"], id="C12 other format"),
+        *(pytest.param(how, ["NaN or infinity"], id=f"C11 {how}") for how in ("NaN", "infinity")),
+    ],
+)
 def test_what_is_no_checkpoint(how, words, tmp_path, capsys):
     spoiled(tmp_path / "bad.pt", how)
     refused(capsys, lambda: common.load_checkpoint(tmp_path / "bad.pt"), "bad.pt", *words)
 
 
-@pytest.mark.parametrize("path", [pytest.param("missing.pt", id="C6 missing"), pytest.param("", id="C6 directory"), pytest.param("/dev/null", id="C6 device")])
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param("missing.pt", id="C6 missing"),
+        pytest.param("", id="C6 directory"),
+        pytest.param("/dev/null", id="C6 device"),
+    ],
+)
 def test_what_is_no_file(path, tmp_path, capsys):
     refused(capsys, lambda: common.load_checkpoint(tmp_path / path), str(tmp_path / path), "no such checkpoint file")
 
@@ -208,14 +234,19 @@ def test_N4_T5_ema_over_many_steps():
     online.running_mean.fill_(5.0)
     for _ in range(10):
         common.ema_update(target, online, 0.9)
-    assert torch.allclose(target.weight, torch.tensor(0.9**10 * 1 + (1 - 0.9**10) * 2)) and target.running_mean.abs().max() == 0
+    assert (
+        torch.allclose(target.weight, torch.tensor(0.9**10 * 1 + (1 - 0.9**10) * 2))
+        and target.running_mean.abs().max() == 0
+    )
 
 
 def test_T6_collapse_monitors():
     d = 16
     assert common.collapse_monitors(torch.ones(8, d))["feature_std"] == pytest.approx(0, abs=1e-6)
     healthy = common.collapse_monitors(torch.randn(4096, d, generator=common.rng(0)))
-    assert healthy["feature_std"] == pytest.approx(d**-0.5, rel=0.02) and healthy["effective_rank"] == pytest.approx(d, rel=0.02)
+    assert healthy["feature_std"] == pytest.approx(d**-0.5, rel=0.02) and healthy["effective_rank"] == pytest.approx(
+        d, rel=0.02
+    )
     line = torch.randn(64, 1) @ torch.randn(1, d)
     assert common.collapse_monitors(line)["effective_rank"] == pytest.approx(1, abs=0.01)
 
@@ -237,12 +268,33 @@ def content(path):
     return {k: c[k] for k in ("step", "backbone", "backbone_state", "train_state")}
 
 
-@pytest.mark.parametrize("how, base, equi", [(signal.SIGKILL, "mocov3", "ser"), (signal.SIGTERM, "mocov3", "ser"), (signal.SIGINT, "mocov3", "ser"), (signal.SIGKILL, "dino", "ser"),
-                                             (signal.SIGKILL, "barlow", "ser"), *((signal.SIGKILL, "mocov3", equi) for equi in ("augself", "stl", "equimod", "essl"))])
+@pytest.mark.parametrize(
+    "how, base, equi",
+    [
+        (signal.SIGKILL, "mocov3", "ser"),
+        (signal.SIGTERM, "mocov3", "ser"),
+        (signal.SIGINT, "mocov3", "ser"),
+        (signal.SIGKILL, "dino", "ser"),
+        (signal.SIGKILL, "barlow", "ser"),
+        *((signal.SIGKILL, "mocov3", equi) for equi in ("augself", "stl", "equimod", "essl")),
+    ],
+)
 def test_N7_C15_S1_S2_a_killed_run_resumes_to_the_bits_of_an_uninterrupted_one(tiny, tmp_path, how, base, equi):
     """A child trains and gets the signal in the middle of step 3 of 6; its successor ends where an undisturbed run ends. DINO's
     temperature, weight decay and frozen last layer are then in mid-schedule."""
-    tiny = [*tiny, "--base", base, "--equi", equi, "--prototypes", "32", "--teacher-temp-epochs", "2", "--freeze-last-epochs", "1"]
+    tiny = [
+        *tiny,
+        "--base",
+        base,
+        "--equi",
+        equi,
+        "--prototypes",
+        "32",
+        "--teacher-temp-epochs",
+        "2",
+        "--freeze-last-epochs",
+        "1",
+    ]
     ser.main([*tiny, "--out", str(tmp_path / "whole")])
     child = os.fork()
     if child == 0:
@@ -294,13 +346,19 @@ def test_N8_results_do_not_depend_on_workers(tiny, tmp_path):
 
 def test_C16_a_finished_run_is_left_alone(tiny, tmp_path, capsys):
     ser.main([*tiny, "--out", str(tmp_path), "--max-steps", "1"])
-    seen = lambda: ((tmp_path / "checkpoint.pt").stat().st_mtime_ns, (tmp_path / "checkpoint.pt").read_bytes(), (tmp_path / "log.jsonl").read_bytes())
+    seen = lambda: (
+        (tmp_path / "checkpoint.pt").stat().st_mtime_ns,
+        (tmp_path / "checkpoint.pt").read_bytes(),
+        (tmp_path / "log.jsonl").read_bytes(),
+    )
     before = seen()
     ser.main([*tiny, "--out", str(tmp_path), "--max-steps", "1", "--resume"])
     assert seen() == before and "is finished: 1 of 1 steps" in capsys.readouterr().out
 
 
-def test_T1_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tiny, tmp_path, capsys, monkeypatch):
+def test_T1_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(
+    tiny, tmp_path, capsys, monkeypatch
+):
     forward, steps = ser.Base.forward, []
 
     def poisoned(*a, **k):
@@ -322,16 +380,37 @@ def test_T1_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_chec
 
 def test_what_a_run_leaves_behind(tiny, tmp_path, capsys):
     ser.main([*tiny, "--equi", "none", "--out", str(tmp_path)])
-    assert {p.name for p in tmp_path.iterdir()} == {"args.json", "log.jsonl", "views.png", "ser.py", "common.py", "checkpoint.pt", "backbone.safetensors"}
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "args.json",
+        "log.jsonl",
+        "views.png",
+        "ser.py",
+        "common.py",
+        "checkpoint.pt",
+        "backbone.safetensors",
+    }
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(6))
-    assert set(lines[0]) == {"step", "epoch", "loss", "L_inv", "lr", "images_per_s", "data_wait", "memory_gb", "feature_std", "effective_rank"}
+    assert set(lines[0]) == {
+        "step",
+        "epoch",
+        "loss",
+        "L_inv",
+        "lr",
+        "images_per_s",
+        "data_wait",
+        "memory_gb",
+        "feature_std",
+        "effective_rank",
+    }
     assert json.loads((tmp_path / "args.json").read_text())["recipe"] == "cifar10"
     out = capsys.readouterr().out
     assert "k-NN accuracy" in out and f"python eval_probe.py {tmp_path}/checkpoint.pt" in out
 
 
-def test_C18_a_full_disk_costs_one_line_during_the_run_and_the_exit_code_at_its_end(tiny, tmp_path, capsys, monkeypatch):
+def test_C18_a_full_disk_costs_one_line_during_the_run_and_the_exit_code_at_its_end(
+    tiny, tmp_path, capsys, monkeypatch
+):
     def full(*_):
         raise OSError(28, "No space left on device")
 
@@ -341,7 +420,10 @@ def test_C18_a_full_disk_costs_one_line_during_the_run_and_the_exit_code_at_its_
     assert end.value.code == 1 and capsys.readouterr().err.count("No space left on device") == 2
 
 
-@pytest.mark.parametrize("kwargs", [dict(arch="vit_pico", img_size=16, patch_size=4, cls_layer=0, pos="sincos"), dict(arch="resnet18", img_size=16)])
+@pytest.mark.parametrize(
+    "kwargs",
+    [dict(arch="vit_pico", img_size=16, patch_size=4, cls_layer=0, pos="sincos"), dict(arch="resnet18", img_size=16)],
+)
 def test_exported_backbone_gives_the_same_features_in_timm(kwargs, tmp_path):
     import timm
     from safetensors import safe_open
@@ -349,7 +431,9 @@ def test_exported_backbone_gives_the_same_features_in_timm(kwargs, tmp_path):
     backbone = common.make_backbone(mean=common.CIFAR10[0], std=common.CIFAR10[1], **kwargs).eval()
     common.export_backbone(tmp_path / "backbone.safetensors", backbone)
     with safe_open(tmp_path / "backbone.safetensors", "pt") as f:
-        model = timm.create_model(**json.loads(f.metadata()["timm"]), checkpoint_path=tmp_path / "backbone.safetensors").eval()
+        model = timm.create_model(
+            **json.loads(f.metadata()["timm"]), checkpoint_path=tmp_path / "backbone.safetensors"
+        ).eval()
     x = torch.randn(4, 3, 16, 16)
     with torch.no_grad():
         assert (model(x) - backbone(x)).abs().max() <= 1e-5
@@ -359,7 +443,10 @@ def test_what_timm_does_not_know_is_not_exported(tmp_path):
     late = common.make_backbone("vit_pico", *common.CIFAR10, img_size=16, patch_size=4, cls_layer=3, pos="sincos")
     small = common.make_backbone("resnet18", *common.CIFAR10, img_size=16, stem="cifar")
     for encoder in (late, small):
-        assert "not written" in common.export_backbone(tmp_path / "x.safetensors", encoder) and not (tmp_path / "x.safetensors").exists()
+        assert (
+            "not written" in common.export_backbone(tmp_path / "x.safetensors", encoder)
+            and not (tmp_path / "x.safetensors").exists()
+        )
 
 
 def test_C5_torch_save_is_what_we_think_it_is():
@@ -414,7 +501,9 @@ def test_S3_sigterm_to_the_whole_group_with_busy_workers_saves_and_ends(tiny, tm
 def test_resuming_continues_the_log(tiny, tmp_path):
     ser.main([*tiny, "--out", str(tmp_path), "--max-steps", "4"])
     log = tmp_path / "log.jsonl"
-    log.write_text(log.read_text() + json.dumps(dict(step=4, loss=0)) + "\n")  # of a run that was killed before it could save
+    log.write_text(
+        log.read_text() + json.dumps(dict(step=4, loss=0)) + "\n"
+    )  # of a run that was killed before it could save
     ser.main([*tiny, "--out", str(tmp_path), "--resume"])
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(6)) and lines[4]["loss"] > 0
@@ -427,7 +516,10 @@ def test_what_loader_workers_need_can_be_sent_to_them():
 
     args = ser.Args(**ser.RECIPES["blocks"] | dict(recipe="blocks", batch_size=16, img_size=16, patch_size=4))
     ser.check(args)
-    policies, data = ser.make_policies(args), common.ImageSet(images=torch.randint(0, 256, (40, 3, 16, 16), dtype=torch.uint8))
+    policies, data = (
+        ser.make_policies(args),
+        common.ImageSet(images=torch.randint(0, 256, (40, 3, 16, 16), dtype=torch.uint8)),
+    )
     loader = common.Loader(data, policies, partial(ser.draw_views, args, policies), args, torch.device("cpu"))
     assert same(loader[1], pickle.loads(pickle.dumps(loader))[1])
 
