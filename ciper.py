@@ -3,10 +3,11 @@
 Paper: "CIPER: Combining Invariant and Equivariant Representations Using Contrastive and Predictive Learning"
 (Xu, Triesch 2023, arXiv 2302.02330).
 
-Idea. A contrastive loss makes the views of an image alike, and lets the encoder forget how they differ. So a second head
-reads off the same representation what the augmentation was: from the difference between the representations of the image
-itself, the anchor, and of its view, it predicts the parameters. For objects seen from many sides "augmentation" may be
-another view of the object, and its parameters the change of the viewpoint, or the session it was filmed in.
+Idea. A contrastive loss makes the views of an image alike, and lets the encoder forget how they differ. So a second
+head reads off the same representation what the augmentation was: from the difference between the representations of
+the image itself, the anchor, and of its view, it predicts the parameters. For objects seen from many sides
+"augmentation" may be another view of the object, and its parameters the change of the viewpoint, or the session it
+was filmed in.
 
     h = f(x),  h_k = f(t_k(x)),  k = 1, 2                        one encoder f, x without augmentation
     z_k = proj(h_k)                                              the anchor has no part in L_c
@@ -15,8 +16,8 @@ another view of the object, and its parameters the change of the viewpoint, or t
     L_p = 1 / (2 N M) sum_i sum_m (r_1 - p_1)^2 + (r_2 - p_2)^2  M = 10: box (4), flip, colour factors (4), grey
     L = L_c + alpha L_p                                          simclr: L_c;  predictive: alpha L_p
 
-E-SSL ("Equivariant Contrastive Learning", Dangovski et al. 2022, arXiv 2111.00899) predicts which of four quarter turns a small
-crop was given: L = InfoNCE(z_1, z_2) + alpha CE(rot(h_3), k), with negatives from the other view only.
+E-SSL ("Equivariant Contrastive Learning", Dangovski et al. 2022, arXiv 2111.00899) predicts which of four quarter
+turns a small crop was given: L = InfoNCE(z_1, z_2) + alpha CE(rot(h_3), k), with negatives from the other view only.
 
 Usage
     python ciper.py                                                   # turntable images, CPU, minutes
@@ -26,20 +27,22 @@ Usage
     python ciper.py --data core50 --data-dir CORE50 --views dataset   # Table 2
     python ciper.py --drop-aug crop                                   # Figure 4
 
-Views. image: crop, flip, colour jitter, grey, in this order. dataset: any image of the anchor's object, the session drawn
-first, then an image of it; its parameters are the change of azimuth, elevation and distance (three numbers, squared
-error) and the session it is of (one of 11, cross-entropy), whichever of the two the data knows; of both the losses are added. time: neighbours
-in a stream that walks through the views of an object until it jumps to another ("Contrastive Learning
-Through Time", Schneider et al. 2021, and its successor on CORe50).
+Views. image: crop, flip, colour jitter, grey, in this order. dataset: any image of the anchor's object, the session
+drawn first, then an image of it; its parameters are the change of azimuth, elevation and distance (three numbers,
+squared error) and the session it is of (one of 11, cross-entropy), whichever of the two the data knows; of both the
+losses are added. time: neighbours in a stream that walks through the views of an object until it jumps to another
+("Contrastive Learning Through Time", Schneider et al. 2021, and its successor on CORe50).
 
-Where the paper is silent or contradicts itself this file takes (source in brackets: [E] the repository of E-SSL, whose recipe
-the paper builds on; [C] that of Contrastive Learning Through Time, [S] its successor's, both of the same laboratory):
+Where the paper is silent or contradicts itself this file takes (source in brackets: [E] the repository of E-SSL,
+whose recipe the paper builds on; [C] that of Contrastive Learning Through Time, [S] its successor's, both of the same
+laboratory):
   * equation 1 prints a minus before L_p; minimising that would maximise the error, so it is a plus here.
   * flips with probability 0.8 [Table 1, though the text says "as SimCLR", which is 0.5]; E-SSL keeps 0.5 [E].
-  * jitter 0.4, 0.4, 0.4, 0.1 with probability 0.8 [E]; where it is not applied its parameters are the identity, 1, 1, 1, 0. The
-    grey parameter is 0 for grey images and 1 for others [Table 1]. The box is left, top, height, width in fractions of the
-    image; of a flipped image it is not mirrored.
-  * standardisation as in batch norm, without affine map: biased variance, epsilon 1e-5; a parameter that never changes is 0.
+  * jitter 0.4, 0.4, 0.4, 0.1 with probability 0.8 [E]; where it is not applied its parameters are the identity, 1, 1,
+    1, 0. The grey parameter is 0 for grey images and 1 for others [Table 1]. The box is left, top, height, width in
+    fractions of the image; of a flipped image it is not mirrored.
+  * standardisation as in batch norm, without affine map: biased variance, epsilon 1e-5; a parameter that never
+    changes is 0.
   * tau = 0.5 [E; SimCLR on CIFAR]; the similarity is the cosine, negatives come from both views [the text].
   * projector d-2048-2048, no biases, batch norm after both layers, the last without affine map [E]; predictor
     d-d-M with layer norm; the gradient also flows through the anchor; each view is a batch of its own for batch norm.
@@ -47,9 +50,9 @@ the paper builds on; [C] that of Contrastive Learning Through Time, [S] its succ
     all objectives but E-SSL's.
   * SGD, momentum 0.9, weight decay 5e-4 on everything, lr 0.03 along half a cosine to 0, at any batch size.
     E-SSL: lr 0.12 at batch 512 after 10 epochs of warm-up [E].
-  * any change of view within an object, the identity too; azimuths differ by -180 to 180 degrees. If the anchor is of the
-    same session, h - h_k cannot tell which one: the paper's target has this floor, and neither small steps alone nor other
-    sessions alone are offered.
+  * any change of view within an object, the identity too; azimuths differ by -180 to 180 degrees. If the anchor is of
+    the same session, h - h_k cannot tell which one: the paper's target has this floor, and neither small steps alone
+    nor other sessions alone are offered.
   * a stream is as long as the data set, goes on with the same object with probability 0.95 and then stays in the
     session with the same probability [S], one step along one axis a time, azimuths wrap around. [C] never steps back in
     azimuth and never starts at the end of an axis; here all directions are equal.
@@ -90,7 +93,8 @@ class Args(common.RunArgs):
     """What CIPER and its baselines need, beside the arguments that all scripts share."""
 
     data: str = "blocks-views"
-    """data set: blocks-views, blocks (rendered on the spot); cifar10, cifar100, core50, tdw or imagefolder with --data-dir"""
+    """data set: blocks-views, blocks (rendered on the spot); cifar10, cifar100, core50, tdw or imagefolder with
+    --data-dir"""
     arch: str = "resnet18"
     """encoder: resnet_pico, resnet18 or resnet50, with a 3x3 stem for small images"""
     img_size: Count = 32
@@ -114,7 +118,8 @@ class Args(common.RunArgs):
     sessions: tuple[Annotated[int, "[1, 11]"], ...] = (1, 2)
     """sessions of core50 to train on, counted from 1; the others test"""
     time_continue: ShareBelow1 = 0.95
-    """probability that the next image of the stream (--views time) shows the same object; and then, that it is of the same session"""
+    """probability that the next image of the stream (--views time) shows the same object; and then, that it is of the
+    same session"""
     temp: Positive = 0.5
     """tau"""
     negatives: Literal["both", "cross"] = "both"
@@ -220,8 +225,8 @@ def augmentation(params, dropped=()):
 
 
 def change(factors, i, j):
-    """r of data-set views, from image i to image j of an object, rows (n,) each: the change of the view (n, 3), or (n, 0)
-    where views are unknown, and the session of j, (n,), or None."""
+    """r of data-set views, from image i to image j of an object, rows (n,) each: the change of the view (n, 3), or
+    (n, 0) where views are unknown, and the session of j, (n,), or None."""
     r = torch.zeros(len(i), 0)
     if "view" in factors:
         r = factors["view"][j] - factors["view"][i]  # (n, 3): azimuth, elevation, distance
@@ -245,8 +250,8 @@ class Ragged:
 
 
 class ObjectViews:
-    """Data-set views, for the loader: every image is an anchor once in an epoch; "1" and "2" each show its object in a session
-    and a view of their own, uniform over the sessions and then over the images of the session."""
+    """Data-set views, for the loader: every image is an anchor once in an epoch; "1" and "2" each show its object in
+    a session and a view of their own, uniform over the sessions and then over the images of the session."""
 
     def __init__(self, data):
         self.object = data.groups.unique(return_inverse=True)[1]  # (N,) from 0
@@ -302,8 +307,8 @@ class TimeStream(ObjectViews):
 
 
 def neighbours(factors, cell):
-    """For each image the rows of those one step away in its object and session, `cell` (N,): a list of N lists. A step goes to
-    the next azimuth (round and round), elevation or distance, or to the next frame."""
+    """For each image the rows of those one step away in its object and session, `cell` (N,): a list of N lists. A
+    step goes to the next azimuth (round and round), elevation or distance, or to the next frame."""
     if "view" in factors:
         axes = [v.unique(return_inverse=True) for v in factors["view"].T]
         place, azimuths = torch.stack([inverse for _, inverse in axes], 1), len(axes[0][0])  # (N, 3)
@@ -350,7 +355,8 @@ def info_nce(z1, z2, tau):
 
 
 def standardise(r, eps=1e-5):
-    """r (n, M) on this process -> (r - mean) / sqrt(var + eps) with the statistics of all processes, biased variance."""
+    """r (n, M) on this process -> (r - mean) / sqrt(var + eps) with the statistics of all processes, biased
+    variance."""
     every = common.gather(r)
     return (r - every.mean(0)) / (every.var(0, correction=0) + eps).sqrt()
 
@@ -387,8 +393,8 @@ class Heads(nn.Module):
         self.compiled = (torch.compile(self.backbone, dynamic=False),)  # in a tuple, or it would be a second child
 
     def forward(self, views, r=None, session=None):
-        """All of a step's mathematics. views {"1", "2", ...} (b, 3, H, W); r (2 b, M) raw parameters and session (2 b,), or None, of
-        view 1 and then view 2 -> ({"loss", ...}, h of view 1 (b, d))."""
+        """All of a step's mathematics. views {"1", "2", ...} (b, 3, H, W); r (2 b, M) raw parameters and session (2
+        b,), or None, of view 1 and then view 2 -> ({"loss", ...}, h of view 1 (b, d))."""
         args, (encode,) = self.args, self.compiled or (self.backbone,)
         h = {name: encode(view) for name, view in views.items() if name != "3"}  # (b, d) each
         out, loss = {}, 0.0

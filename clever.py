@@ -1,12 +1,12 @@
 """CLeVER: a representation split into an invariant and an equivariant part, under DINO; DDCL, the same under SimSiam.
 
-Paper: "Contrastive Learning Via Equivariant Representation" (Song et al. 2024, arXiv 2406.00262); DDCL: "Distortion-Disentangled
-Contrastive Learning" (Wang et al., WACV 2024, arXiv 2303.05066).
+Paper: "Contrastive Learning Via Equivariant Representation" (Song et al. 2024, arXiv 2406.00262); DDCL:
+"Distortion-Disentangled Contrastive Learning" (Wang et al., WACV 2024, arXiv 2303.05066).
 
-Idea. The first 80 % of the representation learn what all views of an image share, as usual. The rest is pushed the other way:
-two views of one image should not look alike in it, so it is free to hold what the augmentation did, however complex that
-was and without being told. Nothing else keeps the second head from dying, so a penalty ties the size of its weights to that of the
-first.
+Idea. The first 80 % of the representation learn what all views of an image share, as usual. The rest is pushed the
+other way: two views of one image should not look alike in it, so it is free to hold what the augmentation did,
+however complex that was and without being told. Nothing else keeps the second head from dying, so a penalty ties the
+size of its weights to that of the first.
 
     o = f(x) = [z_IR, z_EF],  d_IR = 0.8 D                          the invariant and the equivariant part
     dino:    students s_v = h_IR(z_IR) of all crops v, teachers t_i of the two global ones, S_v, T_i those of h_EF(z_EF)
@@ -25,24 +25,29 @@ Usage
     python clever.py --data cifar10 --data-dir CIFAR --aug complex     # rotations by up to 90 degrees; complex_plus: and elastic
     torchrun --nproc_per_node=8 clever.py --data imagenet100 --data-dir IMAGENET --arch resnet50 --compile
 
-Where the paper is silent, or its public code differs, this file takes (sources: [C] the code of CLeVER, [DD] that of DDCL):
-  * equation 11 has a plain dot product of softmaxes, whose optimum is almost reached by uniform ones; [C] has the cosine above, with
-    the teacher's sharpened and centred output on one side and a gradient for the student only. `--orth dot` is the paper's.
+Where the paper is silent, or its public code differs, this file takes (sources: [C] the code of CLeVER, [DD] that of
+DDCL):
+  * equation 11 has a plain dot product of softmaxes, whose optimum is almost reached by uniform ones; [C] has the
+    cosine above, with the teacher's sharpened and centred output on one side and a gradient for the student only.
+    `--orth dot` is the paper's.
   * [DD] takes the modulus after the mean over the batch, so that images of opposite sign cancel; so does this file. The
     predictor and sg, missing in the paper's equations 2 and 3, are SimSiam's.
-  * AdamW with 5e-4 per 256 images [C]; the appendix says SGD with 0.001, which is what that rate is at batch 512. SimSiam: SGD, 0.05
-    per 256, weight decay 1e-4 on everything, the cosine falls from epoch to epoch and leaves the predictors alone; before
-    it 30 epochs of warm-up that do not count [DD]. There its data order stands still; here it goes on.
+  * AdamW with 5e-4 per 256 images [C]; the appendix says SGD with 0.001, which is what that rate is at batch 512.
+    SimSiam: SGD, 0.05 per 256, weight decay 1e-4 on everything, the cosine falls from epoch to epoch and leaves the
+    predictors alone; before it 30 epochs of warm-up that do not count [DD]. There its data order stands still; here
+    it goes on.
   * d_IR is cut down to a whole number (clever) [C] or rounded (ddcl) [DD].
-  * the norms count what is trained: biases, and of the prototypes the directions without their frozen lengths. Before use these are
-    normalised, as DDCL's layers are by the batch norm behind them, so scale alone can meet the penalty. What that buys is that
-    weight decay cannot carry one head off by itself, down to where epsilons swallow its output.
+  * the norms count what is trained: biases, and of the prototypes the directions without their frozen lengths. Before
+    use these are normalised, as DDCL's layers are by the batch norm behind them, so scale alone can meet the penalty.
+    What that buys is that weight decay cannot carry one head off by itself, down to where epsilons swallow its
+    output.
   * the teacher has no stochastic depth (that of VMamba has, in [C]) and batch statistics of its own, as in training.
-  * rotations are nearest-neighbour, filled with black, before the colours (dino) or after them (simsiam), as in [C] and [DD].
+  * rotations are nearest-neighbour, filled with black, before the colours (dino) or after them (simsiam), as in [C]
+    and [DD].
   * SimSiam alone starts with residual branches at zero, DDCL does not [DD].
-  * positions of small crops are resampled to their grid, without DINO's offset of a tenth of a cell. SGD for DINO, stochastic depth in
-    the teacher, a modulus per image in L_Orth, and a penalty on some of the weights only, all switches of one code or the
-    other, are not offered.
+  * positions of small crops are resampled to their grid, without DINO's offset of a tenth of a cell. SGD for DINO,
+    stochastic depth in the teacher, a modulus per image in L_Orth, and a penalty on some of the weights only, all
+    switches of one code or the other, are not offered.
 """
 
 import copy
@@ -93,7 +98,8 @@ class Args(common.RunArgs):
     equi: Literal["clever", "ddcl", "none"] = "clever"
     """what makes the rest equivariant: clever (of dino), ddcl (of simsiam); none is exactly the base"""
     aug: Literal["basic", "complex", "complex_plus"] = "basic"
-    """basic: the base's own; complex: with rotations by up to 90 degrees; complex_plus: and elastic deformations of half the views"""
+    """basic: the base's own; complex: with rotations by up to 90 degrees; complex_plus: and elastic deformations of
+    half the views"""
     inv_ratio: Annotated[float, "(0, 1)"] = 0.8
     """share of the representation that is the invariant part"""
     alpha: NonNegative = 1.0
@@ -137,8 +143,8 @@ class Args(common.RunArgs):
     weight_decay_end: NonNegative = 0.4
     """and at the end of half a cosine (dino)"""
     warmup_epochs: NonNegative = 10
-    """linear warm-up, within the --epochs (dino), or before them, epoch by epoch from almost 0 (simsiam); then the learning rate
-    falls along half a cosine"""
+    """linear warm-up, within the --epochs (dino), or before them, epoch by epoch from almost 0 (simsiam); then the
+    learning rate falls along half a cosine"""
     lr_end: NonNegative = 1e-6
     """the learning rate at the end"""
     clip: Positive | None = 3.0
@@ -278,7 +284,8 @@ def alike(q, log_p, form):
 
 
 def cosines(p1, p2, z1, z2):
-    """1/2 (cos(p_1, sg z_2) + cos(p_2, sg z_1)), mean over the global batch: (b, d) on this process each -> a number."""
+    """1/2 (cos(p_1, sg z_2) + cos(p_2, sg z_1)), mean over the global batch: (b, d) on this process each -> a
+    number."""
     mean = (F.cosine_similarity(p1, z2.detach(), dim=1) + F.cosine_similarity(p2, z1.detach(), dim=1)).mean() / 2
     return common.all_reduce(mean) / common.world_size()
 
@@ -290,7 +297,8 @@ def size(module):
 
 @torch.no_grad()
 def diagnostics(name, head, z):
-    """Table 1: log10 of |h|^2, and of the squared norm of its output z (b, d), mean over the global batch. The floor is float32's."""
+    """Table 1: log10 of |h|^2, and of the squared norm of its output z (b, d), mean over the global batch. The floor
+    is float32's."""
     norm = common.all_reduce(z.square().sum(1).mean()) / common.world_size()
     return {f"log_h_{name}": size(head).clamp(min=1e-37).log10(), f"log_z_{name}": norm.clamp(min=1e-37).log10()}
 
@@ -303,10 +311,9 @@ def diagnostics(name, head, z):
 def selective_scan(u, delta, A, B, C, D):
     """h_t = exp(delta_t A) h_{t-1} + delta_t B_t u_t,  y_t = C_t h_t + D u_t,  h_0 = 0, along the last axis.
 
-    u, delta (b, k, d, L); A, D (k, d), A < 0; B, C (b, k, L) -> y (b, k, d, L). In chunks of about sqrt(L): all chunks step through
-    their recurrence side by side from 0, then what each inherits from those before it is added. Linear in L, and no
-    exponential of a sum can overflow, since every factor is below 1.
-    """
+    u, delta (b, k, d, L); A, D (k, d), A < 0; B, C (b, k, L) -> y (b, k, d, L). In chunks of about sqrt(L): all
+    chunks step through their recurrence side by side from 0, then what each inherits from those before it is added.
+    Linear in L, and no exponential of a sum can overflow, since every factor is below 1."""
     L = u.shape[3]
     T = math.ceil(math.sqrt(L))  # steps of a chunk
     chunked = lambda v, fill: (
@@ -398,8 +405,9 @@ class ChannelsLast(nn.Module):
 
 
 class VMamba(common.Pyramid, nn.Module):
-    """VMamba-Tiny [s1l8] (Liu et al. 2024, arXiv 2401.10166; its public code), in plain torch: four stages of 2, 2, 8, 2 blocks,
-    96 to 768 wide, with strides 4, 8, 16, 32; representation: mean of the normalised last map. Images of any size."""
+    """VMamba-Tiny [s1l8] (Liu et al. 2024, arXiv 2401.10166; its public code), in plain torch: four stages of 2, 2,
+    8, 2 blocks, 96 to 768 wide, with strides 4, 8, 16, 32; representation: mean of the normalised last map. Images of
+    any size."""
 
     def __init__(self, arch="vmamba_tiny", img_size=224, drop_path=0.2):
         super().__init__()
@@ -489,8 +497,8 @@ class DINO(nn.Module):
         self.compiled = tuple(torch.compile(m, dynamic=False) for m in (self.backbone, self.teacher["backbone"]))
 
     def forward(self, views, epoch=0.0):
-        """All of a step's mathematics: views {"1", "2", ...} (b, 3, H, W) -> ({"loss", "L_CL", ...}, representation of view 1
-        (b, D)). Moves the centres."""
+        """All of a step's mathematics: views {"1", "2", ...} (b, 3, H, W) -> ({"loss", "L_CL", ...}, representation
+        of view 1 (b, D)). Moves the centres."""
         args, b = self.args, len(views["1"])
         student, teacher = self.compiled or (self.backbone, self.teacher["backbone"])
         first, last = args.teacher_temp
@@ -566,7 +574,8 @@ class SimSiam(nn.Module):
         self.compiled = (torch.compile(self.backbone, dynamic=False),)
 
     def forward(self, views, epoch=0.0):
-        """All of a step's mathematics: views {"1", "2"} (b, 3, H, W) -> ({"loss", "L_CL", ...}, representation of view 1 (b, D))."""
+        """All of a step's mathematics: views {"1", "2"} (b, 3, H, W) -> ({"loss", "L_CL", ...}, representation of
+        view 1 (b, D))."""
         args, out = self.args, {}
         (student,) = self.compiled or (self.backbone,)
         o1, o2 = (student(views[v]) for v in "12")  # (b, D) each
@@ -629,8 +638,9 @@ def make_optimizer(model, args, device):
 
 
 def learning_rates(args, step, per_epoch, warmup):
-    """Learning rates of the two groups at a step, of which `warmup` warm up. dino: linear from 0 to the peak, both ends included, then
-    half a cosine to --lr-end, step by step. simsiam: epoch by epoch, after the warm-up; the predictors stay at the peak."""
+    """Learning rates of the two groups at a step, of which `warmup` warm up. dino: linear from 0 to the peak, both
+    ends included, then half a cosine to --lr-end, step by step. simsiam: epoch by epoch, after the warm-up; the
+    predictors stay at the peak."""
     peak, total = args.lr * args.batch_size / 256, args.epochs * per_epoch
     if args.base == "simsiam":
         if step < warmup:

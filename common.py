@@ -10,8 +10,8 @@ stands in its script; what stands here is the same for all of them:
   k-NN           features of a data set, and the vote of the neighbours
 
 One rule holds everywhere: a run is defined by its *global* batch. Data order and augmentation parameters are drawn on
-the CPU from (seed, step); W processes take contiguous rows of what one process would take, so they train the same model.
-"""
+the CPU from (seed, step); W processes take contiguous rows of what one process would take, so they train the same
+model."""
 
 import atexit
 import contextlib
@@ -77,8 +77,8 @@ class RunArgs:
     needs, then the recipe, then the flags given by hand."""
 
     data: str = "blocks"
-    """data set: blocks, blocks-views (rendered on the spot); cifar10, cifar100, imagenet, imagenet100, 3diebench, core50, tdw or
-    imagefolder with --data-dir"""
+    """data set: blocks, blocks-views (rendered on the spot); cifar10, cifar100, imagenet, imagenet100, 3diebench,
+    core50, tdw or imagefolder with --data-dir"""
     data_dir: str | None = None
     """where the data set lies; an image folder is train/ with val/ or test/, or any tree of images"""
     recipe: str | None = None
@@ -106,7 +106,8 @@ class RunArgs:
     overwrite: bool = False
     """start afresh although --out already holds a checkpoint"""
     workers: Natural | None = None
-    """loader processes for image folders; default: as many as this process has cores, at most 8; results do not depend on it"""
+    """loader processes for image folders; default: as many as this process has cores, at most 8; results do not
+    depend on it"""
     skip_corrupt: bool = False
     """open every image of a folder first and leave out those that cannot be read (they are counted and listed)"""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
@@ -124,9 +125,9 @@ class RunArgs:
 def die(message, code=2, alone=False):
     """End the program with one line on stderr and exit code `code` (2: a user's mistake, 1: a run that failed).
 
-    Every rank may call it for the same mistake: rank 0 prints, and the others wait. torchrun kills all processes as soon
-    as one ends, so a rank that is still there after the wait made the mistake by itself, and prints. `alone`: it knows.
-    """
+    Every rank may call it for the same mistake: rank 0 prints, and the others wait. torchrun kills all processes as
+    soon as one ends, so a rank that is still there after the wait made the mistake by itself, and prints. `alone`: it
+    knows."""
     if not alone and os.environ.get("RANK", "0") != "0":
         time.sleep(5)
     with contextlib.suppress(OSError):  # nobody may be reading
@@ -137,8 +138,9 @@ def die(message, code=2, alone=False):
 
 
 def command(main):
-    """Run a script's main() so that whatever ends it ends in one line: Ctrl-C anywhere (130), memory or disk that ran out, a
-    process of the group that is gone (1). A reader that leaves (`| head`) or a full disk behind stdout ends nothing."""
+    """Run a script's main() so that whatever ends it ends in one line: Ctrl-C anywhere (130), memory or disk that ran
+    out, a process of the group that is gone (1). A reader that leaves (`| head`) or a full disk behind stdout ends
+    nothing."""
     sys.stdout, sys.stderr = (Unfailing(stream or open(os.devnull, "w")) for stream in (sys.stdout, sys.stderr))
     try:
         main()
@@ -207,7 +209,8 @@ def one_line(error):
 
 def parse(Args, values_in_force, argv=None, description=""):
     """Command line -> Args, in two passes: the first reads the choices (--base, --data, --recipe ...), from which
-    `values_in_force(first) -> dict` looks up defaults; the second parses over those, so `--help` shows what would run."""
+    `values_in_force(first) -> dict` looks up defaults; the second parses over those, so `--help` shows what would
+    run."""
     argv = sys.argv[1:] if argv is None else list(argv)
     description = description.partition("\n\nWhere the paper is silent")[0]  # what follows is for readers of the file
     speak = os.environ.get("RANK", "0") == "0"  # tyro's own error box comes from one rank
@@ -277,7 +280,8 @@ def rank():
 
 
 def from_torchrun():
-    """RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE as torchrun sets them, or those of one process where it did not."""
+    """RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE as torchrun sets them, or those of one process where it did
+    not."""
     names = "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"
     there = {name: os.environ[name] for name in names if name in os.environ}
     for name, value in there.items():
@@ -321,8 +325,9 @@ def start(device="auto"):
 
 
 def any_rank(flag):
-    """The largest of all ranks' whole numbers `flag`: the one way in which ranks agree on what each has seen for itself, such as
-    a signal, a full disk or a file that only one machine has. Every rank must come here, whatever it has seen."""
+    """The largest of all ranks' whole numbers `flag`: the one way in which ranks agree on what each has seen for
+    itself, such as a signal, a full disk or a file that only one machine has. Every rank must come here, whatever it
+    has seen."""
     if not dist.is_initialized():
         return flag
     flag = torch.tensor(flag)
@@ -331,7 +336,8 @@ def any_rank(flag):
 
 
 def by_rank_0(act):
-    """What act() gives on rank 0, on every rank: for all that one rank finds on its own disk. If act() dies there, all end."""
+    """What act() gives on rank 0, on every rank: for all that one rank finds on its own disk. If act() dies there,
+    all end."""
     if world_size() == 1:
         return act()
     box = [None, None]  # the value; an exit code
@@ -347,7 +353,8 @@ def by_rank_0(act):
 
 
 def same_on_all_ranks(value, complaint):
-    """End the program where ranks hold different values: complaint(value of rank 0, the rank that differs, its value)."""
+    """End the program where ranks hold different values: complaint(value of rank 0, the rank that differs, its
+    value)."""
     every = [value]
     if world_size() > 1:
         every = [None] * world_size()
@@ -417,7 +424,8 @@ def same_on_ranks(value):
 
 
 def distributed(model):
-    """The model, under DistributedDataParallel where there are several ranks: its backward pass averages the gradients."""
+    """The model, under DistributedDataParallel where there are several ranks: its backward pass averages the
+    gradients."""
     return nn.parallel.DistributedDataParallel(model) if world_size() > 1 else model
 
 
@@ -445,7 +453,8 @@ class BatchNormOverRanks(nn.modules.batchnorm._BatchNorm):
 
 
 def batchnorm_over_ranks(model, device):
-    """Let every batch norm of `model` span all ranks: as it is on one, SyncBatchNorm on GPUs, the class above on CPUs."""
+    """Let every batch norm of `model` span all ranks: as it is on one, SyncBatchNorm on GPUs, the class above on
+    CPUs."""
     if world_size() > 1 and device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if world_size() > 1:
@@ -466,7 +475,8 @@ def cosine(t, start, end):
 
 
 def warmup_cosine(epoch, epochs, warmup, peak, end=0.0):
-    """Learning rate at a fractional `epoch`: linear from 0 to `peak` over `warmup` epochs, then half a cosine to `end`."""
+    """Learning rate at a fractional `epoch`: linear from 0 to `peak` over `warmup` epochs, then half a cosine to
+    `end`."""
     if epoch < warmup:
         return peak * epoch / warmup
     return cosine((epoch - warmup) / max(epochs - warmup, 1e-9), peak, end)
@@ -480,7 +490,8 @@ def ema_update(target, online, m):
 
 @torch.no_grad()
 def clip_each_(parameters, most):
-    """Scale down the gradient of every parameter tensor whose norm exceeds `most` (DINO clips each tensor by itself)."""
+    """Scale down the gradient of every parameter tensor whose norm exceeds `most` (DINO clips each tensor by
+    itself)."""
     grads = [p.grad for p in parameters if p.grad is not None]
     scale = [(most / (norm + 1e-6)).clamp(max=1.0) for norm in torch._foreach_norm(grads)]
     torch._foreach_mul_(grads, scale)
@@ -535,9 +546,9 @@ def save_checkpoint(path, state):
 
 
 def read_tensors(path, file=None):
-    """What `save_checkpoint` wrote, or what an open `file` holds. torch.load does not look at the checksums of the zip
-    file, so they are checked first; nothing compressed is inflated, no pickled code is run, and no tensor is larger than
-    the file that claims it. Raises whatever a damaged file makes the readers raise."""
+    """What `save_checkpoint` wrote, or what an open `file` holds. torch.load does not look at the checksums of the
+    zip file, so they are checked first; nothing compressed is inflated, no pickled code is run, and no tensor is
+    larger than the file that claims it. Raises whatever a damaged file makes the readers raise."""
     with zipfile.ZipFile(file or path) as z:
         if any(i.compress_type != zipfile.ZIP_STORED for i in z.infolist()) or z.testzip():
             raise ValueError(f"{path}: damaged")
@@ -564,8 +575,8 @@ def finite(state):
 
 
 def load_checkpoint(path, file=None):
-    """Read a checkpoint, from `file` where it is open: a dict of tensors and plain values (KEYS). Anything else ends with
-    one line, exit 2."""
+    """Read a checkpoint, from `file` where it is open: a dict of tensors and plain values (KEYS). Anything else ends
+    with one line, exit 2."""
     path = Path(path)
     if not os.path.isfile(path):
         die(f"{path}: no such checkpoint file")
@@ -597,9 +608,8 @@ class Run:
             run.log(step, loss=loss, L_inv=L_inv, lr=lr, features=y)
         run.finish(untrained_model, train, test)
 
-    The run is named after the script that defines `args`. `model.evaluated` names the encoder within the model that evaluation
-    uses.
-    """
+    The run is named after the script that defines `args`. `model.evaluated` names the encoder within the model that
+    evaluation uses."""
 
     # Arguments that a resumed run may change: where and how it runs, never what it computes.
     FREE = {
@@ -685,8 +695,8 @@ class Run:
             sys.stdout.flush()
 
     def restore(self, data):
-        """Under --resume take model, optimiser and step from the checkpoint. Then note in the directory what runs: args.json,
-        the script and this file, a fresh log.jsonl for a fresh run.
+        """Under --resume take model, optimiser and step from the checkpoint. Then note in the directory what runs:
+        args.json, the script and this file, a fresh log.jsonl for a fresh run.
 
         Rank 0 reads the checkpoint for all. `data` is the training set: all ranks must see the same, and a run goes on
         with nothing else than it began with."""
@@ -758,9 +768,9 @@ class Run:
     def steps(self, loader):
         """Yield (step, views, params, rows), counting from 0, until the epochs (or --max-steps) are done.
 
-        Before each step the global generators are reseeded from (seed, step, rank). SIGTERM, SIGHUP and SIGINT, and the end of torchrun, save at the next
-        step boundary, on all ranks at the same one, and exit with 128 + the signal's number; a second SIGINT ends at once.
-        """
+        Before each step the global generators are reseeded from (seed, step, rank). SIGTERM, SIGHUP and SIGINT, and
+        the end of torchrun, save at the next step boundary, on all ranks at the same one, and exit with 128 + the
+        signal's number; a second SIGINT ends at once."""
         begin, self.total = self.begin, min(loader.total_steps, self.args.max_steps or loader.total_steps)
         total = self.total
         # A signal that the shell has switched off (nohup, a job in the background) stays off.
@@ -802,7 +812,8 @@ class Run:
         return (step + 1) % self.args.save_every == 0 or step + 1 == self.total
 
     def _wait(self, batches):
-        """The next batch. A signal need not wait for a loader that hangs: then None (a group of processes must stay in step)."""
+        """The next batch. A signal need not wait for a loader that hangs: then None (a group of processes must stay
+        in step)."""
         try:
             self.waiting = world_size() == 1
             return next(batches)
@@ -918,14 +929,16 @@ class Run:
             self._try(name, lambda path: save_image(grid, path, nrow=n))
 
     def _try(self, name, act):
-        """act(path) for a file of the run directory that no run needs: where it cannot be written, that costs one line."""
+        """act(path) for a file of the run directory that no run needs: where it cannot be written, that costs one
+        line."""
         try:
             act(self.out / name)
         except OSError as e:
             tqdm.write(f"--out {self.out}: could not write {name} ({e.strerror})", file=sys.stderr)
 
     def finish(self, untrained, train, test):
-        """After the last step: export the encoder for timm, score it by k-NN beside the untrained one, say what is next."""
+        """After the last step: export the encoder for timm, score it by k-NN beside the untrained one, say what is
+        next."""
         if rank() == 0:
             self.say(export_backbone(self.out / "backbone.safetensors", self.encoder))
         if test is None or train.labels is None or train.classes != test.classes:
@@ -941,8 +954,8 @@ class Run:
         self._unlock()
 
     def save(self, step, last=False):
-        """Write checkpoint.pt from rank 0, never one that is not finite over one that is; return whether it was written. A disk
-        that is full costs one line, and the run its exit code only at the end."""
+        """Write checkpoint.pt from rank 0, never one that is not finite over one that is; return whether it was
+        written. A disk that is full costs one line, and the run its exit code only at the end."""
         self.flush()
         heads = {k: v for k, v in self.model.state_dict().items() if not k.startswith(f"{self.model.evaluated}.")}
         train_state = dict(heads=heads, optimizer=self.optimizer.state_dict(), data=self.data)
@@ -1071,7 +1084,8 @@ IMAGENET100 = """01558993 01692333 01729322 01735189 01749939 01773797 01820546 
     02488291 02701002 02788148 02804414 02859443 02869837 02877765 02974003 03017168 03032252 03062245 03085013 03259280 03379051 03424325
     03492542 03494278 03530642 03584829 03594734 03637318 03642806 03764736 03775546 03777754 03785016 03787032 03794056 03837869 03891251
     03903868 03930630 03947888 04026417 04067472 04099969 04111531 04127249 04136333 04229816 04238763 04336792 04418357 04429376 04435653
-    04485082 04493381 04517823 04589890 04592741 07714571 07715103 07753275 07831146 07836838 13037406 13040303"""  # wnids [CMC]
+    # Wnids [CMC]
+    04485082 04493381 04517823 04589890 04592741 07714571 07715103 07753275 07831146 07836838 13037406 13040303"""
 # fmt: on
 
 
@@ -1877,7 +1891,8 @@ def bounding_boxes(masks):
 
 
 def random_objects(labels, generator, turn=0.0):
-    """Labels (m,) int64 -> boxes (m, K, 6), colors (m, K, 3): each object varies the shape and the paint of its class, hues turned by `turn`."""
+    """Labels (m,) int64 -> boxes (m, K, 6), colors (m, K, 3): each object varies the shape and the paint of its
+    class, hues turned by `turn`."""
     parts = torch.tensor(list(BLOCK_CLASSES.values()), dtype=torch.float32)[labels]  # (m, K, 6)
     m, K = parts.shape[:2]
     uniform = lambda low, high, *shape: low + (high - low) * torch.rand(m, *shape, generator=generator)
@@ -1895,8 +1910,8 @@ def random_objects(labels, generator, turn=0.0):
 
 
 def blocks(split, size=32, seed=0):
-    """`split` "train", 1,500 objects, or "test", 500 others; 8 views of each, next to each other; "hues" is the test split with
-    all paint of the opposite hue, so that it misleads.
+    """`split` "train", 1,500 objects, or "test", 500 others; 8 views of each, next to each other; "hues" is the test
+    split with all paint of the opposite hue, so that it misleads.
 
     Returns a dict of images (N, 3, size, size) uint8; labels (N,) int64, balanced; groups (N,)
     int64, the number of the object within the split; factors, a dict of rotation (N, 4) unit
@@ -1932,13 +1947,13 @@ BLOCK_SESSIONS = {"train": (0, 1), "seen": (0, 1), "test": range(2, 11)}  # each
 
 
 def blocks_views(split, size=32, seed=0):
-    """Upright objects on a turntable: `split` "train", 50 objects in 2 sessions, 108 views of each; "test", 20 others in the 9
-    other sessions, 36 views of each; "seen", these 20 in the 2 sessions that train.
+    """Upright objects on a turntable: `split` "train", 50 objects in 2 sessions, 108 views of each; "test", 20 others
+    in the 9 other sessions, 36 views of each; "seen", these 20 in the 2 sessions that train.
 
-    Returns what `blocks` does, object by object, session by session; factors are view (N, 3), azimuth and elevation in degrees
-    and distance, and session (N,) int64. The grid of views has 12 azimuths, 3 elevations and 3 distances; the light stands where
-    the camera stands. A session is a hue of the floor and one of the light, which vary a little from image to image.
-    """
+    Returns what `blocks` does, object by object, session by session; factors are view (N, 3), azimuth and elevation
+    in degrees and distance, and session (N,) int64. The grid of views has 12 azimuths, 3 elevations and 3 distances;
+    the light stands where the camera stands. A session is a hue of the floor and one of the light, which vary a
+    little from image to image."""
     generator = rng("blocks-views", "train" if split == "train" else "test", seed)
     m = 50 if split == "train" else 20
     object_labels = torch.arange(m) % len(BLOCK_CLASSES)  # (m,)
@@ -1978,8 +1993,8 @@ def multiply(p, q):
 
 
 def pose_target(name, factors, i, j):
-    """What happened from view i to view j of an object, rows (n,) each. "pose": the quaternion q_i^-1 q_j (n, 4), its sign as
-    it comes; "hues": the differences of floor and light hue (n, 2), not wrapped."""
+    """What happened from view i to view j of an object, rows (n,) each. "pose": the quaternion q_i^-1 q_j (n, 4), its
+    sign as it comes; "hues": the differences of floor and light hue (n, 2), not wrapped."""
     if name == "pose":
         conjugate = factors["rotation"][i] * torch.tensor([-1.0, -1.0, -1.0, 1.0])
         return multiply(conjugate, factors["rotation"][j])
@@ -2012,8 +2027,8 @@ def rendered(render, root, split, size, **_):
 
 @dataclasses.dataclass(frozen=True)
 class DataSet:
-    """A row of DATA. read(root, split, size=, sessions=, workers=, skip_corrupt=) -> ImageSet of the "train" or "test" split,
-    or None where the set has no such split; mean and std of each channel, of images in [0, 1]."""
+    """A row of DATA. read(root, split, size=, sessions=, workers=, skip_corrupt=) -> ImageSet of the "train" or
+    "test" split, or None where the set has no such split; mean and std of each channel, of images in [0, 1]."""
 
     read: Callable
     mean: tuple
@@ -2073,10 +2088,10 @@ def load_data(name, root, split, size, skip_corrupt=False, workers=None, session
 class Loader(torch.utils.data.Dataset):
     """step -> this rank's views of the global batch.
 
-    `policies[view]` is the Compose that makes a view. `draw(generator)` samples for all ranks alike: {view: (rows of the
-    global batch (n,), params)}. Whole images are opened and cropped on the device where the set lives there, otherwise in
-    worker processes, each of which makes whole batches; all after the crop is batched on the device, or, where there is no
-    other device, done by the workers too. Nothing depends on how many workers or ranks there are.
+    `policies[view]` is the Compose that makes a view. `draw(generator)` samples for all ranks alike: {view: (rows of
+    the global batch (n,), params)}. Whole images are opened and cropped on the device where the set lives there,
+    otherwise in worker processes, each of which makes whole batches; all after the crop is batched on the device, or,
+    where there is no other device, done by the workers too. Nothing depends on how many workers or ranks there are.
 
     An epoch visits every image once, and all its views show it. With a `sampler` they show what that says:
     `len(sampler)` items are visited in an epoch, and `sampler(items, epoch, generator)` maps a batch of them, (B,), to
@@ -2135,8 +2150,8 @@ class Loader(torch.utils.data.Dataset):
         return made, rows
 
     def batches(self, steps):
-        """Yield (views {name: float (n, 3, H, W)}, {name: params}, {name: rows of the data set (b,)}) for each of `steps`. Views
-        are on the device, all else on the CPU."""
+        """Yield (views {name: float (n, 3, H, W)}, {name: params}, {name: rows of the data set (b,)}) for each of
+        `steps`. Views are on the device, all else on the CPU."""
         workers = default_workers(self.workers) if self.data.images is None else 0
         sampled = self.draw(rng(self.seed, "views", 0))
         pixels = [
@@ -2197,8 +2212,8 @@ def default_workers(workers):
 
 
 def check_shared_memory(workers, batch):
-    """Refuse to start loader processes of all ranks of this machine whose prefetched batches, of `batch` bytes each, do not fit
-    into /dev/shm: they would hang, or die of a bus error."""
+    """Refuse to start loader processes of all ranks of this machine whose prefetched batches, of `batch` bytes each,
+    do not fit into /dev/shm: they would hang, or die of a bus error."""
     if workers and os.path.isdir("/dev/shm"):
         disk, local_world = os.statvfs("/dev/shm"), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         free, need = disk.f_bavail * disk.f_frsize, 2 * workers * local_world * batch
@@ -2209,8 +2224,8 @@ def check_shared_memory(workers, batch):
 
 
 def detach_worker(_):
-    """A loader worker leaves the process group, so that a SIGTERM to all of it lets the main process save first. It lets go
-    of the run's lock, which would outlive a killed main process in it."""
+    """A loader worker leaves the process group, so that a SIGTERM to all of it lets the main process save first. It
+    lets go of the run's lock, which would outlive a killed main process in it."""
     torch.set_num_threads(1)
     while LOCKS:
         os.close(LOCKS.popitem()[1])
@@ -2222,9 +2237,12 @@ def detach_worker(_):
 # Augmentations
 #
 # An op has two verbs. `params = op.sample(n, generator)` is a dict of CPU tensors of first dimension n that holds every
-# random choice as a raw value. `x = op(x, params)` is deterministic and batched, on the device of x, in place where it can.
-# Crops map uint8 images to uint8 (n, 3, S, S); everything after works on floats in [0, 1]. Laws and arithmetic are those
-# of torchvision's transforms on tensors. What an op leaves alone carries the identity (brightness 1, hue 0, sigma 0, ...),
+# random choice as a raw value. `x = op(x, params)` is deterministic and batched, on the device of x, in place where
+# it can.
+# Crops map uint8 images to uint8 (n, 3, S, S); everything after works on floats in [0, 1]. Laws and arithmetic are
+# those
+# of torchvision's transforms on tensors. What an op leaves alone carries the identity (brightness 1, hue 0, sigma 0,
+# ...),
 # and what it selects is decided on the CPU, so that a GPU never answers a question before its next kernel is launched.
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -2323,7 +2341,8 @@ class RandomResizedCrop:
         return {"area": area, "aspect": log_aspect.exp(), "corner": corner}  # (n, 10), (n, 10), (n, 2)
 
     def place(self, params, sizes):
-        """Replace the candidates in `params` by the box of the first one that fits into images of `sizes` (n, 2), in pixels."""
+        """Replace the candidates in `params` by the box of the first one that fits into images of `sizes` (n, 2), in
+        pixels."""
         if "top" in params:
             return
         H, W = sizes.double().unbind(1)  # (n,) each
@@ -2353,8 +2372,8 @@ class RandomResizedCrop:
 
 
 def middle(x):
-    """Images (n, 3, H, W) as they are; of strips more than 64 times as long as wide the middle that is 64 times as long,
-    because scaled up whole they might fill the memory."""
+    """Images (n, 3, H, W) as they are; of strips more than 64 times as long as wide the middle that is 64 times as
+    long, because scaled up whole they might fill the memory."""
     for axis in (2, 3):
         cut = max(0, x.shape[axis] - 64 * min(x.shape[2:])) // 2
         x = x.narrow(axis, cut, x.shape[axis] - 2 * cut)
@@ -2364,10 +2383,9 @@ def middle(x):
 class CenterCrop:
     """The evaluation view: short side to `resize`, then the central size x size: torchvision's Resize and CenterCrop.
 
-    No parameters. Images that are size x size already come back unchanged. `resize`, the short side, defaults to 256/224
-    of the size, as usual on ImageNet; below 96 px to the size itself, so that nothing is cut off. Of long strips `middle`
-    alone is scaled.
-    """
+    No parameters. Images that are size x size already come back unchanged. `resize`, the short side, defaults to
+    256/224 of the size, as usual on ImageNet; below 96 px to the size itself, so that nothing is cut off. Of long
+    strips `middle` alone is scaled."""
 
     def __init__(self, size, resize=None, interpolation="bilinear"):
         self.size, self.interpolation = size, interpolation
@@ -2404,7 +2422,8 @@ class HorizontalFlip:
 
 
 class Rot90:
-    """Turn square images by k quarter turns counter-clockwise: torch.rot90. Param `rot90`: (n,) int64 k, uniform 0..3."""
+    """Turn square images by k quarter turns counter-clockwise: torch.rot90. Param `rot90`: (n,) int64 k, uniform
+    0..3."""
 
     def sample(self, n, generator=None):
         return {"rot90": torch.randint(4, (n,), generator=generator)}  # (n,)
@@ -2418,10 +2437,9 @@ class Rot90:
 class Affine:
     """Rotate about the centre, then shift, in one warp filled with 0: torchvision's `affine`.
 
-    degrees: rotations are uniform in +-degrees. translate: shifts are uniform in +-translate pixels. interpolation: "bilinear"
-    or "nearest".
-    Params `angle`, (n,) float, degrees, clockwise; `shift_y`, `shift_x`, (n,) float, pixels down and right.
-    """
+    degrees: rotations are uniform in +-degrees. translate: shifts are uniform in +-translate pixels. interpolation:
+    "bilinear" or "nearest". Params `angle`, (n,) float, degrees, clockwise; `shift_y`, `shift_x`, (n,) float, pixels
+    down and right."""
 
     def __init__(self, degrees=0.0, translate=0.0, interpolation="bilinear"):
         self.degrees, self.translate, self.interpolation = degrees, translate, interpolation
@@ -2447,13 +2465,13 @@ class Affine:
 
 
 class Elastic:
-    """Shift every pixel by smooth noise, bilinear, filled with 0: torchvision's RandomApply([ElasticTransform(alpha, sigma)], p).
+    """Shift every pixel by smooth noise, bilinear, filled with 0: torchvision's RandomApply([ElasticTransform(alpha,
+    sigma)], p).
 
-    The shift along each axis is uniform noise in [-1, 1), blurred with a Gaussian of `sigma` pixels (8 sigma + 1 taps), times
-    alpha / 2 pixels: 1.6 px in standard deviation for alpha = 100, sigma = 5, far from the borders; more near them, and on sides
-    below 41 px, where the kernel is cut to 2 side - 1 taps.
-    Param `elastic`: (n,) int64, what the noise grows from; 0 where not applied.
-    """
+    The shift along each axis is uniform noise in [-1, 1), blurred with a Gaussian of `sigma` pixels (8 sigma + 1
+    taps), times alpha / 2 pixels: 1.6 px in standard deviation for alpha = 100, sigma = 5, far from the borders; more
+    near them, and on sides below 41 px, where the kernel is cut to 2 side - 1 taps. Param `elastic`: (n,) int64, what
+    the noise grows from; 0 where not applied."""
 
     def __init__(self, alpha=100.0, sigma=5.0, p=0.5):
         self.alpha, self.p, self.smooth = alpha, p, GaussianBlur((sigma, sigma), kernel=int(8 * sigma + 1))
@@ -2483,7 +2501,8 @@ class Elastic:
 
 
 def hash_noise(seed, n):
-    """(m,) int64 seeds -> (m, n) in [0, 1), the same on every device: a hash of 32 bits (lowbias32, Wellons 2018) of seed and place."""
+    """(m,) int64 seeds -> (m, n) in [0, 1), the same on every device: a hash of 32 bits (lowbias32, Wellons 2018) of
+    seed and place."""
     h = (seed[:, None] + torch.arange(n, device=seed.device) * 0x9E3779B9) & 0xFFFFFFFF  # (m, n)
     for factor, shift in ((1, 16), (0x7FEB352D, 15), (0x846CA68B, 16)):
         h = h * factor & 0xFFFFFFFF
@@ -2534,11 +2553,10 @@ def shift_hue_(x, turns):
 class ColorJitter:
     """Brightness, contrast, saturation, hue in random order: torchvision's RandomApply([ColorJitter(...)], p).
 
-    brightness, contrast, saturation: a number v, for factors uniform in [max(0, 1 - v), 1 + v], or a tuple (low, high).
-    hue: a number v, for shifts uniform in [-v, v], or a tuple; in turns, within [-0.5, 0.5]. shuffle: else in this order.
-    Params `brightness`, `contrast`, `saturation`, `hue`: (n,) float; `order`: (n, 4) int64, the steps of each sample
-    from first to last, 0 brightness, 1 contrast, 2 saturation, 3 hue.
-    """
+    brightness, contrast, saturation: a number v, for factors uniform in [max(0, 1 - v), 1 + v], or a tuple (low,
+    high). hue: a number v, for shifts uniform in [-v, v], or a tuple; in turns, within [-0.5, 0.5]. shuffle: else in
+    this order. Params `brightness`, `contrast`, `saturation`, `hue`: (n,) float; `order`: (n, 4) int64, the steps of
+    each sample from first to last, 0 brightness, 1 contrast, 2 saturation, 3 hue."""
 
     def __init__(self, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0, p=0.8, shuffle=True):
         factors = {"brightness": brightness, "contrast": contrast, "saturation": saturation}
@@ -2659,7 +2677,8 @@ class Normalize:
 
 
 class Compose:
-    """One view: ops in order, itself an op, with all their parameters in one flat dict. The same params give the same pixels.
+    """One view: ops in order, itself an op, with all their parameters in one flat dict. The same params give the same
+    pixels.
 
     If the first op is a crop it is also `compose.crop`, and compose(images, params) is compose.augment(crops, params)
     with crops = compose.crop(images, params). So a loader worker, which sees the full images, may do the crop alone.
@@ -2771,8 +2790,8 @@ def check_arch(arch, *families):
 
 
 def sincos_positions(h, w, dim):
-    """Fixed 2-D positions of MoCo-v3: (1, h w, dim). With d = dim/4 frequencies w_i = 10000^(-i/d) the vector of the cell
-    in row a, column b is [sin(a w), cos(a w), sin(b w), cos(b w)]."""
+    """Fixed 2-D positions of MoCo-v3: (1, h w, dim). With d = dim/4 frequencies w_i = 10000^(-i/d) the vector of the
+    cell in row a, column b is [sin(a w), cos(a w), sin(b w), cos(b w)]."""
     omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))  # (d,)
     a, b = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
     a, b = a.flatten()[:, None] * omega, b.flatten()[:, None] * omega  # (h w, d)
@@ -2782,8 +2801,8 @@ def sincos_positions(h, w, dim):
 class ViT(VisionTransformer):
     """timm's VisionTransformer, with timm's parameter names, for any grid of patches and with a late [CLS].
 
-    cls_layer: [CLS] enters after this block (0: at the input, as usual; None: there is none); before it the tokens are a map.
-    pos: "learned", or "sincos" (fixed). A late [CLS] has no position; at the input a sin-cos one is zero.
+    cls_layer: [CLS] enters after this block (0: at the input, as usual; None: there is none); before it the tokens
+    are a map. pos: "learned", or "sincos" (fixed). A late [CLS] has no position; at the input a sin-cos one is zero.
     """
 
     feature = "final [CLS]"
@@ -2808,7 +2827,8 @@ class ViT(VisionTransformer):
             self.pos_embed.requires_grad_(False)
 
     def positions(self, h, w):
-        """The table of positions, resampled bicubically where the grid is not the one it was made for: (1, h w, dim)."""
+        """The table of positions, resampled bicubically where the grid is not the one it was made for: (1, h w,
+        dim)."""
         table = self.pos_embed[:, -(self.grid**2) :]
         if (h, w) == (self.grid, self.grid):
             return table
@@ -2820,8 +2840,8 @@ class ViT(VisionTransformer):
         return tuple(side // self.patch_size for side in x.shape[2:])
 
     def run_blocks(self, x, taps=()):
-        """x (B, 3, H, W) -> z, the normalised tokens after the last block, and {k: tokens after block k} for `taps`, all
-        (B, N, embed_dim). From block cls_layer + 1 on (from 0 if cls_layer is 0) [CLS] is row 0."""
+        """x (B, 3, H, W) -> z, the normalised tokens after the last block, and {k: tokens after block k} for `taps`,
+        all (B, N, embed_dim). From block cls_layer + 1 on (from 0 if cls_layer is 0) [CLS] is row 0."""
         h, w = self.cells(x)
         z = self.patch_embed.proj(x).flatten(2).transpose(1, 2) + self.positions(h, w)  # (B, h w, embed_dim)
         tapped = {}
@@ -2843,8 +2863,8 @@ class ViT(VisionTransformer):
         return self.trace(x)[0]
 
     def last_blocks(self, x, n=4):
-        """x (B, 3, H, W) -> the [CLS] after each of the last n blocks that have one, each through the final norm, side by
-        side (B, n dim); the last of them is `forward(x)`. What linear probes of ViTs look at."""
+        """x (B, 3, H, W) -> the [CLS] after each of the last n blocks that have one, each through the final norm,
+        side by side (B, n dim); the last of them is `forward(x)`. What linear probes of ViTs look at."""
         blocks = range(max(self.depth - n, self.cls_layer) + 1, self.depth + 1)
         tapped = self.trace(x, blocks)[1]
         return torch.cat([self.norm(tapped[k][:, 0]) for k in blocks], dim=1)
@@ -2858,7 +2878,8 @@ class ViT(VisionTransformer):
         return dict(model_name="vit_small_patch16_224", num_classes=0, **sizes)
 
     def tokens(self, x, after):
-        """x (B, 3, H, W) -> the patch tokens after block `after`, un-normalised, as a map (B, h, w, dim); after several: a list."""
+        """x (B, 3, H, W) -> the patch tokens after block `after`, un-normalised, as a map (B, h, w, dim); after
+        several: a list."""
         (h, w), layers = self.cells(x), after if isinstance(after, tuple) else (after,)
         tapped = self.trace(x, layers)[1]
         maps = [tapped[k][:, -h * w :].unflatten(1, (h, w)) for k in layers]
@@ -2885,11 +2906,12 @@ class Pyramid:
 
 
 class ResNet(Pyramid, torchvision.models.ResNet):
-    """torchvision's ResNet, with its parameter names and initial values, without classifier: for small images and for any width.
+    """torchvision's ResNet, with its parameter names and initial values, without classifier: for small images and for
+    any width.
 
-    stem: "imagenet" (7x7 convolution of stride 2, max-pool), or "cifar" (3x3, no pool). coords: two channels are appended to
-    the (normalised, augmented) input, the column's and the row's position in [-1, 1] [CoordConv, Liu et al. 2018].
-    """
+    stem: "imagenet" (7x7 convolution of stride 2, max-pool), or "cifar" (3x3, no pool). coords: two channels are
+    appended to the (normalised, augmented) input, the column's and the row's position in [-1, 1] [CoordConv, Liu et
+    al. 2018]."""
 
     def __init__(self, arch="resnet18", img_size=224, stem="imagenet", coords=False):
         block, layers, width = RESNETS[arch]
@@ -2917,7 +2939,8 @@ class ResNet(Pyramid, torchvision.models.ResNet):
         return dict(model_name=d["arch"], num_classes=0)
 
     def trace(self, x, taps=()):
-        """x (B, 3, H, W) -> y (B, dim), the mean over the last map, and {k: map after stage k (B, h, w, C)} for `taps`."""
+        """x (B, 3, H, W) -> y (B, dim), the mean over the last map, and {k: map after stage k (B, h, w, C)} for
+        `taps`."""
         if self.coords:
             column, row = (torch.linspace(-1, 1, n, device=x.device, dtype=x.dtype) for n in (x.shape[3], x.shape[2]))
             position = torch.stack(
@@ -2932,16 +2955,17 @@ class ResNet(Pyramid, torchvision.models.ResNet):
         return self.avgpool(z).flatten(1), tapped
 
 
-# Architecture -> class of the encoder. A script adds its own, under the name of an architecture, or of an option that no
+# Architecture -> class of the encoder. A script adds its own, under the name of an architecture, or of an option that
+# no
 # other encoder has. An encoder has `feature`, `dim`, `depth`, `trace`, `tokens`, `last_blocks` and `timm_arguments`.
 BACKBONES = dict.fromkeys(VITS, ViT) | dict.fromkeys(RESNETS, ResNet)
 METHODS = "ser", "recon_xattn", "ciper", "clever"  # scripts that may add to it; loading a checkpoint imports no other
 
 
 def make_backbone(arch, mean, std, img_size, inv=None, **kwargs):
-    """The encoder that a checkpoint's "backbone" describes. It keeps that description, and in `mean`, `std`, `img_size`
-    what it expects as input; `dim` is the width of `backbone(x)`, `inv` that of its invariant part, which comes first (None:
-    it is not split)."""
+    """The encoder that a checkpoint's "backbone" describes. It keeps that description, and in `mean`, `std`,
+    `img_size` what it expects as input; `dim` is the width of `backbone(x)`, `inv` that of its invariant part, which
+    comes first (None: it is not split)."""
     check_arch(arch, BACKBONES)
     patch_size = kwargs.get("patch_size", 1)
     if img_size % patch_size:
@@ -2956,8 +2980,8 @@ def make_backbone(arch, mean, std, img_size, inv=None, **kwargs):
 
 
 def load_backbone(path, file=None):
-    """Checkpoint, read from `file` where it is open -> (frozen encoder in eval mode, checkpoint dict). Strict: weights that
-    do not fit are an error."""
+    """Checkpoint, read from `file` where it is open -> (frozen encoder in eval mode, checkpoint dict). Strict:
+    weights that do not fit are an error."""
     state = load_checkpoint(path, file)
     if state["method"] in METHODS:
         importlib.import_module(state["method"])  # encoders of its own are in the table then
@@ -2970,8 +2994,8 @@ def load_backbone(path, file=None):
 
 
 def export_backbone(path, backbone):
-    """Write backbone.safetensors with timm's keys where timm's model gives the same features (to 1e-5); return a line that
-    says so, or why not. `timm.create_model(**json.loads(metadata["timm"]), checkpoint_path=path)` loads it."""
+    """Write backbone.safetensors with timm's keys where timm's model gives the same features (to 1e-5); return a line
+    that says so, or why not. `timm.create_model(**json.loads(metadata["timm"]), checkpoint_path=path)` loads it."""
     import timm
     from safetensors.torch import save
 
@@ -3004,8 +3028,8 @@ def export_backbone(path, backbone):
 
 
 class _Views(torch.utils.data.Dataset):
-    """(op, rows, params) -> op(images of these rows, params): what the workers of a Reader run. All but the set comes with
-    the item; arrays, unlike tensors, take no shared memory on their way to a worker."""
+    """(op, rows, params) -> op(images of these rows, params): what the workers of a Reader run. All but the set comes
+    with the item; arrays, unlike tensors, take no shared memory on their way to a worker."""
 
     def __init__(self, data):
         self.data = data
@@ -3016,16 +3040,16 @@ class _Views(torch.utils.data.Dataset):
 
 
 class Reader:
-    """Views of the images of a set, batch by batch. The workers that open the files of a folder start with the first pass
-    and serve all later ones, as long as the reader lives; what is in memory needs none."""
+    """Views of the images of a set, batch by batch. The workers that open the files of a folder start with the first
+    pass and serve all later ones, as long as the reader lives; what is in memory needs none."""
 
     def __init__(self, data, workers=None):
         self.data, self.workers, self.loader = data, default_workers(workers) if data.images is None else 0, None
         self.items = []  # of the pass: what the loader takes for its sampler
 
     def batches(self, op, rows, params=None, batch_size=256, name="images"):
-        """Yield (rows (b,), op(their images, their parameters)) in the order of `rows` (n,), behind a progress bar. op can be
-        pickled and makes images of `op.size` px; params: a dict of (N, ...) for the whole set."""
+        """Yield (rows (b,), op(their images, their parameters)) in the order of `rows` (n,), behind a progress bar.
+        op can be pickled and makes images of `op.size` px; params: a dict of (N, ...) for the whole set."""
         if self.loader is None:
             check_shared_memory(self.workers, 1.5 * batch_size * 3 * op.size**2)
             how = dict(num_workers=self.workers, worker_init_fn=detach_worker)
@@ -3056,17 +3080,16 @@ def features(
     workers=None,
     name="features",
 ):
-    """Encode a set once: (N, D) float32 on the CPU of rank 0, in the order of `rows` (default: all); the other ranks, which
-    encode their share, get (0, D).
+    """Encode a set once: (N, D) float32 on the CPU of rank 0, in the order of `rows` (default: all); the other ranks,
+    which encode their share, get (0, D).
 
     data: an ImageSet, or a Reader of one, whose workers then stay. transform(images, params of their rows) -> uint8
     (n, 3, S, S), default the centre crop; params: a dict of (N, ...). encode(x) -> (n, D) for normalised x, default the
     backbone. Each of W ranks encodes every W-th row; the backbone runs in eval mode, without gradient.
 
-    Batches go straight to their place on rank 0. 1.28 million images of D = 1,536 on W = 8 ranks are 4 N D = 7.9 GB there,
-    and W batches of 4 * 256 D = 1.6 MB; the other ranks hold one batch. A tenth of the images on 2 ranks took 0.84 GB (of
-    which 0.79 are features) and 0.01 GB.
-    """
+    Batches go straight to their place on rank 0. 1.28 million images of D = 1,536 on W = 8 ranks are 4 N D = 7.9 GB
+    there, and W batches of 4 * 256 D = 1.6 MB; the other ranks hold one batch. A tenth of the images on 2 ranks took
+    0.84 GB (of which 0.79 are features) and 0.01 GB."""
     reader = data if isinstance(data, Reader) else Reader(data, workers)
     centre, normalise = CenterCrop(backbone.img_size, interpolation="bicubic"), Normalize(backbone.mean, backbone.std)
     transform, encode, world = transform or centre, backbone if encode is None else encode, world_size()
@@ -3107,7 +3130,8 @@ def knn(train, train_labels, test, k=20, temperature=0.07, classes=None):
 
 
 def knn_accuracy(backbone, train, test, device, args, most=(8_000, 2_000)):
-    """The score at the end of a run: 20-NN on test images; sets larger than `most` are thinned evenly, to stay quick."""
+    """The score at the end of a run: 20-NN on test images; sets larger than `most` are thinned evenly, to stay
+    quick."""
     rows = [torch.arange(min(n, len(d))) * len(d) // min(n, len(d)) for n, d in zip(most, (train, test))]
     f = [
         features(backbone, d, device, rows=r, amp=args.amp, workers=args.workers, name="k-NN")

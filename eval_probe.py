@@ -11,43 +11,47 @@ Checkpoints that differ only in their seed share a row, mean +- sample standard 
 its results are appended to eval.jsonl beside the checkpoint, a line a task, with the protocol that gave them: a later
 task that fails, a bad checkpoint or a signal costs a line and the exit code, not what was finished.
 
-Features are the final [CLS]; of recon_xattn.py's encoders the mean of the tokens, of ResNets and VMamba that of the last map.
-Linear probes of ViTs see the [CLS] of the last four blocks, each through the final norm [DINO]. --part takes them apart.
+Features are the final [CLS]; of recon_xattn.py's encoders the mean of the tokens, of ResNets and VMamba that of the
+last map. Linear probes of ViTs see the [CLS] of the last four blocks, each through the final norm [DINO]. --part
+takes them apart.
 
 Tasks
   knn          20 nearest neighbours by cosine, weights exp(cos / 0.07) [DINO, Caron et al. 2021].
   linear       Softmax regression. --linear sgd: momentum 0.9, no weight decay, cosine to 0, ten rates trained together on nine tenths of
-               the training images (or objects); the one that is best on the other tenth is read on the test images, once, after the
-               last epoch. Centre crops, or with --augment random ones, encoded anew each epoch. lbfgs: to the minimum, with the best
-               of 45 ridge weights [AugSelf, Lee et al. 2021], then on all images. steps: CIPER's schedule, see latents.
+               the training images (or objects); the one that is best on the other tenth is read on the test images,
+               once, after the last epoch. Centre crops, or with --augment random ones, encoded anew each epoch.
+               lbfgs: to the minimum, with the best of 45 ridge weights [AugSelf, Lee et al. 2021], then on all
+               images. steps: CIPER's schedule, see latents.
   mlp          A 3-layer MLP (D-1024-1024-C, Adam) on standardised features of centre crops.
   fewshot      Linear on 1 % and 10 % of each class, the rate chosen on the tenth above; or (--fewshot finetune) the encoder with it [CLeVER].
                The images are drawn by --seed; CLeVER takes SimCLR's lists.
   finetune     The encoder trained on with a linear layer, SGD, random crops and flips [CLeVER, Song et al. 2024].
   r2           How well the features of two views tell what happened between them: a 3-layer MLP on both, squared error, Adam [SIE,
-               Garrido et al. 2023]. Features are standardised by the training pairs; SIE's are raw and its MLP takes 25 times as many
-               steps. Images: the second view is the first under one family of transformations, a probe each, targets
-               standardised; SIE draws anew each epoch, for 300, here one draw per image is encoded once, for 50. Posed
-               objects: two views of one; targets are the quaternion of q1^-1 q2 (pose), the differences of the hues (hues).
+               Garrido et al. 2023]. Features are standardised by the training pairs; SIE's are raw and its MLP takes
+               25 times as many steps. Images: the second view is the first under one family of transformations, a
+               probe each, targets standardised; SIE draws anew each epoch, for 300, here one draw per image is
+               encoded once, for 50. Posed objects: two views of one; targets are the quaternion of q1^-1 q2 (pose),
+               the differences of the hues (hues).
   layers       Which quarter turn, and whether a flip, lies between two views, after several blocks [SER, Table 5]; an MLP as in r2.
   equivariance Cosine of the turned, mirrored or rescaled token map of an image and the map of the turned, ... image [SER].
   rotation     The linear probe on turned test images; and one that tells quarter turns [CLeVER, Tables 6 and 7].
   latents      What a linear readout of one image tells [CIPER, Xu and Triesch 2023]: `object`, its class, learnt on train, read on
-               test images, and `instance` (core50), which of the 50 objects; `session` (core50, blocks-views), which of the
-               sessions that never trained, learnt and read within those (every fifth image is read); `view err` (tdw,
-               blocks-views), which the paper leaves undefined: 100 x the squared error of azimuth, elevation and distance, in units of
-               their deviations, so that a constant scores 100; learnt on train, read on test images, or, where these also
-               differ in their sessions, learnt on half of the test objects and read on the others. SGD, Nesterov 0.9, weight
-               decay 1e-6, 100 epochs of batches of 256, rate 1, times 0.3 every 10; for views features are centred and divided by
-               one number. "lstsq": the same by least squares.
+               test images, and `instance` (core50), which of the 50 objects; `session` (core50, blocks-views), which
+               of the sessions that never trained, learnt and read within those (every fifth image is read); `view
+               err` (tdw, blocks-views), which the paper leaves undefined: 100 x the squared error of azimuth,
+               elevation and distance, in units of their deviations, so that a constant scores 100; learnt on train,
+               read on test images, or, where these also differ in their sessions, learnt on half of the test objects
+               and read on the others. SGD, Nesterov 0.9, weight decay 1e-6, 100 epochs of batches of 256, rate 1,
+               times 0.3 every 10; for views features are centred and divided by one number. "lstsq": the same by
+               least squares.
 
---protocol takes a paper's own settings, as far as it or its code states them. `clever` has two: linear probes of DINO and CLeVER learn at
-0.001 per 256 images for 100 epochs, those of SimSiam and DDCL at 30 for 200 [DDCL's code; CLeVER states 0.002 for batches of 512 and names no
-base]. Otherwise here: no classification by Adam on 3DIEBench [SIE]; DDCL's own rates of few-label and fine-tuning heads; SER's probes learn
-from all images, ours from nine tenths;
-the last epoch and not the best, a cosine that falls step by step, 100 epochs of linear transfer where it has 200, no stochastic depth [CLeVER];
-fine-tuning by SGD, not AdamW [SER]; one draw, not one an epoch, for r2 on images and for quarter turns.
-"""
+--protocol takes a paper's own settings, as far as it or its code states them. `clever` has two: linear probes of DINO
+and CLeVER learn at 0.001 per 256 images for 100 epochs, those of SimSiam and DDCL at 30 for 200 [DDCL's code; CLeVER
+states 0.002 for batches of 512 and names no base]. Otherwise here: no classification by Adam on 3DIEBench [SIE];
+DDCL's own rates of few-label and fine-tuning heads; SER's probes learn from all images, ours from nine tenths; the
+last epoch and not the best, a cosine that falls step by step, 100 epochs of linear transfer where it has 200, no
+stochastic depth [CLeVER]; fine-tuning by SGD, not AdamW [SER]; one draw, not one an epoch, for r2 on images and for
+quarter turns."""
 
 import contextlib
 import copy
@@ -124,7 +128,8 @@ class Args:
     """Which checkpoints, which probes, on which data."""
 
     checkpoints: tyro.conf.Positional[tuple[str, ...]] = ()
-    """checkpoint.pt files written by the method scripts; timm:NAME takes a model of timm with its weights, timm:NAME@FILE with yours"""
+    """checkpoint.pt files written by the method scripts; timm:NAME takes a model of timm with its weights,
+    timm:NAME@FILE with yours"""
     tasks: tuple[
         Literal["knn", "linear", "mlp", "finetune", "fewshot", "r2", "layers", "equivariance", "rotation", "latents"],
         ...,
@@ -141,7 +146,8 @@ class Args:
     cache_dir: str | None = None
     """keep the features of train and test images here, and use those that are there"""
     linear: Literal["sgd", "lbfgs", "steps"] = "sgd"
-    """how linear probes learn: SGD with several rates side by side; L-BFGS with the best of 45 ridge weights (transfer); CIPER's steps"""
+    """how linear probes learn: SGD with several rates side by side; L-BFGS with the best of 45 ridge weights
+    (transfer); CIPER's steps"""
     augment: bool = False
     """train them (sgd) on random crops and flips, encoded anew each epoch"""
     fewshot: Literal["linear", "finetune"] = "linear"
@@ -163,8 +169,8 @@ class Args:
     ) = None
     """what to regress; default: pose and hues on posed objects, the six families of transformations on other images"""
     part: tuple[Literal["all", "inv", "equi"], ...] = ("all",)
-    """what knn, linear, mlp, fewshot, r2 and rotation look at: the representation, and of the encoders of recon_xattn.py and clever.py its invariant (first) and
-    its equivariant (last) part"""
+    """what knn, linear, mlp, fewshot, r2 and rotation look at: the representation, and of the encoders of
+    recon_xattn.py and clever.py its invariant (first) and its equivariant (last) part"""
     known_fraction: ShareAbove0 = 1.0
     """train the probes on this share of every class, the one that recon_xattn.py --known-fraction knew"""
     r2_epochs: Count = 50
@@ -199,10 +205,10 @@ class Shared:
 
 
 class LinearProbe(Shared):
-    """One softmax regression per learning rate, all trained at once: W (D, L C) makes the logits of L probes in one matmul, and the
-    learning rate is a vector. SGD with momentum 0.9, no weight decay, half a cosine to 0; weights start as N(0, 0.01), biases 0; the
-    gradient of the mean cross-entropy over a batch is (softmax - onehot) / batch. It learns from `rows`, and `choose` finds the rate
-    that is best on the rows `held`."""
+    """One softmax regression per learning rate, all trained at once: W (D, L C) makes the logits of L probes in one
+    matmul, and the learning rate is a vector. SGD with momentum 0.9, no weight decay, half a cosine to 0; weights
+    start as N(0, 0.01), biases 0; the gradient of the mean cross-entropy over a batch is (softmax - onehot) / batch.
+    It learns from `rows`, and `choose` finds the rate that is best on the rows `held`."""
 
     learnt = ("W", "b", "best")
 
@@ -244,7 +250,8 @@ class LinearProbe(Shared):
         return torch.addmm(self.b, x, self.W).view(len(x), len(self.lrs), self.classes)
 
     def choose(self, x, labels):
-        """The rate that is best on the held-out rows of x (N, D), labels (N,); of equal ones the lowest. A single one is taken."""
+        """The rate that is best on the held-out rows of x (N, D), labels (N,); of equal ones the lowest. A single one
+        is taken."""
         held = self.held.to(self.device)
         if len(self.lrs) > 1:
             self.best = (self.logits(x[held]).argmax(2) == labels[held][:, None]).float().mean(0).argmax()
@@ -259,8 +266,8 @@ class LinearProbe(Shared):
 
 
 def linear_probe(train, labels, test, classes, lrs, epochs, generator, batch_size=256):
-    """A LinearProbe from first to last on fixed features (N, D), labels (N,), a tenth of which chooses the rate -> (test scores
-    (M, C), its learning rate)."""
+    """A LinearProbe from first to last on fixed features (N, D), labels (N,), a tenth of which chooses the rate ->
+    (test scores (M, C), its learning rate)."""
     held, rows = torch.randperm(len(train), generator=generator).split(
         [max(1, len(train) // 10), len(train) - max(1, len(train) // 10)]
     )
@@ -272,9 +279,9 @@ def linear_probe(train, labels, test, classes, lrs, epochs, generator, batch_siz
 
 
 class RidgeProbe(Shared):
-    """Softmax regression by L-BFGS on fixed features: sum of cross-entropies + w |(W, b)|^2, in float64 (on the CPU where the device has
-    none). Of 45 weights w between 1e-6 and 1e5, from the strongest down and each started where the last ended, the one that is
-    best on the rows `held` is taken; then these train too."""
+    """Softmax regression by L-BFGS on fixed features: sum of cross-entropies + w |(W, b)|^2, in float64 (on the CPU
+    where the device has none). Of 45 weights w between 1e-6 and 1e5, from the strongest down and each started where
+    the last ended, the one that is best on the rows `held` is taken; then these train too."""
 
     learnt = ("weights",)
 
@@ -322,7 +329,8 @@ class RidgeProbe(Shared):
 
 
 def fit(model, sample, epochs, optimizer, generator, scheduler=None, batch_size=256, desc="MLP"):
-    """Train a model on what sample(epoch) gives, features (N, D) and targets: (N,) int64 classes, cross-entropy, or (N, K) numbers, squared error."""
+    """Train a model on what sample(epoch) gives, features (N, D) and targets: (N,) int64 classes, cross-entropy, or
+    (N, K) numbers, squared error."""
     for epoch in common.progress(range(epochs), desc=desc, unit="epoch"):
         x, target = sample(epoch)
         for batch in torch.randperm(len(x), generator=generator).split(batch_size):
@@ -374,7 +382,8 @@ class StepsProbe(Shared):
 
 
 def least_squares(train, target, test):
-    """The closed form beside it: features (N, D), (M, D); target (N, K), or (N,) int64 as one-hot -> (M, K), in float64."""
+    """The closed form beside it: features (N, D), (M, D); target (N, K), or (N,) int64 as one-hot -> (M, K), in
+    float64."""
     target = F.one_hot(target) if target.dtype == torch.int64 else target
     with_bias = lambda x: F.pad(x.cpu().double(), (0, 1), value=1.0)
     return with_bias(test) @ torch.linalg.lstsq(with_bias(train), target.cpu().double(), driver="gelsd").solution
@@ -382,7 +391,8 @@ def least_squares(train, target, test):
 
 def r2_scores(target, predicted):
     """R^2 of (N, K) targets: "flat", SIE's, against one mean over all N K entries, and "uniform", the mean over the K
-    dimensions of each one's own R^2. A constant can score above 0 in the first (0.229 on the quaternions of 3DIEBench)."""
+    dimensions of each one's own R^2. A constant can score above 0 in the first (0.229 on the quaternions of
+    3DIEBench)."""
     target, predicted = target.cpu().double(), predicted.cpu().double()
     error = (target - predicted).square()
     flat = 1 - error.sum() / (target - target.mean()).square().sum().clamp(min=1e-12)
@@ -391,12 +401,13 @@ def r2_scores(target, predicted):
 
 
 class Standardise(nn.Module):
-    """Some `columns` of features (N, ..., D) less their mean, over their standard deviation, flattened: the first layer of an MLP.
+    """Some `columns` of features (N, ..., D) less their mean, over their standard deviation, flattened: the first
+    layer of an MLP.
 
-    Mean and deviation of each dimension are those of `x`, the training features (of pairs (N, 2, D): of both views together).
-    An MLP can represent the same functions without them, but Adam does not find them: trained encoders add a common offset
-    and leave what differs between two views a few percent of the variance. Dimensions that do not vary are left out.
-    """
+    Mean and deviation of each dimension are those of `x`, the training features (of pairs (N, 2, D): of both views
+    together). An MLP can represent the same functions without them, but Adam does not find them: trained encoders add
+    a common offset and leave what differs between two views a few percent of the variance. Dimensions that do not
+    vary are left out."""
 
     def __init__(self, x, columns):
         super().__init__()
@@ -409,9 +420,10 @@ class Standardise(nn.Module):
 
 
 def mlp_probe(sample, outputs, epochs, generator, columns=slice(None)):
-    """A 3-layer MLP D-1024-1024-K, ReLU, Adam at a constant rate of 1e-3, batches of 256 [SIE], on `columns` of standardised features
-    (SIE's are raw; it takes 25 times as many steps). sample(epoch) -> (features (N, D) or pairs of them (N, 2, D), targets: (N, K)
-    numbers or (N,) int64 classes), the same or others each epoch -> the trained MLP: features (M, ...) -> (M, K)."""
+    """A 3-layer MLP D-1024-1024-K, ReLU, Adam at a constant rate of 1e-3, batches of 256 [SIE], on `columns` of
+    standardised features (SIE's are raw; it takes 25 times as many steps). sample(epoch) -> (features (N, D) or pairs
+    of them (N, 2, D), targets: (N, K) numbers or (N,) int64 classes), the same or others each epoch -> the trained
+    MLP: features (M, ...) -> (M, K)."""
     x = sample(0)[0]
     first = Standardise(x, columns)
     with torch.random.fork_rng(devices=[]):
@@ -450,7 +462,8 @@ def stratified(labels, share, generator, allowed=None):
 
 
 def hold_out(data, generator, share=0.1):
-    """(N,) bool: a share of the images, or of the objects where there are several images of one, on which settings are chosen."""
+    """(N,) bool: a share of the images, or of the objects where there are several images of one, on which settings
+    are chosen."""
     groups = torch.arange(len(data)) if data.groups is None else data.groups
     objects = groups.unique()
     return torch.isin(
@@ -464,8 +477,8 @@ def hold_out(data, generator, share=0.1):
 
 
 class SecondView:
-    """An op that makes the second views of a set: uint8 images, centre-cropped and then transformed as one of the families
-    does, by quarter turns, by mirroring, or by free rotations."""
+    """An op that makes the second views of a set: uint8 images, centre-cropped and then transformed as one of the
+    families does, by quarter turns, by mirroring, or by free rotations."""
 
     def __init__(self, name, size):
         self.name, self.size, self.centre = name, size, CenterCrop(size, interpolation="bicubic")
@@ -522,8 +535,9 @@ def partners(groups, generator):
 
 
 def accuracies(name, scores, labels):
-    """Scores (M, C), labels (M,) -> percent of test images whose class is the first, or among the first five; where classes hold
-    unequally many images also the mean of the classes' own, as is usual on pets, aircraft and flowers."""
+    """Scores (M, C), labels (M,) -> percent of test images whose class is the first, or among the first five; where
+    classes hold unequally many images also the mean of the classes' own, as is usual on pets, aircraft and
+    flowers."""
     labels = labels.to(scores.device)
     top = scores.sort(dim=1, descending=True, stable=True).indices[:, :5] == labels[:, None]  # (M, 5)
     sizes = labels.bincount(minlength=scores.shape[1])  # (C,)
@@ -573,7 +587,8 @@ class Case:
         return out
 
     def kept_features(self, data):
-        """Those of --cache-dir, where there is one and it has them; rank 0 looks for all. Else they are extracted and kept."""
+        """Those of --cache-dir, where there is one and it has them; rank 0 looks for all. Else they are extracted and
+        kept."""
         path = x = None
         if self.args.cache_dir and common.rank() == 0:
             path = Path(self.args.cache_dir) / f"features-{self.fingerprint(data)}.pt"
@@ -612,8 +627,8 @@ class Case:
 
     @functools.cached_property
     def heads(self):
-        """All linear probes that the tasks ask for, {name: probe}, trained side by side on one pass over the features an
-        epoch: by rank 0, for all."""
+        """All linear probes that the tasks ask for, {name: probe}, trained side by side on one pass over the features
+        an epoch: by rank 0, for all."""
         args, labels, width, heads, wanted = self.args, self.train.labels.to(self.device), self.x[0].shape[1], {}, {}
         choosing = args.linear == "lbfgs" or args.linear == "sgd" and len(args.linear_lrs) > 1
         held = (
@@ -710,8 +725,9 @@ class Case:
         )
 
     def parts(self, width):
-        """What --part asks for of features of some width: [(what to add to the names of its results, its columns)]. The equivariant part
-        are the last dimensions, of the last block alone; encoders that do not split have none."""
+        """What --part asks for of features of some width: [(what to add to the names of its results, its columns)].
+        The equivariant part are the last dimensions, of the last block alone; encoders that do not split have
+        none."""
         rest = self.backbone.dim - (self.backbone.inv or 0)
         columns = dict(all=slice(None)) | (
             {} if self.backbone.inv is None else dict(inv=slice(width - rest), equi=slice(width - rest, None))
@@ -791,8 +807,8 @@ def fewshot(case):
 
 
 def r2(case):
-    """R^2 of what lies between two views, on test pairs; beside it, in the protocol, on training pairs: near 0 in both is not fitted
-    or not there, high on training pairs alone is overfitted."""
+    """R^2 of what lies between two views, on test pairs; beside it, in the protocol, on training pairs: near 0 in
+    both is not fitted or not there, high on training pairs alone is overfitted."""
     scores, args = {}, case.args
     targets = args.r2_targets or (POSES if "rotation" in case.train.factors else FAMILIES)
     warn_of_few_steps(
@@ -815,8 +831,8 @@ def r2(case):
 
 
 def layers(case):
-    """SER's Table 5: which quarter turn, and whether a flip, lies between two views, by an MLP on the pair of their mean tokens after
-    a block, each token normalised. One draw for each image."""
+    """SER's Table 5: which quarter turn, and whether a flip, lies between two views, by an MLP on the pair of their
+    mean tokens after a block, each token normalised. One draw for each image."""
     args, backbone, results, on_train = case.args, case.backbone, {}, {}
     warn_of_few_steps("--r2-epochs", args.r2_epochs, min(len(case.train), args.r2_images))
     chosen = args.layers or tuple(
@@ -856,11 +872,12 @@ def layers(case):
 
 
 def equivariance(case):
-    """SER's score: the cosine of rho_g f(x) and f(g x), tokens after the last block and the final norm, mean over tokens, images
-    and g: quarter turns and flips other than the identity, and for ViTs other grids (images resized with antialiasing), to which
-    rho_g resamples the map. The paper draws g1 and g2 at random; if its g = g2 g1^-1 may be the identity, which scores 1, a score s
-    here is (1 + 3 s) / 4 there under turns and (1 + s) / 2 under flips. Beside it, with f of another image, and with the mean token
-    taken off both sides: a map that is the same everywhere scores 1, and these tell."""
+    """SER's score: the cosine of rho_g f(x) and f(g x), tokens after the last block and the final norm, mean over
+    tokens, images and g: quarter turns and flips other than the identity, and for ViTs other grids (images resized
+    with antialiasing), to which rho_g resamples the map. The paper draws g1 and g2 at random; if its g = g2 g1^-1 may
+    be the identity, which scores 1, a score s here is (1 + 3 s) / 4 there under turns and (1 + s) / 2 under flips.
+    Beside it, with f of another image, and with the mean token taken off both sides: a map that is the same
+    everywhere scores 1, and these tell."""
     args, backbone, results = case.args, case.backbone, {}
     rows, n, layer = evenly(len(case.test), 1000), len(case.test), backbone.depth
     generator, norm = common.rng(args.seed, "equivariance"), getattr(backbone, "norm", nn.Identity())
@@ -927,9 +944,9 @@ class Classifier(nn.Module):
 
 
 def fine_tune(case, quarters=False, rows=None):
-    """The encoder trained on with a linear layer on what linear probes look at, for the classes of all images or of some `rows`, or to
-    tell quarter turns: SGD with momentum 0.9, weight decay 1e-4, cosine to 0, one rate for both, random crops and flips
-    [CLeVER] -> x -> scores."""
+    """The encoder trained on with a linear layer on what linear probes look at, for the classes of all images or of
+    some `rows`, or to tell quarter turns: SGD with momentum 0.9, weight decay 1e-4, cosine to 0, one rate for both,
+    random crops and flips [CLeVER] -> x -> scores."""
     args, device, train = case.args, case.device, case.train if rows is None else case.train.subset(rows)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(common.rng(args.seed, "finetune").initial_seed())
@@ -977,9 +994,9 @@ def finetune(case):
 
 
 def rotation(case):
-    """CLeVER's Tables 6 and 7: accuracy of the linear probe on test images turned by up to 90 and 180 degrees (mean of three draws),
-    and of one that tells the quarter turn of an image (`4-fold`: trained on one of each image, read on all four). Beside
-    `finetune` also of encoders fine-tuned for either."""
+    """CLeVER's Tables 6 and 7: accuracy of the linear probe on test images turned by up to 90 and 180 degrees (mean
+    of three draws), and of one that tells the quarter turn of an image (`4-fold`: trained on one of each image, read
+    on all four). Beside `finetune` also of encoders fine-tuned for either."""
     args, size, results, n, m = case.args, case.backbone.img_size, {}, len(case.train), len(case.test)
     seeds = range(args.seed, args.seed + 3)
     views = SecondView("turn90", size), SecondView("turn180", size)
@@ -1221,7 +1238,8 @@ def open_case(path, encoder, state, args, device):
 
 
 def begin(path, args_for, device, evaluation):
-    """The Case of a checkpoint, args_for(what it says of itself) what is asked of it; None on all ranks where it fails on one."""
+    """The Case of a checkpoint, args_for(what it says of itself) what is asked of it; None on all ranks where it
+    fails on one."""
     loaded = evaluation.attempt(path, partial(load, path), together=True)
 
     def opened(encoder, state):
@@ -1239,7 +1257,8 @@ def run_task(name, case):
 
 
 def probe(path, case, evaluation, row):
-    """All tasks on one checkpoint: each adds to the `row` of the table, and leaves a record, as soon as it is finished."""
+    """All tasks on one checkpoint: each adds to the `row` of the table, and leaves a record, as soon as it is
+    finished."""
     backbone, state, args, seconds = case.backbone, case.state, case.args, case.seconds
     protocol = dict(
         protocol=args.protocol,
@@ -1357,8 +1376,8 @@ def pairs_of_poses(target, case):
 
 
 def pairs_of_images(target, case):
-    """An image and its transformed self, on evenly spaced images, one draw per image; targets are standardised by the mean
-    and deviation of the training draws. Returns what `pairs_of_poses` does."""
+    """An image and its transformed self, on evenly spaced images, one draw per image; targets are standardised by the
+    mean and deviation of the training draws. Returns what `pairs_of_poses` does."""
     args, view, pairs, targets = case.args, SecondView(target, case.backbone.img_size), [], []
     shares = args.r2_images, max(2, args.r2_images // 2)
     for data, y, most, seed in zip((case.train, case.test), case.y, shares, (args.seed, args.seed + 1)):
@@ -1410,9 +1429,9 @@ def one_line(error):
 
 
 class Evaluation:
-    """A block in which a part that fails costs one line and, at the end, exit code 1 (its own where nothing was finished),
-    and in which a signal ends everything in one line, code 128 + its number. `at_end` is called in any case: there the
-    table is printed."""
+    """A block in which a part that fails costs one line and, at the end, exit code 1 (its own where nothing was
+    finished), and in which a signal ends everything in one line, code 128 + its number. `at_end` is called in any
+    case: there the table is printed."""
 
     def __init__(self):
         self.codes, self.printed, self.at_end, self.handlers = [], False, lambda: None, {}
@@ -1435,8 +1454,8 @@ class Evaluation:
             raise SystemExit(1 if self.printed else self.codes[0])
 
     def attempt(self, what, part, together=False):
-        """part(), or None where it fails; together: on all ranks if on one. Otherwise several ranks cannot go on, but for a
-        user's mistake, which all of them see."""
+        """part(), or None where it fails; together: on all ranks if on one. Otherwise several ranks cannot go on, but
+        for a user's mistake, which all of them see."""
         code, out = 0, None
         try:
             out = part()
@@ -1467,8 +1486,8 @@ class Evaluation:
 
 
 def fold(results):
-    """[(row name, {metric: value})] -> {row name: (n, {metric: (mean, sample standard deviation or None, how many of the n
-    have it)})}, and all metrics."""
+    """[(row name, {metric: value})] -> {row name: (n, {metric: (mean, sample standard deviation or None, how many of
+    the n have it)})}, and all metrics."""
     rows, metrics = {}, list(dict.fromkeys(metric for _, values in results for metric in values))
     for name, values in results:
         rows.setdefault(name, []).append(values)
@@ -1483,9 +1502,9 @@ def fold(results):
 
 
 def table(results, form="table", encoding="utf-8"):
-    """[(row name, {metric: value})] -> text: a row per name, mean +- sample standard deviation, and of how many where some
-    failed; "table" aligned, or "markdown", "csv", "json" (the last two with all digits). What the encoding lacks is
-    written in ASCII."""
+    """[(row name, {metric: value})] -> text: a row per name, mean +- sample standard deviation, and of how many where
+    some failed; "table" aligned, or "markdown", "csv", "json" (the last two with all digits). What the encoding lacks
+    is written in ASCII."""
     rows, metrics = fold(results)
     if form == "json":
         cell = lambda n, mean, std, k: dict(mean=mean, std=std) | (dict(n=k) if k < n else {})
@@ -1538,8 +1557,8 @@ def finite(value):
 
 
 def row_names(paths, states):
-    """A name for each checkpoint, equal for those that differ only in their seed (and in how and where they ran): the run
-    directory without its seed. Different runs of the same name are numbered."""
+    """A name for each checkpoint, equal for those that differ only in their seed (and in how and where they ran): the
+    run directory without its seed. Different runs of the same name are numbered."""
     free = (common.Run.FREE | {"seed"}) - {"data_dir"}
     keys = [
         json.dumps([s["method"], s["step"], {k: v for k, v in s["args"].items() if k not in free}], sort_keys=True)
@@ -1565,7 +1584,8 @@ def row_names(paths, states):
 
 
 def append_record(path, state, args, results, protocol):
-    """One line in eval.jsonl beside the checkpoint, from rank 0: what came out, and all that it takes to have it again."""
+    """One line in eval.jsonl beside the checkpoint, from rank 0: what came out, and all that it takes to have it
+    again."""
     file = Path(path.partition("@")[2] if path.startswith("timm:") else path)
     record = dict(
         time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -1619,7 +1639,8 @@ def check(args):
 
 
 def arguments(argv, base=None):
-    """Command line -> Args: defaults <- the protocol's values <- those for the checkpoint's base <- flags given by hand."""
+    """Command line -> Args: defaults <- the protocol's values <- those for the checkpoint's base <- flags given by
+    hand."""
 
     def values_in_force(first):
         special = SIMSIAM if (first.protocol, base) == ("clever", "simsiam") else {}

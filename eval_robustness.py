@@ -1,37 +1,38 @@
-"""Robustness of saved encoders: accuracy of a linear probe, trained once on clean images, on corrupted, moving, augmented and other ones.
+"""Robustness of saved encoders: accuracy of a linear probe, trained once on clean images, on corrupted, moving,
+augmented and other ones.
 
     python eval_robustness.py runs/*/checkpoint.pt --suite corruptions                    # all made on the device, nothing to download
     python eval_robustness.py A/checkpoint.pt B/checkpoint.pt --suite perturbations augmentations --images-per-class 20
     python eval_robustness.py A/checkpoint.pt --suite corruptions --suite-dir IMAGENET-C  # the published files
     python eval_robustness.py A/checkpoint.pt --suite shifts --suite-dir IMAGENET-V2 IMAGENET-R IMAGENET-SKETCH
 
-Flow: checkpoints -> encoders -> linear probes on clean features (eval_probe.py's) -> each batch of test images is altered once and
-scored by all -> a table a suite. As soon as a suite is finished its table is printed, and its results are appended to eval.jsonl
-beside each checkpoint, with counts for each condition.
+Flow: checkpoints -> encoders -> linear probes on clean features (eval_probe.py's) -> each batch of test images is
+altered once and scored by all -> a table a suite. As soon as a suite is finished its table is printed, and its
+results are appended to eval.jsonl beside each checkpoint, with counts for each condition.
 
 Suites
   corruptions    15 corruptions of 5 severities [HD], and 4 more that are kept for validation: mean accuracy over severities, over all; on ImageNet
-                 mCE and relative mCE, errors relative to AlexNet's, in percent. At 224 px images pass through JPEG of quality 85, as
-                 the published ones did.
+                 mCE and relative mCE, errors relative to AlexNet's, in percent. At 224 px images pass through JPEG of
+                 quality 85, as the published ones did.
   perturbations  Sequences of up to 41 frames, 10 types and 4 for validation [HD]: accuracy over all frames of all types; flips, how
                  often, in percent of pairs of frames, the prediction changes, mean of the 10; mFR, that relative to AlexNet's, on
                  ImageNet; and how far the first five classes move (AlexNet's are unpublished, so not relative).
   augmentations  CLeVER's: jittered colours, flips, rotations by up to 90 degrees, elastic deformations; mean of several passes.
   shifts         Other photographs or drawings of the same classes: ImageNet-V2, -R (also with only its 200 classes to choose from),
-                 -Sketch. On `blocks` a stand-in: the test objects painted in opposite hues; on `blocks-views` the sessions seen in
-                 training beside the unseen ones.
+                 -Sketch. On `blocks` a stand-in: the test objects painted in opposite hues; on `blocks-views` the
+                 sessions seen in training beside the unseen ones.
 
-Clean images, shifts and finished sets are seen as eval_probe.py sees images, at the encoder's own size; so are augmentations.
-Corruptions and perturbations are made at the size of their constants, for encoders of less than 96 px at 32 px as CIFAR-10-C's,
-for others at 224 px as ImageNet-C's, and resized to the encoder's; a line says so where that is another.
-Randomness has a seed for each image and condition: results depend neither on batches nor on processes, but for roundings of single
-levels; the draws of CPUs and GPUs differ.
+Clean images, shifts and finished sets are seen as eval_probe.py sees images, at the encoder's own size; so are
+augmentations. Corruptions and perturbations are made at the size of their constants, for encoders of less than 96 px
+at 32 px as CIFAR-10-C's, for others at 224 px as ImageNet-C's, and resized to the encoder's; a line says so where
+that is another. Randomness has a seed for each image and condition: results depend neither on batches nor on
+processes, but for roundings of single levels; the draws of CPUs and GPUs differ.
 
-Sources. [HD] Hendrycks and Dietterich, "Benchmarking Neural Network Robustness to Common Corruptions and Perturbations", ICLR 2019
-(arXiv 1903.12261), and their code, from which all constants are; CLeVER (arXiv 2406.00262) and its code; SER (arXiv 2603.06693)
-reports mean accuracies of all. What differs: frost is a texture unless photographs are given (marked *); videos are never compressed;
-flip rates are of difficulty 1; the ten types of the mean have snow where CIFAR-10-P's code has spatter.
-"""
+Sources. [HD] Hendrycks and Dietterich, "Benchmarking Neural Network Robustness to Common Corruptions and
+Perturbations", ICLR 2019 (arXiv 1903.12261), and their code, from which all constants are; CLeVER (arXiv 2406.00262)
+and its code; SER (arXiv 2603.06693) reports mean accuracies of all. What differs: frost is a texture unless
+photographs are given (marked *); videos are never compressed; flip rates are of difficulty 1; the ten types of the
+mean have snow where CIFAR-10-P's code has spatter."""
 
 import dataclasses
 import functools
@@ -62,7 +63,8 @@ class Args:
     """Which checkpoints, which suites, on which data."""
 
     checkpoints: tyro.conf.Positional[tuple[str, ...]] = ()
-    """checkpoint.pt files written by the method scripts; timm:NAME takes a model of timm with its weights, timm:NAME@FILE with yours"""
+    """checkpoint.pt files written by the method scripts; timm:NAME takes a model of timm with its weights,
+    timm:NAME@FILE with yours"""
     suite: tuple[Literal["corruptions", "perturbations", "augmentations", "shifts"], ...] = ("corruptions",)
     """what to test; several share the probes"""
     suite_dir: tuple[str, ...] = ()
@@ -76,7 +78,8 @@ class Args:
     data_dir: str | None = None
     """where it lies; default, of the same data set: where it lay then"""
     part: tuple[Literal["all", "inv", "equi"], ...] = ("all",)
-    """what the probe looks at: the representation, and of the encoders of recon_xattn.py and clever.py its invariant and equivariant part"""
+    """what the probe looks at: the representation, and of the encoders of recon_xattn.py and clever.py its invariant
+    and equivariant part"""
     jpeg85: bool = True
     """pass corrupted images of 224 px through JPEG of quality 85, as in the published set"""
     frost_dir: str | None = None
@@ -120,7 +123,8 @@ def exact(device):
 
 
 class Draws:
-    """Random numbers for a batch from one generator an image, so that an image's do not depend on what stands beside it."""
+    """Random numbers for a batch from one generator an image, so that an image's do not depend on what stands beside
+    it."""
 
     def __init__(self, seeds, device):
         self.device, self.generators = device, [torch.Generator(device).manual_seed(s) for s in seeds.tolist()]
@@ -149,7 +153,8 @@ HAIR = 1e-3  # of a level: what rounding may not cost an image that a filter lea
 
 @functools.lru_cache(maxsize=64)
 def gaussian_matrix(n, sigma, device, truncate=4.0, border="nearest"):
-    """(n, n) that blurs a line of n pixels: int(truncate sigma + 1/2) taps to either side; border "nearest" or "symmetric" (dcba|abcd|dcba)."""
+    """(n, n) that blurs a line of n pixels: int(truncate sigma + 1/2) taps to either side; border "nearest" or
+    "symmetric" (dcba|abcd|dcba)."""
     radius = int(truncate * sigma + 0.5)
     t = torch.arange(-radius, radius + 1)
     taps = torch.exp(-(t.double() ** 2) / (2 * sigma**2)) if radius else torch.ones(1, dtype=torch.float64)
@@ -170,7 +175,8 @@ def blur(x, sigma, **how):
 
 
 def correlate(x, kernels, border):
-    """x (B, C, S, S) with kernels (k, k), or one per image (B, 1, k, k), k odd, by FFT; border "reflect" or "replicate"."""
+    """x (B, C, S, S) with kernels (k, k), or one per image (B, 1, k, k), k odd, by FFT; border "reflect" or
+    "replicate"."""
     S, r = x.shape[-1], kernels.shape[-1] // 2
     size = (S + 2 * r + 31) // 32 * 32  # 224 and 32 px come to sizes with small factors
     y = (
@@ -183,8 +189,8 @@ def correlate(x, kernels, border):
 
 
 def disk(radius, sigma, device):
-    """Kernel of a lens out of focus: a disk whose edge is smoothed a little, as the original does: its borders mirrored, which
-    is why the sum of the largest kernels exceeds 1."""
+    """Kernel of a lens out of focus: a disk whose edge is smoothed a little, as the original does: its borders
+    mirrored, which is why the sum of the largest kernels exceeds 1."""
     side = torch.arange(-8, 9) if radius <= 8 else torch.arange(-radius, radius + 1)
     k = (side[:, None] ** 2 + side**2 <= radius**2).double()
     m = 1 if radius <= 8 else 2
@@ -195,8 +201,8 @@ def disk(radius, sigma, device):
 
 
 def motion(x, radius, sigma, degrees):
-    """Blur of x (B, C, S, S), 8 bits, along a half line at an angle (B,): one-sided Gaussian weights, taps at the nearest pixel, borders
-    repeated; the result is truncated after 16 bits as ImageMagick's is."""
+    """Blur of x (B, C, S, S), 8 bits, along a half line at an angle (B,): one-sided Gaussian weights, taps at the
+    nearest pixel, borders repeated; the result is truncated after 16 bits as ImageMagick's is."""
     w = 2 * radius + 1
     i, angle = torch.arange(w, device=x.device), degrees.to(exact(x.device)).deg2rad()[:, None]  # (w,), (B, 1)
     taps = torch.exp(-(i**2) / (2 * sigma**2))
@@ -244,9 +250,9 @@ def defocus_blur(x, draws, radius, sigma):
 
 
 def glass_blur(x, draws, sigma, delta, iterations):
-    """Every pixel, from the last to the first, takes the colour that its neighbour at a random offset has at that moment (the original
-    means to swap the two, but copies). As a graph: new(p) points to new(q) where q came before p, and to old(q) elsewhere;
-    following pointers of pointers until they stand still resolves a pass at once."""
+    """Every pixel, from the last to the first, takes the colour that its neighbour at a random offset has at that
+    moment (the original means to swap the two, but copies). As a graph: new(p) points to new(q) where q came before
+    p, and to old(q) elsewhere; following pointers of pointers until they stand still resolves a pass at once."""
     S, n = x.shape[-1], x.shape[-1] - 2 * delta
     y = (blur(x, sigma) + HAIR).floor().flatten(2)  # (B, 3, S S)
     visited = torch.arange(S - delta, delta, -1, device=x.device)  # (n,) rows and columns in their order
@@ -295,8 +301,9 @@ def snow_on(x, flakes, threshold, radius, sigma, degrees, mix):
 
 
 def frost(x, draws, scene, ice, photographs=()):
-    """scene x + ice F. F is a random crop of one of the photographs, uint8 (3, H, W), or a texture in their stead: smooth noise of spectrum
-    |k|^-beta with the colours, contrast and beta of one of five (our fit to the original's photographs)."""
+    """scene x + ice F. F is a random crop of one of the photographs, uint8 (3, H, W), or a texture in their stead:
+    smooth noise of spectrum |k|^-beta with the colours, contrast and beta of one of five (our fit to the original's
+    photographs)."""
     B, _, S, _ = x.shape
     if photographs:
         crops = []
@@ -326,9 +333,9 @@ FROST = [  # mean of red, green, blue; their deviations; beta
 
 
 def plasma(u, decay):
-    """A cloud by diamond-square on a torus: noise u (B, n n - 1) in [-1, 1) -> (B, n, n) in [0, 1]. From one point on, the middles of the
-    squares and then those of their sides are the mean of four neighbours plus noise, whose size falls by decay^2 from scale to
-    scale (the original multiplies by the amplitude twice)."""
+    """A cloud by diamond-square on a torus: noise u (B, n n - 1) in [-1, 1) -> (B, n, n) in [0, 1]. From one point
+    on, the middles of the squares and then those of their sides are the mean of four neighbours plus noise, whose
+    size falls by decay^2 from scale to scale (the original multiplies by the amplitude twice)."""
     B, side = len(u), math.isqrt(u.shape[1] + 1)
     corners, amplitude, used = u.new_zeros(B, 1, 1), 100.0, 0
     while (m := corners.shape[1]) < side:
@@ -355,7 +362,8 @@ def fog(x, draws, thickness, decay):
 
 
 def value_to(x, V, new):
-    """Scale colours so that their value, the largest channel V, becomes `new`; black becomes grey: HSV without leaving RGB."""
+    """Scale colours so that their value, the largest channel V, becomes `new`; black becomes grey: HSV without
+    leaving RGB."""
     return torch.where(V > 0, x * new / V.clamp(min=1), new)
 
 
@@ -378,7 +386,8 @@ def contrast(x, draws, c):
 
 
 def elastic_transform(x, draws, alpha, sigma, amplitude):
-    """An affine map that moves three points at random, coordinates in steps of 1/32 px as OpenCV's, then smooth displacements."""
+    """An affine map that moves three points at random, coordinates in steps of 1/32 px as OpenCV's, then smooth
+    displacements."""
     B, _, S, _ = x.shape
     q, t = S // 2, S // 3
     points = torch.tensor(
@@ -439,7 +448,8 @@ def jpeg_compression(x, draws, quality):
 
 
 def jpeg(x, quality):
-    """uint8 (B, 3, S, S) -> what is left after JPEG, by Pillow on the CPU, one thread a core: exact where GPU encoders are not."""
+    """uint8 (B, 3, S, S) -> what is left after JPEG, by Pillow on the CPU, one thread a core: exact where GPU
+    encoders are not."""
 
     images = torch.stack(x.cpu().unbind(1), 3).numpy()  # (B, S, S, 3)
 
@@ -469,8 +479,8 @@ def spatter(x, draws, mean, std, sigma, threshold, strength, mud):
 
 
 def water(drops, strength):
-    """Light that drops (B, 1, S, S) of water add, (B, 3, S, S): brightest along their rims, by an edge map, a distance to it, equalised
-    and embossed, each as OpenCV has it."""
+    """Light that drops (B, 1, S, S) of water add, (B, 3, S, S): brightest along their rims, by an edge map, a
+    distance to it, equalised and embossed, each as OpenCV has it."""
     drops = (255 * drops).clamp(0, 255).floor()
     rims = mean3(distance(canny(drops))).floor()
     emboss = torch.tensor([[-2.0, -1, 0], [-1, 1, 1], [0, 1, 2]], device=drops.device)
@@ -485,7 +495,8 @@ def mean3(x):
 
 
 def canny(x, low=50, high=150):
-    """Edges of x (B, 1, S, S), levels: Sobel gradients, |gx| + |gy|, thinned along the gradient, weak ones kept where they touch strong ones."""
+    """Edges of x (B, 1, S, S), levels: Sobel gradients, |gx| + |gy|, thinned along the gradient, weak ones kept where
+    they touch strong ones."""
     sobel = torch.tensor([[-1.0, 0, 1], [-2, 0, 2], [-1, 0, 1]], device=x.device)
     gx, gy = (
         F.conv2d(F.pad(x, (1,) * 4, "replicate"), torch.stack([sobel, sobel.T])[:, None]).round().long().split(1, 1)
@@ -583,11 +594,11 @@ CODECS = (pixelate, jpeg_compression)  # map uint8 to uint8
 def corrupt(x, name, severity, seeds, photographs=()):
     """One corruption of ImageNet-C or CIFAR-10-C.
 
-    x: uint8 (B, 3, S, S) on any device. name: one of CORRUPTIONS. severity: 1 to 5. seeds: (B,) integers, one an image: what
-    happens to an image depends on nothing else. Sides below 96 px take the constants for 32 px, others those for 224. photographs:
-    of frost, uint8 (3, H, W). Returns uint8 (B, 3, S, S), truncated as the originals are, without the JPEG-85 that ImageNet-C
-    was saved with. Raises KeyError and ValueError for names and severities that there are none of.
-    """
+    x: uint8 (B, 3, S, S) on any device. name: one of CORRUPTIONS. severity: 1 to 5. seeds: (B,) integers, one an
+    image: what happens to an image depends on nothing else. Sides below 96 px take the constants for 32 px, others
+    those for 224. photographs: of frost, uint8 (3, H, W). Returns uint8 (B, 3, S, S), truncated as the originals are,
+    without the JPEG-85 that ImageNet-C was saved with. Raises KeyError and ValueError for names and severities that
+    there are none of."""
     function, large, small = CORRUPTIONS[name]
     if severity not in range(1, 6):
         raise ValueError(f"severity {severity}: there are 1 to 5")
@@ -665,8 +676,9 @@ def spatter_frames(x, y, draws, mean, std, sigma, threshold, runs):
 
 
 def warped(move, interpolation="bilinear", opencv=False):
-    """The whole image moved by the matrix move(i, W, H, *constants), (3, 3), from source to frame, in pixels, and seen through the centre, with
-    black around it, into which OpenCV blends the border. It looks at steps of 1/32 px and rounds where Pillow truncates."""
+    """The whole image moved by the matrix move(i, W, H, *constants), (3, 3), from source to frame, in pixels, and
+    seen through the centre, with black around it, into which OpenCV blends the border. It looks at steps of 1/32 px
+    and rounds where Pillow truncates."""
 
     def frames(x, y, draws, n, *constants):
         """n frames (B, 3, S, S) of x (B, 3, H, W), S the side of y."""
@@ -715,8 +727,8 @@ def shear(i, W, H):
 
 
 def tilt(i, W, H, step):
-    """Turned in space about both axes, seen by a camera f away whose focal length is f, the diagonal; the plane lies at depth 1, as in the
-    original, so the middle frame is a little smaller than the image."""
+    """Turned in space about both axes, seen by a camera f away whose focal length is f, the diagonal; the plane lies
+    at depth 1, as in the original, so the middle frame is a little smaller than the image."""
     a, f = math.radians(step * (i - 15)), math.hypot(W, H)
     c, s = math.cos(a), math.sin(a)
     matrix = lambda rows: torch.tensor(rows, dtype=torch.float64)
@@ -751,9 +763,9 @@ TEST_PERTURBATIONS = tuple(PERTURBATIONS)[:10]
 def perturb(x, name, seeds, size):
     """One sequence of ImageNet-P or CIFAR-10-P.
 
-    x: uint8 (B, 3, H, W), the whole image, its short side 256 px for frames of 224; what moves beyond the frame can come in.
-    name: one of PERTURBATIONS. seeds: (B,) integers, as for `corrupt`. size: S, side of the frames, H and W at most. Returns uint8
-    (B, n, 3, S, S), n 31, 41 or less, never compressed; of noises the first frame is clean.
+    x: uint8 (B, 3, H, W), the whole image, its short side 256 px for frames of 224; what moves beyond the frame can
+    come in. name: one of PERTURBATIONS. seeds: (B,) integers, as for `corrupt`. size: S, side of the frames, H and W
+    at most. Returns uint8 (B, n, 3, S, S), n 31, 41 or less, never compressed; of noises the first frame is clean.
     """
     function, large, small = PERTURBATIONS[name]
     top, left, out = round((x.shape[2] - size) / 2), round((x.shape[3] - size) / 2), []
@@ -800,15 +812,17 @@ ALEXNET_FLIPS = dict(  # its flip probabilities [assembled-cnn]
 
 
 def mean_corruption_error(errors, clean=None):
-    """errors {corruption: of severities 1 to 5} in [0, 1] -> mCE in percent: those of the 15 corruptions, summed over severities, relative to AlexNet's;
-    with the clean error, relative mCE: what corruption adds to it, relative to what it adds to AlexNet's."""
+    """errors {corruption: of severities 1 to 5} in [0, 1] -> mCE in percent: those of the 15 corruptions, summed over
+    severities, relative to AlexNet's; with the clean error, relative mCE: what corruption adds to it, relative to
+    what it adds to AlexNet's."""
     off, of = (0.0, 0.0) if clean is None else (clean, ALEXNET_CLEAN)
     ratios = [sum(e - off for e in errors[name]) / sum(e - of for e in ALEXNET[name]) for name in BENCHMARK]
     return 100 * sum(ratios) / len(ratios)
 
 
 def mean_flip_rate(flips):
-    """flips {perturbation: probability that the prediction changes} -> mFR in percent: the ten test types, relative to AlexNet's."""
+    """flips {perturbation: probability that the prediction changes} -> mFR in percent: the ten test types, relative
+    to AlexNet's."""
     return 100 * sum(flips[name] / ALEXNET_FLIPS[name] for name in TEST_PERTURBATIONS) / len(TEST_PERTURBATIONS)
 
 
@@ -818,17 +832,18 @@ def ranking(scores):
 
 
 def count_right(condition, scores, labels):
-    """Scores (B, C), labels (B,) -> (3,) int64, whatever the condition: images, those right, those with the class among the first five."""
+    """Scores (B, C), labels (B,) -> (3,) int64, whatever the condition: images, those right, those with the class
+    among the first five."""
     right = ranking(scores)[:, :5] == labels[:, None]
     return torch.stack([torch.tensor(len(labels), device=scores.device), right[:, 0].sum(), right.sum()])
 
 
 def count_changes(scores, noise):
-    """Scores (B, n, C) of sequences -> (3,) int64: pairs of frames, those whose predictions differ, sum of their top-5 distances.
+    """Scores (B, n, C) of sequences -> (3,) int64: pairs of frames, those whose predictions differ, sum of their
+    top-5 distances.
 
-    Pairs are a frame and the one before it, of noises a frame and the first. Top-5 distance: sum over the first five classes i of
-    one frame, counted from 1, of | min(i - 1, 5) - min(rank in the other frame - 1, 5) |, 0 to 15.
-    """
+    Pairs are a frame and the one before it, of noises a frame and the first. Top-5 distance: sum over the first five
+    classes i of one frame, counted from 1, of | min(i - 1, 5) - min(rank in the other frame - 1, 5) |, 0 to 15."""
     order = ranking(scores)  # (B, n, C)
     ranks = order.argsort(-1)  # (B, n, C) of every class, from 0
     before = order[:, :1].expand(-1, scores.shape[1] - 1, -1) if noise else order[:, :-1]  # (B, n - 1, C)
@@ -849,8 +864,9 @@ def count_changes(scores, noise):
 
 
 class Source:
-    """What a suite starts from, uint8: the centre of the images (n, 3, S, S), short side scaled to 256/224 S before; or `whole` images, (n, 3, H, W)
-    or, where their sizes differ, a list of (3, H, W). Below 96 px nothing is cut off; images that are S x S already stay as they are."""
+    """What a suite starts from, uint8: the centre of the images (n, 3, S, S), short side scaled to 256/224 S before;
+    or `whole` images, (n, 3, H, W) or, where their sizes differ, a list of (3, H, W). Below 96 px nothing is cut off;
+    images that are S x S already stay as they are."""
 
     def __init__(self, size, whole=False, interpolation="bilinear"):
         self.size, self.whole, self.centre = size, whole, common.CenterCrop(size, interpolation=interpolation)
@@ -910,8 +926,9 @@ class Job:
 
 @dataclasses.dataclass
 class Suite:
-    """Conditions, and jobs that show them. count(condition, scores, labels) -> (k,) int64. row(counts (conditions, k)) ->
-    (results in percent, counts for the record). What of the protocol is its own; lines that belong beside its table."""
+    """Conditions, and jobs that show them. count(condition, scores, labels) -> (k,) int64. row(counts (conditions,
+    k)) -> (results in percent, counts for the record). What of the protocol is its own; lines that belong beside its
+    table."""
 
     conditions: list
     jobs: list
@@ -1022,7 +1039,8 @@ def corruptions(subjects, data, args):
         )
 
     def row(n):
-        """Counts (conditions, 3): images, right, right among five -> results in percent, and the counts for the record."""
+        """Counts (conditions, 3): images, right, right among five -> results in percent, and the counts for the
+        record."""
         top1, top5 = ({c: 100 * v for c, v in zip(conditions, (n[:, i].double() / n[:, 0]).tolist())} for i in (1, 2))
         mean = {name: sum(top1[name, s] for s in range(1, 6)) / 5 for name in names}
         values = dict(clean=top1["clean", 0])
@@ -1053,7 +1071,8 @@ def corruptions(subjects, data, args):
 
 
 def perturbations(subjects, data, args):
-    """The 10 sequences, and the 4 of validation: top-1 accuracy over all frames, how often predictions change, and how far the first five move."""
+    """The 10 sequences, and the 4 of validation: top-1 accuracy over all frames, how often predictions change, and
+    how far the first five move."""
     names, size = args.types or tuple(PERTURBATIONS), side_of(subjects)
     seeds = {name: seeds_of(data, args.seed, "sequence", name) for name in names}
 
@@ -1105,7 +1124,8 @@ def perturbations(subjects, data, args):
 
 
 def augmentations(subjects, data, args):
-    """CLeVER's test images: as they are; with colours jittered; and flipped, turned by up to 90 degrees, or turned and deformed as well."""
+    """CLeVER's test images: as they are; with colours jittered; and flipped, turned by up to 90 degrees, or turned
+    and deformed as well."""
     jitter, turn = common.ColorJitter(0.4, 0.4, 0.4, 0.1, p=1), common.Affine(90, interpolation="nearest")
     ops = {
         "Orig": [],
@@ -1210,7 +1230,8 @@ def labelled(folder, classes):
 
 
 def finished(root, name, severity, classes):
-    """One condition of a published set: ROOT/[GROUP/]NAME/SEVERITY/CLASS/* of ImageNet-C, or ROOT/NAME.npy of CIFAR-10-C."""
+    """One condition of a published set: ROOT/[GROUP/]NAME/SEVERITY/CLASS/* of ImageNet-C, or ROOT/NAME.npy of
+    CIFAR-10-C."""
     file = find_finished(root, name, severity)
     if file.suffix == ".npy":
         try:
@@ -1243,7 +1264,8 @@ def find_finished(root, name, severity):
 
 @functools.lru_cache
 def load_frost(folder, size):
-    """The photographs in a folder, uint8 (3, H, W), shrunk to a fifth for small images. The original has six and never takes the last."""
+    """The photographs in a folder, uint8 (3, H, W), shrunk to a fifth for small images. The original has six and
+    never takes the last."""
     if folder is None:
         return ()
     try:
@@ -1392,7 +1414,8 @@ def run(name, subjects, data, args, evaluation, protocol):
 
 
 def main(argv=None):
-    """Run every suite on every checkpoint, append the results to the eval.jsonl beside each, print a table a suite; returns {suite: rows}."""
+    """Run every suite on every checkpoint, append the results to the eval.jsonl beside each, print a table a suite;
+    returns {suite: rows}."""
     with eval_probe.Evaluation() as evaluation:
         eval_probe.checkpoints_first(argv, Args)
         args = common.parse(Args, lambda first: {}, argv, description=__doc__)

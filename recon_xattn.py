@@ -1,11 +1,12 @@
-"""RECON: equivariant representations by reconstructing one view from the other through cross-attention; SIE, VICReg, supervised.
+"""RECON: equivariant representations by reconstructing one view from the other through cross-attention; SIE, VICReg,
+supervised.
 
 Paper: "Equivariant Representation Learning for Augmentation-based Self-Supervised Learning via Image Reconstruction"
 (Wang, Krajsek, Scharr 2024, arXiv 2412.03314).
 
-Idea. Half of the representation is made invariant by VICReg. From the other half a decoder must draw the second view with
-the patches of the first: the query comes from view 2, key and value from view 1. To do so the encoder has to keep what the
-transformation between the views did, and nobody has to know its parameters.
+Idea. Half of the representation is made invariant by VICReg. From the other half a decoder must draw the second view
+with the patches of the first: the query comes from view 2, key and value from view 1. To do so the encoder has to
+keep what the transformation between the views did, and nobody has to know its parameters.
 
     tokens t = neck(f(x))  (N, 512) of N patches;  representation y = mean over tokens = [y_inv, y_equi], 256 + 256
     Z_inv = g_inv(y_inv)  (192,)                   Z_equi = g_equi(t[:, 256:])  (N, 192)
@@ -28,26 +29,27 @@ Usage
     torchrun --nproc_per_node=8 recon_xattn.py --data 3diebench --data-dir 3DIEBENCH --compile
 
 Views. Objects in several poses (blocks, 3diebench): two renderings of one, as they are; z is the quaternion q1^-1 q2
-(rotation), 1 and the differences of floor and light hue (color), or the first and the differences. Images: view 1 a random crop, view 2 = T(view 1): crop,
-flip, rotation and shift in one warp, colour, blur; z = [1, parameters], rotation as (sin, cos - 1). The leading 1
-lets a hypernetwork without bias represent the identity.
+(rotation), 1 and the differences of floor and light hue (color), or the first and the differences. Images: view 1 a
+random crop, view 2 = T(view 1): crop, flip, rotation and shift in one warp, colour, blur; z = [1, parameters],
+rotation as (sin, cos - 1). The leading 1 lets a hypernetwork without bias represent the identity.
 
-Where the paper is silent this file takes (source in brackets; [F] is the same authors' arXiv-published follow-up at AAAI 2026,
-"SSL Based on Transformed Image Reconstruction for Equivariance-Coherent Feature Representation"):
-  * tokens are patches [F]; the encoder is ViT-S/16 with learned positions and a linear neck to 512 [F]; no [CLS]: reconstruction reaches patches
-    only, so the mean of the tokens is what both losses shape and what is evaluated.
-  * the cross-attention block has no residual from the query, or view 2, its own target, would pass through; fixed sin-cos
-    positions are added behind it. What view 2 may say is where to look: a bottleneck, not a barrier.
-  * lambda_ssl = lambda_recon = 1 [F]; VICReg's weights 10, 10, 1 [SIE's repository]; variance and covariance on Z_inv only.
-    As a baseline VICReg has an expander of three layers 2048 wide [SIE's repository].
+Where the paper is silent this file takes (source in brackets; [F] is the same authors' arXiv-published follow-up at
+AAAI 2026, "SSL Based on Transformed Image Reconstruction for Equivariance-Coherent Feature Representation"):
+  * tokens are patches [F]; the encoder is ViT-S/16 with learned positions and a linear neck to 512 [F]; no [CLS]:
+    reconstruction reaches patches only, so the mean of the tokens is what both losses shape and what is evaluated.
+  * the cross-attention block has no residual from the query, or view 2, its own target, would pass through; fixed
+    sin-cos positions are added behind it. What view 2 may say is where to look: a bottleneck, not a barrier.
+  * lambda_ssl = lambda_recon = 1 [F]; VICReg's weights 10, 10, 1 [SIE's repository]; variance and covariance on Z_inv
+    only. As a baseline VICReg has an expander of three layers 2048 wide [SIE's repository].
   * the target is the normalised view 2, all pixels.
   * Adam with lr 1e-4 per 256 images and weight decay 1e-6 [paper]; 10 epochs of warm-up, half a cosine to 0 [F].
-  * ranges of the transformations: 45 degrees, factors 0.6 to 1.4, hue 0.1, sigma 0.1 to 2, shifts of 10 px at 224 px [F],
-    crops of 20 to 100 %; colour in fixed order.
-  * unknown parameters (Table 3): `--known-fraction` lets SIE and the supervised encoder train on that share of every class
-    only; RECON and VICReg need to know nothing and see all.
-  * all four share encoder, views and optimiser [paper: "all experiments adhere"]; SIE's and VICReg's own recipes (ResNet-18,
-    constant rate; LARS) are not offered. Warps fill with zeros, and the black borders tell something of the parameters.
+  * ranges of the transformations: 45 degrees, factors 0.6 to 1.4, hue 0.1, sigma 0.1 to 2, shifts of 10 px at 224 px
+    [F], crops of 20 to 100 %; colour in fixed order.
+  * unknown parameters (Table 3): `--known-fraction` lets SIE and the supervised encoder train on that share of every
+    class only; RECON and VICReg need to know nothing and see all.
+  * all four share encoder, views and optimiser [paper: "all experiments adhere"]; SIE's and VICReg's own recipes
+    (ResNet-18, constant rate; LARS) are not offered. Warps fill with zeros, and the black borders tell something of
+    the parameters.
 """
 
 import dataclasses
@@ -192,7 +194,8 @@ def make_policies(args, posed):
     if posed:
         return {view: Compose([common.CenterCrop(args.img_size, resize=args.img_size), normalise]) for view in "12"}
     S, crop = args.img_size, RandomResizedCrop(args.img_size, args.crop_scale)
-    # both views begin with the same box, see `draw_views`; a folder's worker cuts it twice, which costs little beside decoding
+    # both views begin with the same box, see `draw_views`; a folder's worker cuts it twice, which costs little beside
+    # decoding
     T = [Recrop(S), common.family("flip", S), Warp(S), common.family("color", S), common.family("blur", S)]
     return {"1": Compose([crop, normalise]), "2": Compose([crop, *T, normalise])}
 
@@ -216,7 +219,8 @@ def draw_views(args, policies, families, generator):
 
 
 def latent(families, params, size):
-    """z of images: params of view 2 -> (n, K): 1, then each family's numbers, a rotation by phi as (sin phi, cos phi - 1)."""
+    """z of images: params of view 2 -> (n, K): 1, then each family's numbers, a rotation by phi as (sin phi, cos phi
+    - 1)."""
     columns = [torch.ones(len(params["angle"]), 1)]
     for name in families:
         if name == "rotation":
@@ -229,7 +233,8 @@ def latent(families, params, size):
 
 
 class ObjectPairs:
-    """Posed objects, for the loader: an epoch visits every object once, in two of its images, a random one and another."""
+    """Posed objects, for the loader: an epoch visits every object once, in two of its images, a random one and
+    another."""
 
     def __init__(self, groups):
         self.by_object, self.count = (
@@ -254,7 +259,8 @@ class ObjectPairs:
 
 
 def pose_latent(families, factors, i, j):
-    """z of posed objects, rows (n,) of their two images: the relative quaternion, or 1; then the differences of the hues."""
+    """z of posed objects, rows (n,) of their two images: the relative quaternion, or 1; then the differences of the
+    hues."""
     z = [common.pose_target("pose", factors, i, j) if "rotation" in families else torch.ones(len(i), 1)]
     return torch.cat(z + [common.pose_target("hues", factors, i, j)] * ("color" in families), 1)
 
@@ -277,8 +283,8 @@ def covariance(z):
 
 
 def vicreg(z1, z2, args):
-    """Embeddings of both views on this process, (b, d) each -> {"L_sim", "L_var", "L_cov"}, unweighted, and their weighted sum
-    "L_ssl". Variance and covariance are over the global batch."""
+    """Embeddings of both views on this process, (b, d) each -> {"L_sim", "L_var", "L_cov"}, unweighted, and their
+    weighted sum "L_ssl". Variance and covariance are over the global batch."""
     all1, all2 = common.gather(z1), common.gather(z2)  # (B, d)
     terms = dict(
         L_sim=F.mse_loss(z1, z2), L_var=(variance(all1) + variance(all2)) / 2, L_cov=covariance(all1) + covariance(all2)
@@ -289,7 +295,8 @@ def vicreg(z1, z2, args):
 
 
 def split_loss(inv1, inv2, equi1, equi2, predicted, args):
-    """SIE: embeddings of both views and M(z) equi1, (b, d) each on this process -> the terms and their weighted sum "loss"."""
+    """SIE: embeddings of both views and M(z) equi1, (b, d) each on this process -> the terms and their weighted sum
+    "loss"."""
     x1, x2, p = (common.gather(v) for v in (torch.cat([inv1, equi1], 1), torch.cat([inv2, equi2], 1), predicted))
     terms = dict(
         L_sim=F.mse_loss(inv1, inv2),
@@ -385,8 +392,8 @@ class Objective(nn.Module):
         self.compiled = (torch.compile(self.backbone.patches, dynamic=False),)
 
     def forward(self, views, z=None, labels=None):
-        """All of a step's mathematics: views {"1", "2"} (B, 3, H, W), z (B, K) for sie, labels (B,) -> ({"loss", ...}, y of
-        view 1)."""
+        """All of a step's mathematics: views {"1", "2"} (B, 3, H, W), z (B, K) for sie, labels (B,) -> ({"loss",
+        ...}, y of view 1)."""
         (encode,) = self.compiled or (self.backbone.patches,)
         t1, t2 = encode(views["1"]), encode(views["2"])  # (B, N, 512)
         return self.terms(t1, t2, x2=views["2"], z=z, labels=labels), t1.mean(1)

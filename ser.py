@@ -1,4 +1,5 @@
-"""SER: soft equivariance regularisation of intermediate tokens, on MoCo-v3, DINO or Barlow Twins; and what it is compared to.
+"""SER: soft equivariance regularisation of intermediate tokens, on MoCo-v3, DINO or Barlow Twins; and what it is
+compared to.
 
 Paper: "Soft Equivariance Regularization for Invariant Self-Supervised Learning" (ICLR 2026, arXiv 2603.06693).
 
@@ -41,24 +42,27 @@ Where the paper is silent or at odds with itself, this file takes (source in bra
   * gradients flow through both sides and through the gather over processes. The public code gathers without gradient,
     by which L_equiv would train nothing; the paper's ablation (lambda = 0 differs from lambda > 0) rules that out.
   * a LayerNorm before the projector; the projector after rho_g [paper's Algorithm 1]; 6 heads in ViT-S [DINO, timm].
-  * MoCo-v3 itself follows github.com/facebookresearch/moco-v3: fixed sin-cos positions (SER's public code learns them),
-    frozen random patch projection, weight decay on everything, no clipping. Base lr 3e-4 [SER's public code; the same peak as MoCo-v3's own recipe].
-  * DINO (github.com/facebookresearch/dino) and Barlow Twins (github.com/facebookresearch/barlowtwins), on AdamW, with the
-    learning rates, clipping per tensor, teacher momentum and crops of SER's public code. DINO's teacher moves by the
-    momentum of the coming step, not of the past one. Its temperature rises by the step and arrives after
+  * MoCo-v3 itself follows github.com/facebookresearch/moco-v3: fixed sin-cos positions (SER's public code learns
+    them), frozen random patch projection, weight decay on everything, no clipping. Base lr 3e-4 [SER's public code;
+    the same peak as MoCo-v3's own recipe].
+  * DINO (github.com/facebookresearch/dino) and Barlow Twins (github.com/facebookresearch/barlowtwins), on AdamW, with
+    the learning rates, clipping per tensor, teacher momentum and crops of SER's public code. DINO's teacher moves by
+    the momentum of the coming step, not of the past one. Its temperature rises by the step and arrives after
     `teacher_temp_epochs`; DINO's table rises by the epoch and arrives one epoch earlier. The teacher is evaluated, as
     in DINO; SER's public code loads the student.
-  * 2+4 views: locals and all of b2's views have jitter and half of them blur, but neither grey nor solarisation; each pair
-    of b2 is made of one crop; ten terms of MoCo-v3, summed (DINO: averaged) [public code]. L_equiv is the formula above,
-    summed over one global and two local pairs; the public code's offset counts images where it should count tokens.
-  * AugSelf (github.com/hankook/AugSelf): one head a parameter, 44.2 M parameters where SER's table has 43.7; gradient through
-    both views; each view mirrors the centre of its crop with its own flip; the crops of MoCo-v3. Its ImageNet views keep
-    AugSelf's photometrics (saturation 0.4, blur 0.5, no solarisation), STL's keep STL's; all rows of the two small
-    recipes see the same ones.
-  * STL (github.com/jaemyung-u/stl): partners have one box in fractions of their image. EquiMod (github.com/ADevillers/EquiMod):
-    a batch norm over both views together standardises the 18 parameters, where EquiMod's code has constants of its data
-    set; a projector call a view, as in SER's code (EquiMod's has one for all three). E-SSL (github.com/rdangovs/essl): the weight for SimCLR, 0.4; Barlow
-    Twins 8. Heads as wide as in SER's table.
+  * 2+4 views: locals and all of b2's views have jitter and half of them blur, but neither grey nor solarisation; each
+    pair of b2 is made of one crop; ten terms of MoCo-v3, summed (DINO: averaged) [public code]. L_equiv is the
+    formula above, summed over one global and two local pairs; the public code's offset counts images where it should
+    count tokens.
+  * AugSelf (github.com/hankook/AugSelf): one head a parameter, 44.2 M parameters where SER's table has 43.7; gradient
+    through both views; each view mirrors the centre of its crop with its own flip; the crops of MoCo-v3. Its ImageNet
+    views keep AugSelf's photometrics (saturation 0.4, blur 0.5, no solarisation), STL's keep STL's; all rows of the
+    two small recipes see the same ones.
+  * STL (github.com/jaemyung-u/stl): partners have one box in fractions of their image. EquiMod
+    (github.com/ADevillers/EquiMod): a batch norm over both views together standardises the 18 parameters, where
+    EquiMod's code has constants of its data set; a projector call a view, as in SER's code (EquiMod's has one for all
+    three). E-SSL (github.com/rdangovs/essl): the weight for SimCLR, 0.4; Barlow Twins 8. Heads as wide as in SER's
+    table.
 
 Recipes `blocks` and `cifar10` are ours; they raise equi_ratio to 0.125, because 1 % of a small batch is nothing.
 """
@@ -137,7 +141,8 @@ class Args(common.RunArgs):
     proj_hidden: Count = 4096
     """hidden width of projector and predictor (mocov3, barlow) or of the head (dino)"""
     proj_dim: Count = 256
-    """width of the embeddings that are contrasted (mocov3), decorrelated (barlow), or of the head's bottleneck (dino)"""
+    """width of the embeddings that are contrasted (mocov3), decorrelated (barlow), or of the head's bottleneck
+    (dino)"""
     temp: Positive = 0.2
     """temperature T of MoCo-v3; of DINO's student"""
     momentum: Share = 0.99
@@ -266,8 +271,8 @@ def second_part(batch_size, ratio):
 
 
 def make_policies(args):
-    """{view: Compose}: "1" and "2" of T, and local views "3" to "6". SER has "eq1" to "eq6" of T_eq beside them, EquiMod
-    "plain", the un-augmented image, E-SSL "rotated", the crop that a step will rotate."""
+    """{view: Compose}: "1" and "2" of T, and local views "3" to "6". SER has "eq1" to "eq6" of T_eq beside them,
+    EquiMod "plain", the un-augmented image, E-SSL "rotated", the crop that a step will rotate."""
     normalise = Normalize(*common.normalisation(args))
     crop = RandomResizedCrop(args.img_size, args.crop_scale, interpolation=args.interpolation)
     local_crop = RandomResizedCrop(args.local_size, args.local_scale)
@@ -350,10 +355,9 @@ def relative(k1, f1, k2, f2):
 def act(z, k, f, size):
     """rho_g: z (n, h1, w1, D) -> (n, h2, w2, D) with (h2, w2) = `size`, per-sample (k, f) as in `relative`.
 
-    In normalised coordinates (x right, y down, cell centres, [-1, 1]) g moves a point p to D p, D = R^k F^f, and scaling
-    changes nothing but the grid. So output cell p reads z at D^T p, bicubically: an exact permutation of cells wherever
-    the permuted input grid is the output grid.
-    """
+    In normalised coordinates (x right, y down, cell centres, [-1, 1]) g moves a point p to D p, D = R^k F^f, and
+    scaling changes nothing but the grid. So output cell p reads z at D^T p, bicubically: an exact permutation of
+    cells wherever the permuted input grid is the output grid."""
     quarter, flip = torch.tensor([[0.0, 1.0], [-1.0, 0.0]]), torch.tensor([[-1.0, 0.0], [0.0, 1.0]])
     table = torch.stack(
         [torch.linalg.matrix_power(quarter, i) @ torch.linalg.matrix_power(flip, j) for i in range(4) for j in range(2)]
@@ -371,8 +375,8 @@ def act(z, k, f, size):
 
 
 def nt_xent(z1, z2, tau, chunk=2**23):
-    """L_equiv (Section 3.3): z1 = p(rho_g f1(x1)) and z2 = p(f1(x2)), each (n, P, D) on this process, -> scalar. With one
-    cell, P = 1, it is SimCLR's loss over 2 n rows.
+    """L_equiv (Section 3.3): z1 = p(rho_g f1(x1)) and z2 = p(f1(x2)), each (n, P, D) on this process, -> scalar. With
+    one cell, P = 1, it is SimCLR's loss over 2 n rows.
 
     Positive: the same cell of the same image on the other side. Negatives: all cells, both sides, of other images of
     all processes; cells of the anchor's own image are neither. One image in all gives 0. Anchors go in chunks of about
@@ -400,8 +404,8 @@ def nt_xent(z1, z2, tau, chunk=2**23):
 
 
 def contrast(q, k, T):
-    """ctr(q, k) of MoCo-v3: row i of q and k (b, d) is the same image; keys of all processes are negatives. With q and k
-    normalised, 2 T times the cross-entropy of q k^T / T against the diagonal."""
+    """ctr(q, k) of MoCo-v3: row i of q and k (b, d) is the same image; keys of all processes are negatives. With q
+    and k normalised, 2 T times the cross-entropy of q k^T / T against the diagonal."""
     q, k = F.normalize(q, dim=1), F.normalize(k, dim=1)
     logits = q @ common.gather(k).T / T  # (b, B)
     labels = torch.arange(len(q), device=q.device) + common.rank() * len(q)
@@ -409,8 +413,9 @@ def contrast(q, k, T):
 
 
 def distill(students, teachers, centre, temp, teacher_temp):
-    """DINO: students and teachers are outputs (b, K) of views, in the same order. Cross-entropy of softmax(s / temp) against
-    softmax((t - centre) / teacher_temp), mean over the images and over all pairs of a teacher's and another student's view."""
+    """DINO: students and teachers are outputs (b, K) of views, in the same order. Cross-entropy of softmax(s / temp)
+    against softmax((t - centre) / teacher_temp), mean over the images and over all pairs of a teacher's and another
+    student's view."""
     t = [F.softmax((v - centre) / teacher_temp, dim=1) for v in teachers]
     s = [F.log_softmax(v / temp, dim=1) for v in students]
     terms = [-(p * q).sum(1).mean() for i, p in enumerate(t) for j, q in enumerate(s) if i != j]
@@ -464,8 +469,8 @@ def moco_init_(backbone):
 
 
 class Base(nn.Module):
-    """What the three bases share: a step. A base is its backbone, its heads, its teacher (if it has one) and `invariance`;
-    the equivariance term `equi` stands beside it, or None."""
+    """What the three bases share: a step. A base is its backbone, its heads, its teacher (if it has one) and
+    `invariance`; the equivariance term `equi` stands beside it, or None."""
 
     last_layer, compiled = (), (None, None)
 
@@ -480,8 +485,8 @@ class Base(nn.Module):
         self.compiled = tuple(b and torch.compile(b.trace, dynamic=False) for b in encoders)
 
     def forward(self, views, params, epoch=0.0):
-        """All of a step's mathematics: views {name: (n, 3, H, W)} and their params -> ({"loss", "L_inv", "L_equiv", ...}, y of
-        view 1)."""
+        """All of a step's mathematics: views {name: (n, 3, H, W)} and their params -> ({"loss", "L_inv", "L_equiv",
+        ...}, y of view 1)."""
         if "rotated" in views:
             views = views | dict(
                 rotated=torch.cat([views["rotated"].rot90(k, (2, 3)) for k in range(4)])
@@ -533,8 +538,8 @@ class MoCoV3(Base):
         self.teacher = copy.deepcopy(nn.ModuleDict(dict(backbone=backbone, head=self.projector))).requires_grad_(False)
 
     def invariance(self, y, t, epoch):
-        """[CLS] of all views from the online encoder (y) and of views 1 and 2 from the momentum encoder (t), (b, D) each ->
-        L_inv, the sum over all pairs of a query and another view's key."""
+        """[CLS] of all views from the online encoder (y) and of views 1 and 2 from the momentum encoder (t), (b, D)
+        each -> L_inv, the sum over all pairs of a query and another view's key."""
         q = [self.predictor(self.projector(v)) for v in y]  # (b, d)
         with torch.no_grad():
             k = [self.teacher["head"](v) for v in t]  # (b, d)
@@ -566,8 +571,8 @@ class DINOHead(nn.Module):
 
 
 class DINO(Base):
-    """A student learns what its own moving average, the teacher, says of the other view; a centre keeps the teacher from
-    saying always the same. The teacher is what is evaluated."""
+    """A student learns what its own moving average, the teacher, says of the other view; a centre keeps the teacher
+    from saying always the same. The teacher is what is evaluated."""
 
     evaluated, positions = "teacher.backbone", "learned"
 
@@ -584,8 +589,8 @@ class DINO(Base):
         self.last_layer = list(self.head.last.parameters())
 
     def invariance(self, y, t, epoch):
-        """[CLS] of all views from the student (y) and of views 1 and 2 from the teacher (t), (b, D) each -> L_inv. Moves the
-        centre."""
+        """[CLS] of all views from the student (y) and of views 1 and 2 from the teacher (t), (b, D) each -> L_inv.
+        Moves the centre."""
         first, last = self.teacher_temp
         teacher_temp = (
             last if epoch >= self.teacher_temp_epochs else first + (last - first) * epoch / self.teacher_temp_epochs
@@ -633,7 +638,8 @@ def update_teacher(model, m):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Equivariance terms: each maps e, {view: tokens after block `equi_layer` (n, N, D)}, and the views' parameters to L_equiv
+# Equivariance terms: each maps e, {view: tokens after block `equi_layer` (n, N, D)}, and the views' parameters to
+# L_equiv
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -683,8 +689,8 @@ class Baseline(nn.Module):
 
 
 class AugSelf(Baseline):
-    """ "Improving Transferability of Representations via Augmentation-Aware Self-Supervision" (arXiv 2111.09613): from both
-    views' y predict the difference of their transformations, one head for each kind."""
+    """ "Improving Transferability of Representations via Augmentation-Aware Self-Supervision" (arXiv 2111.09613):
+    from both views' y predict the difference of their transformations, one head for each kind."""
 
     outputs = dict(crop=4, color=4, flip=1, blur=1, solarize=1, rotation=4)
 
@@ -717,8 +723,8 @@ class AugSelf(Baseline):
         )  # the threshold; 1 changes nothing
 
     def forward(self, e, params):
-        """A loss for each kind: tanh and squared error of the difference, or a classification (flip: same or not; rotation:
-        (k1 - k2) mod 4), mean over images and both directions; L_equiv is their sum."""
+        """A loss for each kind: tanh and squared error of the difference, or a classification (flip: same or not;
+        rotation: (k1 - k2) mod 4), mean over images and both directions; L_equiv is their sum."""
         y1, y2 = self.cls(e["1"]), self.cls(e["2"])
         y = torch.cat([torch.cat([y1, y2], 1), torch.cat([y2, y1], 1)])  # (2 n, 2 D), both directions
         w1, w2 = self.describe(params["1"]), self.describe(params["2"])
@@ -736,8 +742,9 @@ class AugSelf(Baseline):
 
 
 class STL(Baseline):
-    """ "Self-supervised Transformation Learning for Equivariant Representations" (arXiv 2501.08712). Images 2i and 2i + 1 are
-    transformed alike, so what the pair of views of one says of the transformation, t, must do to the other's y."""
+    """ "Self-supervised Transformation Learning for Equivariant Representations" (arXiv 2501.08712). Images 2i and 2i
+    + 1 are transformed alike, so what the pair of views of one says of the transformation, t, must do to the other's
+    y."""
 
     def __init__(self, dim, args):
         super().__init__(dim, args)
@@ -770,8 +777,9 @@ class STL(Baseline):
 
 
 class EquiMod(Baseline):
-    """ "EquiMod: An Equivariance Module to Improve Visual Instance Discrimination" (arXiv 2211.01244): from the embedding u0
-    of the un-augmented image and a view's parameters predict the view's embedding u, among those of all other views."""
+    """ "EquiMod: An Equivariance Module to Improve Visual Instance Discrimination" (arXiv 2211.01244): from the
+    embedding u0 of the un-augmented image and a view's parameters predict the view's embedding u, among those of all
+    other views."""
 
     def __init__(self, dim, args):
         super().__init__(dim, args)
@@ -784,7 +792,8 @@ class EquiMod(Baseline):
 
     @staticmethod
     def describe(p):
-        """Parameters of a view -> (n, 18): box 4, flip, jitter on, its order 4, factors 4, gray, blur on, sigma, solarise."""
+        """Parameters of a view -> (n, 18): box 4, flip, jitter on, its order 4, factors 4, gray, blur on, sigma,
+        solarise."""
         factors = torch.stack([p["brightness"], p["contrast"], p["saturation"], p["hue"]], 1)  # (n, 4)
         jittered = (factors != torch.tensor([1.0, 1.0, 1.0, 0.0])).any(1)
         scalars = lambda *values: torch.stack([v.float() for v in values], 1)

@@ -3,10 +3,9 @@
     python tests/bench_corrupt.py                   # one thread
     python tests/bench_corrupt.py --device cuda     # images a second there
 
-The original (one image at a time; NumPy, OpenCV, ImageMagick, Pillow) is not installed here: its times were taken once, on one
-thread of another machine, and are rescaled by peers that are simple enough to be written down again and were timed in
-that run too. A figure is good for this machine and this run.
-"""
+The original (one image at a time; NumPy, OpenCV, ImageMagick, Pillow) is not installed here: its times were taken
+once, on one thread of another machine, and are rescaled by peers that are simple enough to be written down again and
+were timed in that run too. A figure is good for this machine and this run."""
 
 import io
 import statistics

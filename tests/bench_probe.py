@@ -2,9 +2,8 @@
 
     python tests/bench_probe.py             # 10,000 features of 384 numbers, 10 and 100 classes; with extraction: ViT-S/16, 224 px
 
-Every contestant runs once a round, rounds repeat, and the ratio is the median of those within a round; a figure is good for this
-machine and this run.
-"""
+Every contestant runs once a round, rounds repeat, and the ratio is the median of those within a round; a figure is
+good for this machine and this run."""
 
 import statistics
 import sys

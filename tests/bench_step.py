@@ -1,4 +1,5 @@
-"""Seconds a training step of ser.py takes, each equivariance term beside the base alone, side by side; and of encoders alone.
+"""Seconds a training step of ser.py takes, each equivariance term beside the base alone, side by side; and of
+encoders alone.
 
     python tests/bench_step.py                                  # vit_pico on random 32-px images, on a CPU
     python tests/bench_step.py --arch vit_small --img-size 224 --patch-size 16 --batch-size 256 --recipe imagenet --device cuda

@@ -68,7 +68,8 @@ def tiny(folder):
 
 @pytest.fixture(scope="session")
 def core50(tmp_path_factory):
-    """Three sessions of ten objects (two categories) as CORe50 lays them out: three frames each, of 16 x 16, numbers with gaps."""
+    """Three sessions of ten objects (two categories) as CORe50 lays them out: three frames each, of 16 x 16, numbers
+    with gaps."""
     root = tmp_path_factory.mktemp("core50")
     g = torch.Generator().manual_seed(0)
     for s in (1, 2, 3):

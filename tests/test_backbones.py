@@ -138,8 +138,8 @@ def test_C10_load_backbone_is_strict(tmp_path, capsys, change, word):
 
 
 def test_knn_on_a_known_vote():
-    """Two neighbours of class 0 at cosine 0.5 against one of class 1 at 0.6: 2 e^(.5/.07) < e^(.6/.07), so class 1 wins;
-    with k = 3 and equal weights it would not."""
+    """Two neighbours of class 0 at cosine 0.5 against one of class 1 at 0.6: 2 e^(.5/.07) < e^(.6/.07), so class 1
+    wins; with k = 3 and equal weights it would not."""
     at = lambda c: [c, (1 - c * c) ** 0.5]
     train, labels = torch.tensor([at(0.5), at(0.5), at(0.6), at(-0.9)]), torch.tensor([0, 0, 1, 2])
     scores = common.knn(train, labels, torch.tensor([[1.0, 0.0]]), k=3)

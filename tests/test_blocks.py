@@ -204,7 +204,8 @@ def test_no_class_is_symmetric():
 
 
 def test_turntable():
-    """Every object in its sessions from every side: upright, whole, smaller from afar, in unseen sessions on test images."""
+    """Every object in its sessions from every side: upright, whole, smaller from afar, in unseen sessions on test
+    images."""
     d, e = B.blocks_views("train", 12), B.blocks_views("test", 12)
     assert len(d["images"]) == 50 * 2 * 108 and len(e["images"]) == 20 * 9 * 36
     assert d["factors"]["session"].unique().tolist() == [0, 1] and e["factors"]["session"].unique().tolist() == list(
@@ -241,7 +242,8 @@ def test_a_view_turns_the_object_about_its_vertical_and_tilts_it_to_the_camera()
 
 
 def test_D15_quaternions_are_unit_and_keep_the_sign_of_the_formula():
-    """Of 1,000 rotations: norm 1, so never 0; along a turn the target moves by small steps and passes w < 0 without a jump."""
+    """Of 1,000 rotations: norm 1, so never 0; along a turn the target moves by small steps and passes w < 0 without a
+    jump."""
     draw = torch.Generator().manual_seed(0)
     q = B.quaternion_from_angles((torch.rand(1000, 3, generator=draw) - 0.5) * math.pi)
     pose = B.pose_target("pose", dict(rotation=q), torch.arange(500), torch.arange(500, 1000))

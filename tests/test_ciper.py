@@ -1,4 +1,5 @@
-"""CIPER, SimCLR, predictive, E-SSL: losses against closed forms, targets against torchvision, views of objects, the data sets."""
+"""CIPER, SimCLR, predictive, E-SSL: losses against closed forms, targets against torchvision, views of objects, the
+data sets."""
 
 import math
 import os

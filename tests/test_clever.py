@@ -1,4 +1,5 @@
-"""CLeVER, DDCL and their bases: losses against closed forms, what learns from what, schedules, VMamba's scan, deformations."""
+"""CLeVER, DDCL and their bases: losses against closed forms, what learns from what, schedules, VMamba's scan,
+deformations."""
 
 import json
 import math
@@ -673,8 +674,8 @@ def small(folder):
 @pytest.mark.parametrize("arch", ["vit_pico", "resnet_pico"])
 @pytest.mark.parametrize("base, equi", VARIANTS)
 def test_N7_every_variant_trains_and_resumes_to_the_same_bits(base, equi, arch, small, tmp_path, capsys):
-    """Stopped in the middle of the temperature's and of the weight decay's schedule, with the prototypes frozen (dino), or of the
-    warm-up, after which the momentum starts anew (simsiam)."""
+    """Stopped in the middle of the temperature's and of the weight decay's schedule, with the prototypes frozen
+    (dino), or of the warm-up, after which the momentum starts anew (simsiam)."""
     run = [*small, "--base", base, "--equi", equi, "--arch", arch, "--freeze-last-epochs", "2", "--max-steps", "6"]
     run += ["--warmup-epochs", "2"] if base == "simsiam" else []
     run += (

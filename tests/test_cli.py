@@ -330,8 +330,8 @@ def test_the_recipe_of_the_paper():
 
 
 def test_the_commands_of_the_readme_run(tiny, folder, core50, tmp_path, monkeypatch, capsys):
-    """Every line of README.md and RESULTS.md that calls a script, as a shell expands it, through main(argv) on tiny images:
-    the last of a repeated flag counts."""
+    """Every line of README.md and RESULTS.md that calls a script, as a shell expands it, through main(argv) on tiny
+    images: the last of a repeated flag counts."""
     monkeypatch.chdir(tmp_path)
     text = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "RESULTS.md"))
     blocks = re.findall(r"^```sh\n(.*?)^```", text, flags=re.M | re.S)

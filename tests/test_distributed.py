@@ -119,8 +119,9 @@ def test_N1_N2_N3_N4_1_2_and_for_ser_4_processes_train_the_same_model(base, equi
 
 
 def collectives():
-    """Gradients through gather with a loss whose rows depend on all rows; the same with a gather that keeps only its own
-    rows' gradient, which is wrong and must be seen to be; batch norm; features of a set that does not divide evenly."""
+    """Gradients through gather with a loss whose rows depend on all rows; the same with a gather that keeps only its
+    own rows' gradient, which is wrong and must be seen to be; batch norm; features of a set that does not divide
+    evenly."""
     W, r = common.world_size(), common.rank()
     g = common.rng("collectives")
     z, x = torch.randn(8, 3, dtype=torch.float64, generator=g), torch.randn(8, 4, 5, dtype=torch.float64, generator=g)

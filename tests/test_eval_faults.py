@@ -1,4 +1,5 @@
-"""What goes wrong around an evaluation: checkpoints, caches, signals, workers. Ids name the fault, as in a catalogue of reliability."""
+"""What goes wrong around an evaluation: checkpoints, caches, signals, workers. Ids name the fault, as in a catalogue
+of reliability."""
 
 import errno
 import io

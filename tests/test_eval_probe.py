@@ -30,7 +30,8 @@ def clusters(n, classes=4, d=8, noise=0.1):
 
 
 class Maps(torch.nn.Module):
-    """An encoder without weights: `see(x)` (n, h, w, C) is its only map, the mean colours of 8 x 8 cells its representation."""
+    """An encoder without weights: `see(x)` (n, h, w, C) is its only map, the mean colours of 8 x 8 cells its
+    representation."""
 
     def __init__(self, see):
         super().__init__()
@@ -91,8 +92,8 @@ def test_layers_tell_what_their_tokens_hold():
 
 
 def shy(x):
-    """Features as of trained encoders: where the light is stands in a small share of the variance, under a common offset and beside
-    dimensions of large variance: (n, 3, 16, 16) -> (n, 16)."""
+    """Features as of trained encoders: where the light is stands in a small share of the variance, under a common
+    offset and beside dimensions of large variance: (n, 3, 16, 16) -> (n, 16)."""
     light, grid = x.mean(1) * 0.5 + 0.5, torch.linspace(-1, 1, 16)  # (n, 16, 16), the pixels again from 0 to 1
     where = (
         torch.stack([(light * grid).sum((1, 2)), (light * grid[:, None]).sum((1, 2))], 1) / light.sum((1, 2))[:, None]
@@ -209,7 +210,8 @@ def test_fine_tuning_learns_and_leaves_the_encoder_alone():
 
 
 def posed(m, sessions):
-    """(a set without images of m objects of 4 classes in some sessions, features that hold class, session and view linearly)."""
+    """(a set without images of m objects of 4 classes in some sessions, features that hold class, session and view
+    linearly)."""
     of = torch.cartesian_prod(torch.arange(m), torch.tensor(sessions), torch.arange(24))
     view = torch.stack([of[:, 2] % 6 * 60.0, of[:, 2] // 6 * 10.0, torch.rand(len(of), generator=g)], 1)
     data = common.ImageSet(
@@ -675,7 +677,8 @@ def test_partners_are_other_views_of_the_same_object():
 
 
 class Planted(torch.nn.Module):
-    """An encoder whose features are the pixels and the sharpness, shrunk to 8 x 8: it knows what was done to an image."""
+    """An encoder whose features are the pixels and the sharpness, shrunk to 8 x 8: it knows what was done to an
+    image."""
 
     dim, img_size, mean, std = 256, 32, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 
@@ -800,8 +803,8 @@ def records(folder):
 
 
 def test_parts_are_slices_of_the_last_block(folder, tmp_path, capsys, monkeypatch):
-    """Of four blocks of a ViT side by side the equivariant part is the last dimensions of the last, the invariant part all others;
-    of a single representation its own two parts. Seen in the widths that the probes are given."""
+    """Of four blocks of a ViT side by side the equivariant part is the last dimensions of the last, the invariant
+    part all others; of a single representation its own two parts. Seen in the widths that the probes are given."""
     shared = [
         "--data",
         "imagefolder",

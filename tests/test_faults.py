@@ -1,4 +1,5 @@
-"""What goes wrong around a run: machines, disks, signals, other people's files. Ids name the fault, as in a catalogue of reliability."""
+"""What goes wrong around a run: machines, disks, signals, other people's files. Ids name the fault, as in a catalogue
+of reliability."""
 
 import contextlib
 import errno
@@ -516,7 +517,8 @@ def test_S2_a_second_sigint_ends_at_once(tiny, tmp_path):
     "where, code, step", [("building", -signal.SIGTERM, None), ("saving", 143, 2), ("scoring", -signal.SIGTERM, 6)]
 )
 def test_S4_a_sigterm_at_another_moment_leaves_whole_files(where, code, step, tiny, tmp_path):
-    """Before the first step and after the last one nothing needs saving; a save is finished, and the run ends at the next step."""
+    """Before the first step and after the last one nothing needs saving; a save is finished, and the run ends at the
+    next step."""
 
     def act():
         module, name = dict(building=(ser, "build"), saving=(os, "replace"), scoring=(common, "knn_accuracy"))[where]
@@ -536,7 +538,8 @@ def test_S4_a_sigterm_at_another_moment_leaves_whole_files(where, code, step, ti
 
 
 def with_fault(argv, rank, step, fault):
-    """One rank of ser.py, where the losses of rank `rank` go through `fault` in one step -> (exit code, its error lines)."""
+    """One rank of ser.py, where the losses of rank `rank` go through `fault` in one step -> (exit code, its error
+    lines)."""
     import torch.distributed as dist
 
     forward, seen = ser.Base.forward, []

@@ -1,4 +1,5 @@
-"""What must hold of every method's numbers: symmetries and gradients of the losses, schedules, golden losses. Ids as in test_faults.py."""
+"""What must hold of every method's numbers: symmetries and gradients of the losses, schedules, golden losses. Ids as
+in test_faults.py."""
 
 import dataclasses
 import json
@@ -38,7 +39,8 @@ def soft(a, b):
 
 @dataclasses.dataclass
 class Loss:
-    """A loss of two views (n, d); whether swapping them or scaling a row changes nothing, and whether it couples the batch."""
+    """A loss of two views (n, d); whether swapping them or scaling a row changes nothing, and whether it couples the
+    batch."""
 
     fn: callable
     symmetric: bool = True
@@ -110,7 +112,8 @@ def test_N10_symmetries(loss):
 
 @each_loss
 def test_N12_parts_of_a_batch_add_up_only_where_images_do_not_meet(loss):
-    """Why there is no gradient accumulation: of the losses that compare images with each other it gives other gradients."""
+    """Why there is no gradient accumulation: of the losses that compare images with each other it gives other
+    gradients."""
 
     def gradient(*parts):
         a, b = draw(8, 6).requires_grad_(), draw(8, 6, key=1)
@@ -149,8 +152,9 @@ def test_N11_four_quarter_turns_are_none_and_steps_compose():
 
 
 def test_N5_schedules_are_those_of_the_papers_code():
-    """The rate starts at 0, is at its peak once and falls. At its last used step, T - 1 of T, it has not arrived: MoCo-v3's and
-    DINO's code end one step short of the stated final value too. Only MoCo-v3's momentum, of the coming step, arrives."""
+    """The rate starts at 0, is at its peak once and falls. At its last used step, T - 1 of T, it has not arrived:
+    MoCo-v3's and DINO's code end one step short of the stated final value too. Only MoCo-v3's momentum, of the coming
+    step, arrives."""
     epochs, warmup, per_epoch, peak = 10, 2, 8, 0.3
     T, W = epochs * per_epoch, warmup * per_epoch
     rates = [common.warmup_cosine(step / per_epoch, epochs, warmup, peak, 0.01) for step in range(T)]
@@ -342,7 +346,8 @@ def test_T2_autocast_is_bfloat16_on_gpus_alone():
 
 @pytest.mark.parametrize("base, equi", [("mocov3", "ser"), ("mocov3", "stl")])
 def test_N3_N8_ranks_share_out_one_global_batch_and_no_draw(base, equi, monkeypatch):
-    """Rows, crops and draws of W ranks, side by side, are those of one process; no two ranks, steps or epochs draw alike."""
+    """Rows, crops and draws of W ranks, side by side, are those of one process; no two ranks, steps or epochs draw
+    alike."""
     args = ser.Args(
         **ser.values_in_force(ser.Args(base=base, equi=equi))
         | dict(base=base, equi=equi, batch_size=16, img_size=16, patch_size=4, equi_ratio=0.5)

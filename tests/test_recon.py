@@ -1,4 +1,5 @@
-"""RECON, SIE, VICReg: losses against closed forms and loops, the decoder's structure, where gradients flow, views and latents."""
+"""RECON, SIE, VICReg: losses against closed forms and loops, the decoder's structure, where gradients flow, views and
+latents."""
 
 import itertools
 import math
@@ -193,7 +194,8 @@ def test_cross_attention_equals_the_loop(decoder):
 
 
 def test_which_half_learns_from_what():
-    """L_recon: no gradient to g_inv and to the neck's first half, some to its second half from both views; L_ssl: the reverse."""
+    """L_recon: no gradient to g_inv and to the neck's first half, some to its second half from both views; L_ssl: the
+    reverse."""
     args, model, views, z = setup()
     out, _ = model(views)
     for name, half, other in (("L_recon", slice(16, 32), slice(0, 16)), ("L_ssl", slice(0, 16), slice(16, 32))):

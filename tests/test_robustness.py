@@ -426,7 +426,8 @@ def test_2_processes_count_what_one_counts(checkpoints, tmp_path):
 
 
 class Oracle(torch.nn.Module):
-    """An encoder that sees the mean colours: bright left halves from bright right ones are easy to tell, on clean images."""
+    """An encoder that sees the mean colours: bright left halves from bright right ones are easy to tell, on clean
+    images."""
 
     img_size, dim, inv, depth, mean, std = 16, 12, None, 1, (0.5,) * 3, (0.5,) * 3
 
@@ -487,7 +488,8 @@ def test_shifted_folders_are_labelled_by_name(folder, tmp_path, capsys):
 
 
 def test_only_the_classes_of_the_set_compete_when_masked(tmp_path):
-    """Grey levels 0, 100, 200 are three classes; of a set with only the outer two, an image nearer to the middle is wrong unless masked."""
+    """Grey levels 0, 100, 200 are three classes; of a set with only the outer two, an image nearer to the middle is
+    wrong unless masked."""
     for split, levels in (
         ("train", {"a": 0, "b": 100, "c": 200}),
         ("test", {"a": 0, "b": 100, "c": 200}),

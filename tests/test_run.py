@@ -280,8 +280,8 @@ def content(path):
     ],
 )
 def test_N7_C15_S1_S2_a_killed_run_resumes_to_the_bits_of_an_uninterrupted_one(tiny, tmp_path, how, base, equi):
-    """A child trains and gets the signal in the middle of step 3 of 6; its successor ends where an undisturbed run ends. DINO's
-    temperature, weight decay and frozen last layer are then in mid-schedule."""
+    """A child trains and gets the signal in the middle of step 3 of 6; its successor ends where an undisturbed run
+    ends. DINO's temperature, weight decay and frozen last layer are then in mid-schedule."""
     tiny = [
         *tiny,
         "--base",
@@ -510,7 +510,8 @@ def test_resuming_continues_the_log(tiny, tmp_path):
 
 
 def test_what_loader_workers_need_can_be_sent_to_them():
-    """Where processes are spawned and not forked (macOS, Windows) the loader travels as a pickle, and still knows its rows."""
+    """Where processes are spawned and not forked (macOS, Windows) the loader travels as a pickle, and still knows its
+    rows."""
     import pickle
     from functools import partial
 

@@ -357,7 +357,8 @@ def test_lambda_0_leaves_the_gradients_of_l_inv():
 
 
 def test_N2_without_ser_it_is_moco_v3():
-    """L_inv recomputed from the published formulas: both directions, keys from the momentum branch, no gradient there."""
+    """L_inv recomputed from the published formulas: both directions, keys from the momentum branch, no gradient
+    there."""
     args, model, views, params = setup("none")
     out, _ = model(views, params)
     y = [model.backbone(views[v]) for v in "12"]
@@ -409,7 +410,8 @@ def test_N6_views_of_b2_are_related_by_g():
     ],
 )
 def test_N16_losses_fall_when_32_images_are_overfitted(base, equi, L_inv):
-    """30 steps on one fixed batch: L_inv falls to a stated share of its start, the contrast of 16 x 16 cells by a tenth."""
+    """30 steps on one fixed batch: L_inv falls to a stated share of its start, the contrast of 16 x 16 cells by a
+    tenth."""
     args, model, views, params = setup(equi, base, equi_ratio=0.5, batch_size=32)
     model, views = model.float(), {k: v.float() for k, v in views.items()}
     optimizer = torch.optim.AdamW(

@@ -31,7 +31,8 @@ def outputs(args, model, views):
 @pytest.mark.parametrize("equi", BASELINES)
 @pytest.mark.parametrize("layer", [0, 2])
 def test_N14_T7_a_step_of_every_combination_trains_what_it_should(base, equi, layer):
-    """L_equiv reaches the blocks up to its layer and its own head, L_inv the base's heads; nothing reaches a teacher."""
+    """L_equiv reaches the blocks up to its layer and its own head, L_inv the base's heads; nothing reaches a
+    teacher."""
     args, model, views, params = setup(equi, base, equi_layer=layer, local_size=8)
     out, y = model(views, params)
     assert out["loss"].item() == pytest.approx(
@@ -85,8 +86,8 @@ def test_N11_N13_augself_of_equal_views_aims_at_zero():
 
 
 def test_N6_N10_augself_equals_the_loop():
-    """Every target written out per sample and direction, from the raw parameters; swapping the views negates the targets and
-    so leaves the symmetric loss as it is."""
+    """Every target written out per sample and direction, from the raw parameters; swapping the views negates the
+    targets and so leaves the symmetric loss as it is."""
     args, model, views, params = setup("augself", equi_params=ALL, blur=(0.5, 0.5), solarize=(0.5, 0.5))
     e = outputs(args, model, views)
     out = model.equi(e, params)
@@ -245,7 +246,8 @@ def test_equimod_equals_the_loop():
 
 
 def test_equimod_s_18_numbers_keep_what_they_say_on_asymmetric_views():
-    """View 1 is always blurred, view 2 rarely: after the batch norm the numbers still tell blur, sigma and solarisation of each row."""
+    """View 1 is always blurred, view 2 rarely: after the batch norm the numbers still tell blur, sigma and
+    solarisation of each row."""
     _, model, _, params = setup("equimod", blur=(1.0, 0.1), solarize=(0.0, 0.2), batch_size=32)
     term, seen = model.equi, []
     term.embed[0].register_forward_hook(lambda _, x, y: seen.append((x[0], y)))
