@@ -21,8 +21,8 @@ turns a small crop was given: L = InfoNCE(z_1, z_2) + alpha CE(rot(h_3), k), wit
 
 Usage
     python ciper.py                                                   # turntable images, CPU, minutes
-    python ciper.py --views dataset                                   # views: the same object from elsewhere, in any session
-    python ciper.py --objective simclr --views time                   # views: successive images of a walk around an object
+    python ciper.py --views dataset  # views: the same object from elsewhere, in any session
+    python ciper.py --objective simclr --views time  # views: successive images of a walk around an object
     python ciper.py --data cifar10 --data-dir CIFAR                   # the paper's Table 3
     python ciper.py --data core50 --data-dir CORE50 --views dataset   # Table 2
     python ciper.py --drop-aug crop                                   # Figure 4
@@ -446,13 +446,15 @@ def check(args):
         )
     if args.views != "image" and args.data not in ("blocks-views", "core50", "tdw"):
         common.die(
-            f"--views {args.views}: {args.data} knows neither views nor sessions of its objects; take blocks-views, core50 or tdw, or --views image"
+            f"--views {args.views}: {args.data} knows neither views nor sessions of its objects; take "
+            "blocks-views, core50 or tdw, or --views image"
         )
     if args.time_continue != 0.95 and args.views != "time":
         common.die(f"--time-continue {args.time_continue}: goes with --views time")
     if len(set(args.drop_aug)) < len(args.drop_aug) or len(args.drop_aug) == len(WIDTH):
         common.die(
-            f"--drop-aug {' '.join(args.drop_aug)}: name each once, and leave one of {', '.join(WIDTH)} to tell the views apart"
+            f"--drop-aug {' '.join(args.drop_aug)}: name each once, and leave one of {', '.join(WIDTH)} to tell "
+            "the views apart"
         )
     if args.objective == "essl" and args.img_size < 2:
         common.die(f"--img-size {args.img_size}: essl turns crops of half the size; take 2 or more")

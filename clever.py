@@ -22,7 +22,7 @@ Usage
     python clever.py                                                   # CLeVER on DINO, rendered images, CPU, minutes
     python clever.py --base simsiam --equi ddcl                        # DDCL; --lambda-preg 0: as published before
     python clever.py --equi none                                       # DINO, on the whole representation
-    python clever.py --data cifar10 --data-dir CIFAR --aug complex     # rotations by up to 90 degrees; complex_plus: and elastic
+    python clever.py --data cifar10 --data-dir CIFAR --aug complex  # rotations by up to 90 degrees; complex_plus: and elastic
     torchrun --nproc_per_node=8 clever.py --data imagenet100 --data-dir IMAGENET --arch resnet50 --compile
 
 Where the paper is silent, or its public code differs, this file takes (sources: [C] the code of CLeVER, [DD] that of
@@ -616,7 +616,8 @@ def build(args, device):
     if args.equi != "none":
         if not 0 < inv < backbone.dim:
             common.die(
-                f"--inv-ratio {args.inv_ratio}: gives {inv} of {backbone.dim} dimensions to the invariant part; both parts need some"
+                f"--inv-ratio {args.inv_ratio}: gives {inv} of {backbone.dim} dimensions to the invariant part; "
+                "both parts need some"
             )
         backbone.inv = backbone.description["inv"] = inv  # only now is the width known that it is a share of
     model = dict(dino=DINO, simsiam=SimSiam)[args.base](backbone, args, inv)

@@ -197,11 +197,17 @@ def one_line(error):
     ):
         return f"out of memory: lower --batch-size, --img-size or --workers ({text[:120] or 'MemoryError'})"
     if "DataLoader" in text:
-        return f"a loader process ended or hangs: lower --workers (0 reads in the main process), or give it more memory ({text[:200]})"
+        return (
+            "a loader process ended or hangs: lower --workers (0 reads in the main process), or give it more "
+            f"memory ({text[:200]})"
+        )
     if any(words in text for words in ("Connection closed by peer", "Connection reset by peer", "gloo", "NCCL")):
         return f"{GONE} ended or does not answer ({text[:160]})"
     if "InvalidCxxCompiler" in text or "Cannot find a working triton" in text:
-        return "--compile: torch found no working compiler (a C++ compiler such as g++ on CPUs, Triton on GPUs); install it, or leave the flag out"
+        return (
+            "--compile: torch found no working compiler (a C++ compiler such as g++ on CPUs, Triton on GPUs); "
+            "install it, or leave the flag out"
+        )
     if isinstance(error, OSError) and error.errno is not None:
         return f"{error.filename or 'a file'}: {error.strerror}"
     return None
@@ -291,7 +297,8 @@ def from_torchrun():
     missing = [name for name in (*names[:2], "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if world > 1 and missing:
         die(
-            f"WORLD_SIZE={world} is in the environment and {missing[0]} is not; start with torchrun, or unset WORLD_SIZE",
+            f"WORLD_SIZE={world} is in the environment and {missing[0]} is not; start with torchrun, or unset "
+            "WORLD_SIZE",
             alone=True,
         )
     if rank >= world or local_rank >= max(world, local_world):
@@ -665,7 +672,8 @@ class Run:
             die(f"--out {self.out}: cannot be written ({e.strerror}); choose another directory")
         if self.path.exists() and not (self.args.resume or self.args.overwrite):
             die(
-                f"--out {self.out}: already holds a checkpoint; add --resume to continue, --overwrite to start afresh, or choose another --out"
+                f"--out {self.out}: already holds a checkpoint; add --resume to continue, --overwrite to start "
+                "afresh, or choose another --out"
             )
 
     def _lock(self):
@@ -715,7 +723,8 @@ class Run:
                 self.optimizer.load_state_dict(state["train_state"]["optimizer"])
             except (KeyError, ValueError, RuntimeError, TypeError) as e:
                 die(
-                    f"{self.path}: its training state does not fit this run ({' '.join(str(e).split())[:200]}); take the script that wrote it, or start afresh with --overwrite"
+                    f"{self.path}: its training state does not fit this run ({' '.join(str(e).split())[:200]}); "
+                    "take the script that wrote it, or start afresh with --overwrite"
                 )
             self.resumed = True
             self.say(f"resuming {self.path} at step {state['step']}")
@@ -731,12 +740,14 @@ class Run:
         for name in sorted(now.keys() & saved.keys() - self.FREE):
             if now[name] != saved[name]:
                 die(
-                    f"--{name.replace('_', '-')} {now[name]}: the checkpoint in {self.out} was made with {saved[name]}; resume with that or choose another --out"
+                    f"--{name.replace('_', '-')} {now[name]}: the checkpoint in {self.out} was made with "
+                    f"{saved[name]}; resume with that or choose another --out"
                 )
         seen = state["train_state"].get("data", self.data)
         if seen != self.data:
             die(
-                f"--data-dir {self.args.data_dir}: holds other images than {self.path} has seen ({difference(seen, self.data)}); resume with those or choose another --out"
+                f"--data-dir {self.args.data_dir}: holds other images than {self.path} has seen "
+                f"({difference(seen, self.data)}); resume with those or choose another --out"
             )
         return state
 
@@ -885,7 +896,8 @@ class Run:
             if not all(map(math.isfinite, row)):
                 what = ", ".join(f"{k} {v:.4g}" for k, v in zip(self.names, row))
                 die(
-                    f"the loss is not finite at step {self.first_pending + i} ({what}); lower --lr; {self._last_good()}",
+                    f"the loss is not finite at step {self.first_pending + i} ({what}); lower --lr; "
+                    f"{self._last_good()}",
                     1,
                 )
         self.first_pending += len(values)
@@ -905,10 +917,12 @@ class Run:
                 "skipped.txt", lambda path: write(path, os.fsencode("".join(f"{name}\n" for name in data.skipped)))
             )
         self.say(
-            f"{self.method}: {len(data):,} images of {self.args.data}, {self.args.epochs} epochs of {loader.steps_per_epoch} steps, on {world_size()} x {self.device.type}, into {self.out}",
+            f"{self.method}: {len(data):,} images of {self.args.data}, {self.args.epochs} epochs of "
+            f"{loader.steps_per_epoch} steps, on {world_size()} x {self.device.type}, into {self.out}",
             f"  {recipe}",
             *[
-                f"  {len(data.skipped)} images cannot be read and are left out; they are listed in {self.out / 'skipped.txt'}"
+                f"  {len(data.skipped)} images cannot be read and are left out; they are listed in "
+                f"{self.out / 'skipped.txt'}"
             ]
             * bool(data.skipped),
             *[f"  {data.note}"] * bool(data.note),
@@ -948,7 +962,8 @@ class Run:
             score = lambda encoder: knn_accuracy(encoder, train, test, self.device, self.args)
             trained, before = score(self.encoder), score(untrained.get_submodule(untrained.evaluated))
             self.say(
-                f"k-NN accuracy on test images: {trained:.3f} (the untrained encoder: {before:.3f}; chance: {1 / len(train.classes):.3f})"
+                f"k-NN accuracy on test images: {trained:.3f} (the untrained encoder: {before:.3f}; chance: "
+                f"{1 / len(train.classes):.3f})"
             )
         self.say(f"next: python eval_probe.py {shlex.quote(str(self.path))}")
         self._unlock()
@@ -2112,7 +2127,8 @@ class Loader(torch.utils.data.Dataset):
         if args.batch_size % world_size():
             nearest = max(1, args.batch_size // world_size()) * world_size()
             die(
-                f"--batch-size {args.batch_size}: not divisible by the {world_size()} processes; the nearest that is: {nearest}"
+                f"--batch-size {args.batch_size}: not divisible by the {world_size()} processes; the nearest that "
+                f"is: {nearest}"
             )
 
     def rows(self, step):
@@ -2219,7 +2235,8 @@ def check_shared_memory(workers, batch):
         free, need = disk.f_bavail * disk.f_frsize, 2 * workers * local_world * batch
         if need > free:
             die(
-                f"--workers {workers}: their batches need {need / 2**20:.0f} MB of shared memory and /dev/shm has {free / 2**20:.0f} MB; give --workers 0, or docker run --shm-size=8g"
+                f"--workers {workers}: their batches need {need / 2**20:.0f} MB of shared memory and /dev/shm has "
+                f"{free / 2**20:.0f} MB; give --workers 0, or docker run --shm-size=8g"
             )
 
 

@@ -1,8 +1,8 @@
 """Probe saved encoders: what do their frozen features know?
 
-    python eval_probe.py runs/*/checkpoint.pt                                             # k-NN and linear accuracy, one table
+    python eval_probe.py runs/*/checkpoint.pt  # k-NN and linear accuracy, one table
     python eval_probe.py A/checkpoint.pt B/checkpoint.pt --tasks knn linear mlp r2 layers
-    python eval_probe.py A/checkpoint.pt --data pets --data-dir PETS --tasks linear finetune --linear lbfgs     # transfer
+    python eval_probe.py A/checkpoint.pt --data pets --data-dir PETS --tasks linear finetune --linear lbfgs  # transfer
     python eval_probe.py A/checkpoint.pt timm:vit_small_patch16_224@mine.pt --data cifar10 --data-dir CIFAR --format markdown
     torchrun --nproc_per_node=8 eval_probe.py A/checkpoint.pt --data imagenet --data-dir IMAGENET --protocol ser
 
@@ -671,7 +671,8 @@ class Case:
         args = self.args
         if args.augment and common.rank() == 0:
             print(
-                f"  {args.linear_epochs} epochs of augmented views: {args.linear_epochs * len(self.train):,} images to encode",
+                f"  {args.linear_epochs} epochs of augmented views: {args.linear_epochs * len(self.train):,} "
+                "images to encode",
                 file=sys.stderr,
             )
         for epoch in common.progress(range(args.linear_epochs), desc="linear probes", unit="epoch"):
@@ -1216,7 +1217,8 @@ def open_case(path, encoder, state, args, device):
     elif labelled and train.classes != test.classes:
         odd = sorted(set(train.classes) ^ set(test.classes))[0]
         common.die(
-            f"--data-dir {root}: its train and test folders have different classes ({len(train.classes)} and {len(test.classes)}; {odd} is in one of them only)"
+            f"--data-dir {root}: its train and test folders have different classes ({len(train.classes)} and "
+            f"{len(test.classes)}; {odd} is in one of them only)"
         )
     if state["seen"] and not args.data and not args.data_dir and state["seen"] != (there := train.fingerprint()):
         common.die(

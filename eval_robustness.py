@@ -1,7 +1,7 @@
 """Robustness of saved encoders: accuracy of a linear probe, trained once on clean images, on corrupted, moving,
 augmented and other ones.
 
-    python eval_robustness.py runs/*/checkpoint.pt --suite corruptions                    # all made on the device, nothing to download
+    python eval_robustness.py runs/*/checkpoint.pt --suite corruptions  # all made on the device, nothing to download
     python eval_robustness.py A/checkpoint.pt B/checkpoint.pt --suite perturbations augmentations --images-per-class 20
     python eval_robustness.py A/checkpoint.pt --suite corruptions --suite-dir IMAGENET-C  # the published files
     python eval_robustness.py A/checkpoint.pt --suite shifts --suite-dir IMAGENET-V2 IMAGENET-R IMAGENET-SKETCH
@@ -1216,7 +1216,8 @@ def class_index(folder, names, classes):
     unknown = [name for name in names if (int(name) >= len(classes) if numbers else name not in classes)]
     if unknown:
         common.die(
-            f"--suite-dir {folder}: {unknown[0]} is no class of the training images; folders are named like {classes[0]}, or 0 to {len(classes) - 1}"
+            f"--suite-dir {folder}: {unknown[0]} is no class of the training images; folders are named like "
+            f"{classes[0]}, or 0 to {len(classes) - 1}"
         )
     return torch.tensor([int(name) if numbers else classes.index(name) for name in names])
 
@@ -1245,7 +1246,8 @@ def finished(root, name, severity, classes):
         labels = labels[(severity - 1) * n : severity * n]
         if images.shape[1:] != (32, 32, 3) or len(labels) != n or int(labels.max()) >= len(classes):
             common.die(
-                f"--suite-dir {root}: {name}.npy should hold 5 x N images of 32 x 32 x 3 and labels.npy their classes below {len(classes)}; found {images.shape}"
+                f"--suite-dir {root}: {name}.npy should hold 5 x N images of 32 x 32 x 3 and labels.npy their "
+                f"classes below {len(classes)}; found {images.shape}"
             )
         pixels = torch.from_numpy(images[(severity - 1) * n : severity * n].copy()).permute(0, 3, 1, 2)
         return common.ImageSet(images=pixels, labels=labels, classes=classes)
@@ -1258,7 +1260,8 @@ def find_finished(root, name, severity):
     array = root / f"{name}.npy"
     found = array if array.is_file() else next((place for place in places if place.is_dir()), None)
     return found or common.die(
-        f"--suite-dir {root}: has neither {name}/{severity}/ nor {name}.npy; --types names the corruptions that are there"
+        f"--suite-dir {root}: has neither {name}/{severity}/ nor {name}.npy; --types names the corruptions that "
+        "are there"
     )
 
 
@@ -1281,7 +1284,8 @@ def load_frost(folder, size):
         ]  # as OpenCV, no antialiasing
     if not images or min(min(x.shape[1:]) for x in images) < size:
         common.die(
-            f"--frost-dir {folder}: photographs of at least {size if size >= 96 else 5 * size} px are needed, found {len(images)} images"
+            f"--frost-dir {folder}: photographs of at least {size if size >= 96 else 5 * size} px are needed, "
+            f"found {len(images)} images"
         )
     return tuple(images)
 
@@ -1350,7 +1354,8 @@ def check(args):
         common.die("--suite-dir: goes with --suite corruptions (one folder) or --suite shifts (one or more), alone")
     if len({Path(path).resolve().name for path in args.suite_dir} | {"clean"}) <= len(args.suite_dir):
         common.die(
-            f"--suite-dir {' '.join(args.suite_dir)}: two folders of one name, or one named clean; rename them, their names head the columns"
+            f"--suite-dir {' '.join(args.suite_dir)}: two folders of one name, or one named clean; rename them, "
+            "their names head the columns"
         )
     for flag, folders in (("suite", args.suite_dir), ("frost", (args.frost_dir,) if args.frost_dir else ())):
         if missing := [folder for folder in folders if not os.path.isdir(folder)]:

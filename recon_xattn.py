@@ -23,7 +23,7 @@ a hypernetwork M(z) of what happened between the views maps one view's equivaria
 VICReg makes all of y invariant; the supervised encoder learns labels from both views. All four have the same encoder.
 
 Usage
-    python recon_xattn.py                                              # rendered objects, two views of each, CPU, minutes
+    python recon_xattn.py  # rendered objects, two views of each, CPU, minutes
     python recon_xattn.py --objective sie --sie-params rotation color  # parameters known
     python recon_xattn.py --data imagefolder --data-dir DIR --recipe cifar10
     torchrun --nproc_per_node=8 recon_xattn.py --data 3diebench --data-dir 3DIEBENCH --compile
@@ -525,15 +525,18 @@ def check(args):
         common.die(f"--warmup-epochs {args.warmup_epochs}: must be below --epochs {args.epochs}")
     if args.known_fraction < 1 and args.objective not in ("sie", "supervised"):
         common.die(
-            f"--known-fraction {args.known_fraction}: {args.objective} needs to know nothing and sees all images; leave it out"
+            f"--known-fraction {args.known_fraction}: {args.objective} needs to know nothing and sees all images; "
+            "leave it out"
         )
     if args.objective != "sie" and (args.sie_single or args.sie_params != ("all",)):
         common.die(
-            f"--sie-{'single' if args.sie_single else 'params'}: goes with --objective sie; {args.objective} sees all transformations at once"
+            f"--sie-{'single' if args.sie_single else 'params'}: goes with --objective sie; {args.objective} sees "
+            "all transformations at once"
         )
     if args.img_size == args.patch_size:
         common.die(
-            f"--patch-size {args.patch_size}: leaves a single patch, and cross-attention nothing to choose from; lower it"
+            f"--patch-size {args.patch_size}: leaves a single patch, and cross-attention nothing to choose from; "
+            "lower it"
         )
 
 
@@ -548,7 +551,8 @@ def main(argv=None):
     )
     if train.labels is None and (args.objective == "supervised" or args.known_fraction < 1):
         common.die(
-            f"--data-dir {args.data_dir}: has no classes (one folder per class), which {'--known-fraction' if args.known_fraction < 1 else 'supervised'} needs"
+            f"--data-dir {args.data_dir}: has no classes (one folder per class), which "
+            f"{'--known-fraction' if args.known_fraction < 1 else 'supervised'} needs"
         )
     posed = "rotation" in train.factors
     if posed and args.sie_single:

@@ -889,21 +889,25 @@ def check(args):
         args.weight_decay_end = args.weight_decay
     if args.cls_layer >= depth:
         common.die(
-            f"--cls-layer {args.cls_layer}: {args.arch} has {depth} blocks and [CLS] needs one of them; give --cls-layer 3, say"
+            f"--cls-layer {args.cls_layer}: {args.arch} has {depth} blocks and [CLS] needs one of them; give "
+            "--cls-layer 3, say"
         )
     if args.equi not in ("ser", "none") and 0 < args.equi_layer <= args.cls_layer:
         common.die(
-            f"--equi-layer {args.equi_layer}: {args.equi} takes [CLS] there, which enters after block {args.cls_layer}; give --cls-layer 0"
+            f"--equi-layer {args.equi_layer}: {args.equi} takes [CLS] there, which enters after block "
+            f"{args.cls_layer}; give --cls-layer 0"
         )
     if args.local_views and (args.base == "barlow" or args.equi not in ("ser", "none")):
         common.die(
-            f"--local-views {args.local_views}: goes with --base mocov3 or dino (Barlow Twins correlates two views) and --equi ser or none"
+            f"--local-views {args.local_views}: goes with --base mocov3 or dino (Barlow Twins correlates two "
+            "views) and --equi ser or none"
         )
     if (args.local_views or args.equi == "essl") and args.local_size % args.patch_size:
         common.die(f"--local-size {args.local_size}: not divisible by --patch-size {args.patch_size}")
     if args.equi == "stl" and args.batch_size // common.world_size() % 2:
         common.die(
-            f"--batch-size {args.batch_size}: stl pairs images, so each of the {common.world_size()} processes needs an even number"
+            f"--batch-size {args.batch_size}: stl pairs images, so each of the {common.world_size()} processes "
+            "needs an even number"
         )
     if args.equi == "augself" and not args.equi_params:
         common.die("--equi-params: name what augself is to predict, e.g. crop color")
@@ -920,11 +924,13 @@ def check(args):
         n2 = second_part(args.batch_size, args.equi_ratio)
         if n2 >= args.batch_size:
             common.die(
-                f"--batch-size {args.batch_size}: SER's second part takes {n2} of it; raise it (the part is at least 8) or lower --equi-ratio {args.equi_ratio}"
+                f"--batch-size {args.batch_size}: SER's second part takes {n2} of it; raise it (the part is at "
+                f"least 8) or lower --equi-ratio {args.equi_ratio}"
             )
         if n2 % common.world_size():
             common.die(
-                f"--equi-ratio {args.equi_ratio}: SER's second part of {n2} images does not divide among {common.world_size()} processes; start 1, 2, 4 or 8"
+                f"--equi-ratio {args.equi_ratio}: SER's second part of {n2} images does not divide among "
+                f"{common.world_size()} processes; start 1, 2, 4 or 8"
             )
 
 

@@ -123,7 +123,8 @@ def main():
         print(f"| {name} | {ms:.2f} | {ours[name]:.2f} | {ms / ours[name]:.1f} |")
     for label, names in (("sum of 15", list(scaled)), ("without glass", [n for n in scaled if n != "glass_blur"])):
         print(
-            f"| {label} | {sum(scaled[n] for n in names):.0f} | {sum(ours[n] for n in names):.1f} | {sum(scaled[n] for n in names) / sum(ours[n] for n in names):.1f} |"
+            f"| {label} | {sum(scaled[n] for n in names):.0f} | {sum(ours[n] for n in names):.1f} | "
+            f"{sum(scaled[n] for n in names) / sum(ours[n] for n in names):.1f} |"
         )
 
 

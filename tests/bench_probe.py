@@ -1,6 +1,6 @@
 """What ten learning rates of a linear probe cost: trained side by side, beside one, and beside ten runs of a loader.
 
-    python tests/bench_probe.py             # 10,000 features of 384 numbers, 10 and 100 classes; with extraction: ViT-S/16, 224 px
+    python tests/bench_probe.py  # 10,000 features of 384 numbers, 10 and 100 classes; with extraction: ViT-S/16, 224 px
 
 Every contestant runs once a round, rounds repeat, and the ratio is the median of those within a round; a figure is
 good for this machine and this run."""
@@ -67,7 +67,8 @@ def main():
             3,
         )
         print(
-            f"| {classes} | {statistics.median(t['ten']):.2f} | {statistics.median(t['one']):.2f} | {statistics.median(t['loader']):.2f} | {ratio(t['loader'], t['ten']):.1f} |"
+            f"| {classes} | {statistics.median(t['ten']):.2f} | {statistics.median(t['one']):.2f} | "
+            f"{statistics.median(t['loader']):.2f} | {ratio(t['loader'], t['ten']):.1f} |"
         )
     encoder = common.make_backbone("vit_small", *common.IMAGENET, 224, patch_size=16)
     data = common.ImageSet(images=torch.randint(0, 256, (192, 3, 224, 224), dtype=torch.uint8, generator=g))
@@ -78,7 +79,9 @@ def main():
     t = race({"ten": lambda: ours(x, labels, 100, LRS), "one": lambda: ours(x, labels, 100, LRS[:1])}, 2)
     ten, one = (statistics.median(t[k]) / EPOCHS * 50 for k in ("ten", "one"))
     print(
-        f"\n10,000 images of 224 px, 100 classes, 50 epochs: extraction {10_000 * extraction:.0f} s; then ten rates {ten:.0f} s, one {one:.0f} s: together {(10_000 * extraction + ten) / (10_000 * extraction + one):.3f} of one"
+        f"\n10,000 images of 224 px, 100 classes, 50 epochs: extraction {10_000 * extraction:.0f} s; then ten "
+        f"rates {ten:.0f} s, one {one:.0f} s: together "
+        f"{(10_000 * extraction + ten) / (10_000 * extraction + one):.3f} of one"
     )
 
 

@@ -3,7 +3,7 @@ encoders alone.
 
     python tests/bench_step.py                                  # vit_pico on random 32-px images, on a CPU
     python tests/bench_step.py --arch vit_small --img-size 224 --patch-size 16 --batch-size 256 --recipe imagenet --device cuda
-    python tests/bench_step.py encoders 96 8                    # ViT-S/16, ResNet-50, VMamba-T: size of the images, batch
+    python tests/bench_step.py encoders 96 8  # ViT-S/16, ResNet-50, VMamba-T: size of the images, batch
     python tests/bench_step.py encoders 224 128                 # (on a GPU, where there is one: bfloat16, compiled)
 
 Takes the arguments of ser.py. Every variant does one step a round, rounds repeat, and the ratio is the median of those
@@ -114,7 +114,8 @@ def race(steps, base, rounds=15):
     print(f"| | ms a step | of {base}'s |\n|---|---|---|")
     for name, t in seconds.items():
         print(
-            f"| {name} | {1e3 * statistics.median(t):.0f} | {statistics.median(a / b for a, b in zip(t, seconds[base])):.2f} |"
+            f"| {name} | {1e3 * statistics.median(t):.0f} | "
+            f"{statistics.median(a / b for a, b in zip(t, seconds[base])):.2f} |"
         )
 
 

@@ -254,7 +254,8 @@ def test_R6_a_signal_that_nohup_has_switched_off_stays_off(run, monkeypatch):
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"), "out of memory"),
         (
             RuntimeError(
-                "[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 10 bytes"
+                "[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you tried to "
+                "allocate 10 bytes"
             ),
             "out of memory",
         ),
