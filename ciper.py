@@ -11,7 +11,8 @@ was filmed in.
 
     h = f(x),  h_k = f(t_k(x)),  k = 1, 2                        one encoder f, x without augmentation
     z_k = proj(h_k)                                              the anchor has no part in L_c
-    L_c = -mean_i log( exp(u_i u_j / tau) / sum_{l != i} exp(u_i u_l / tau) ),   u = z / |z|, all 2N rows, j the other view of i
+    L_c = -mean_i log( exp(u_i u_j / tau) / sum_{l != i} exp(u_i u_l / tau) )
+          u = z / |z|, over all 2N rows; j is the other view of i
     p_k = pred(h - h_k),  r_k the parameters of t_k, standardised over both views of the batch
     L_p = 1 / (2 N M) sum_i sum_m (r_1 - p_1)^2 + (r_2 - p_2)^2  M = 10: box (4), flip, colour factors (4), grey
     L = L_c + alpha L_p                                          simclr: L_c;  predictive: alpha L_p

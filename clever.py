@@ -10,19 +10,20 @@ size of its weights to that of the first.
 
     o = f(x) = [z_IR, z_EF],  d_IR = 0.8 D                          the invariant and the equivariant part
     dino:    students s_v = h_IR(z_IR) of all crops v, teachers t_i of the two global ones, S_v, T_i those of h_EF(z_EF)
-             q_i = softmax((t_i - c_IR) / tau_t),  p_v = softmax(s_v / tau),  Q_i, P_v likewise with a centre of their own
-             L_CL = mean over i != v of -sum_k q_ik log p_vk        L_Orth = mean over i != v of | mean_batch cos(Q_i, P_v) |
-             L_PReg = | |h_EF|^2 - |h_IR|^2 |                       |h|^2: all weights of the student's head, squared and summed
+             q_i = softmax((t_i - c_IR) / tau_t),  p_v = softmax(s_v / tau);  Q_i, P_v likewise, with their own centre
+             L_CL = mean over i != v of -sum_k q_ik log p_vk
+             L_Orth = mean over i != v of | mean_batch cos(Q_i, P_v) |
+             L_PReg = | |h_EF|^2 - |h_IR|^2 |,  |h|^2: all weights of the student's head, squared and summed
     simsiam: L_CL = -1/2 (cos(p_1, sg z_2) + cos(p_2, sg z_1))      p = predictor(z), z = projector(z_IR)
              L_Orth = | 1/2 mean (cos(P_1, sg Z_2) + cos(P_2, sg Z_1)) |,  of the equivariant projector and predictor
              L_PReg = 1/2 of that difference between the projectors + 1/2 of that between the predictors
-    L = alpha L_CL + beta L_Orth + lambda L_PReg                    beta = lambda = 0: the base, on 80 % of the representation
+    L = alpha L_CL + beta L_Orth + lambda L_PReg          beta = lambda = 0: the base, on 80 % of the representation
 
 Usage
     python clever.py                                                   # CLeVER on DINO, rendered images, CPU, minutes
     python clever.py --base simsiam --equi ddcl                        # DDCL; --lambda-preg 0: as published before
     python clever.py --equi none                                       # DINO, on the whole representation
-    python clever.py --data cifar10 --data-dir CIFAR --aug complex  # rotations by up to 90 degrees; complex_plus: and elastic
+    python clever.py --data cifar10 --data-dir CIFAR --aug complex  # rotations; complex_plus: and elastic
     torchrun --nproc_per_node=8 clever.py --data imagenet100 --data-dir IMAGENET --arch resnet50 --compile
 
 Where the paper is silent, or its public code differs, this file takes (sources: [C] the code of CLeVER, [DD] that of

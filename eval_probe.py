@@ -3,7 +3,7 @@
     python eval_probe.py runs/*/checkpoint.pt  # k-NN and linear accuracy, one table
     python eval_probe.py A/checkpoint.pt B/checkpoint.pt --tasks knn linear mlp r2 layers
     python eval_probe.py A/checkpoint.pt --data pets --data-dir PETS --tasks linear finetune --linear lbfgs  # transfer
-    python eval_probe.py A/checkpoint.pt timm:vit_small_patch16_224@mine.pt --data cifar10 --data-dir CIFAR --format markdown
+    python eval_probe.py A/checkpoint.pt timm:vit_small_patch16_224@mine.pt --data cifar10 --data-dir CIFAR
     torchrun --nproc_per_node=8 eval_probe.py A/checkpoint.pt --data imagenet --data-dir IMAGENET --protocol ser
 
 Flow: checkpoint -> encoder -> features of the train and test images, once -> every probe on those features -> a table.
@@ -17,33 +17,35 @@ takes them apart.
 
 Tasks
   knn          20 nearest neighbours by cosine, weights exp(cos / 0.07) [DINO, Caron et al. 2021].
-  linear       Softmax regression. --linear sgd: momentum 0.9, no weight decay, cosine to 0, ten rates trained together on nine tenths of
-               the training images (or objects); the one that is best on the other tenth is read on the test images,
-               once, after the last epoch. Centre crops, or with --augment random ones, encoded anew each epoch.
-               lbfgs: to the minimum, with the best of 45 ridge weights [AugSelf, Lee et al. 2021], then on all
-               images. steps: CIPER's schedule, see latents.
+  linear       Softmax regression. --linear sgd: momentum 0.9, no weight decay, cosine to 0, ten rates trained
+               together on nine tenths of the training images (or objects); the one that is best on the other tenth is
+               read on the test images, once, after the last epoch. Centre crops, or with --augment random ones,
+               encoded anew each epoch. lbfgs: to the minimum, with the best of 45 ridge weights [AugSelf, Lee et al.
+               2021], then on all images. steps: CIPER's schedule, see latents.
   mlp          A 3-layer MLP (D-1024-1024-C, Adam) on standardised features of centre crops.
-  fewshot      Linear on 1 % and 10 % of each class, the rate chosen on the tenth above; or (--fewshot finetune) the encoder with it [CLeVER].
-               The images are drawn by --seed; CLeVER takes SimCLR's lists.
+  fewshot      Linear on 1 % and 10 % of each class, the rate chosen on the tenth above; or (--fewshot finetune) the
+               encoder with it [CLeVER]. The images are drawn by --seed; CLeVER takes SimCLR's lists.
   finetune     The encoder trained on with a linear layer, SGD, random crops and flips [CLeVER, Song et al. 2024].
-  r2           How well the features of two views tell what happened between them: a 3-layer MLP on both, squared error, Adam [SIE,
-               Garrido et al. 2023]. Features are standardised by the training pairs; SIE's are raw and its MLP takes
-               25 times as many steps. Images: the second view is the first under one family of transformations, a
-               probe each, targets standardised; SIE draws anew each epoch, for 300, here one draw per image is
-               encoded once, for 50. Posed objects: two views of one; targets are the quaternion of q1^-1 q2 (pose),
-               the differences of the hues (hues).
-  layers       Which quarter turn, and whether a flip, lies between two views, after several blocks [SER, Table 5]; an MLP as in r2.
-  equivariance Cosine of the turned, mirrored or rescaled token map of an image and the map of the turned, ... image [SER].
+  r2           How well the features of two views tell what happened between them: a 3-layer MLP on both, squared
+               error, Adam [SIE, Garrido et al. 2023]. Features are standardised by the training pairs; SIE's are raw
+               and its MLP takes 25 times as many steps. Images: the second view is the first under one family of
+               transformations, a probe each, targets standardised; SIE draws anew each epoch, for 300, here one draw
+               per image is encoded once, for 50. Posed objects: two views of one; targets are the quaternion of q1^-1
+               q2 (pose), the differences of the hues (hues).
+  layers       Which quarter turn, and whether a flip, lies between two views, after several blocks [SER, Table 5]; an
+               MLP as in r2.
+  equivariance Cosine of the turned, mirrored or rescaled token map of an image and the map of the turned, ... image
+               [SER].
   rotation     The linear probe on turned test images; and one that tells quarter turns [CLeVER, Tables 6 and 7].
-  latents      What a linear readout of one image tells [CIPER, Xu and Triesch 2023]: `object`, its class, learnt on train, read on
-               test images, and `instance` (core50), which of the 50 objects; `session` (core50, blocks-views), which
-               of the sessions that never trained, learnt and read within those (every fifth image is read); `view
-               err` (tdw, blocks-views), which the paper leaves undefined: 100 x the squared error of azimuth,
-               elevation and distance, in units of their deviations, so that a constant scores 100; learnt on train,
-               read on test images, or, where these also differ in their sessions, learnt on half of the test objects
-               and read on the others. SGD, Nesterov 0.9, weight decay 1e-6, 100 epochs of batches of 256, rate 1,
-               times 0.3 every 10; for views features are centred and divided by one number. "lstsq": the same by
-               least squares.
+  latents      What a linear readout of one image tells [CIPER, Xu and Triesch 2023]: `object`, its class, learnt on
+               train, read on test images, and `instance` (core50), which of the 50 objects; `session` (core50,
+               blocks-views), which of the sessions that never trained, learnt and read within those (every fifth
+               image is read); `view err` (tdw, blocks-views), which the paper leaves undefined: 100 x the squared
+               error of azimuth, elevation and distance, in units of their deviations, so that a constant scores 100;
+               learnt on train, read on test images, or, where these also differ in their sessions, learnt on half of
+               the test objects and read on the others. SGD, Nesterov 0.9, weight decay 1e-6, 100 epochs of batches of
+               256, rate 1, times 0.3 every 10; for views features are centred and divided by one number. "lstsq": the
+               same by least squares.
 
 --protocol takes a paper's own settings, as far as it or its code states them. `clever` has two: linear probes of DINO
 and CLeVER learn at 0.001 per 256 images for 100 epochs, those of SimSiam and DDCL at 30 for 200 [DDCL's code; CLeVER

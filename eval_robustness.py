@@ -11,16 +11,18 @@ altered once and scored by all -> a table a suite. As soon as a suite is finishe
 results are appended to eval.jsonl beside each checkpoint, with counts for each condition.
 
 Suites
-  corruptions    15 corruptions of 5 severities [HD], and 4 more that are kept for validation: mean accuracy over severities, over all; on ImageNet
-                 mCE and relative mCE, errors relative to AlexNet's, in percent. At 224 px images pass through JPEG of
-                 quality 85, as the published ones did.
-  perturbations  Sequences of up to 41 frames, 10 types and 4 for validation [HD]: accuracy over all frames of all types; flips, how
-                 often, in percent of pairs of frames, the prediction changes, mean of the 10; mFR, that relative to AlexNet's, on
-                 ImageNet; and how far the first five classes move (AlexNet's are unpublished, so not relative).
-  augmentations  CLeVER's: jittered colours, flips, rotations by up to 90 degrees, elastic deformations; mean of several passes.
-  shifts         Other photographs or drawings of the same classes: ImageNet-V2, -R (also with only its 200 classes to choose from),
-                 -Sketch. On `blocks` a stand-in: the test objects painted in opposite hues; on `blocks-views` the
-                 sessions seen in training beside the unseen ones.
+  corruptions    15 corruptions of 5 severities [HD], and 4 more that are kept for validation: mean accuracy over
+                 severities, over all; on ImageNet mCE and relative mCE, errors relative to AlexNet's, in percent. At
+                 224 px images pass through JPEG of quality 85, as the published ones did.
+  perturbations  Sequences of up to 41 frames, 10 types and 4 for validation [HD]: accuracy over all frames of all
+                 types; flips, how often, in percent of pairs of frames, the prediction changes, mean of the 10; mFR,
+                 that relative to AlexNet's, on ImageNet; and how far the first five classes move (AlexNet's are
+                 unpublished, so not relative).
+  augmentations  CLeVER's: jittered colours, flips, rotations by up to 90 degrees, elastic deformations; mean of
+                 several passes.
+  shifts         Other photographs or drawings of the same classes: ImageNet-V2, -R (also with only its 200 classes to
+                 choose from), -Sketch. On `blocks` a stand-in: the test objects painted in opposite hues; on
+                 `blocks-views` the sessions seen in training beside the unseen ones.
 
 Clean images, shifts and finished sets are seen as eval_probe.py sees images, at the encoder's own size; so are
 augmentations. Corruptions and perturbations are made at the size of their constants, for encoders of less than 96 px
@@ -566,25 +568,37 @@ CORRUPTIONS = {  # name: function, its constants for severities 1 to 5 at 224 px
     "gaussian_noise": (gaussian_noise, (.08, .12, .18, .26, .38), (.04, .06, .08, .09, .10)),
     "shot_noise": (shot_noise, (60, 25, 12, 5, 3), (500, 250, 100, 75, 50)),
     "impulse_noise": (impulse_noise, (.03, .06, .09, .17, .27), (.01, .02, .03, .05, .07)),
-    "defocus_blur": (defocus_blur, ((3, .1), (4, .5), (6, .5), (8, .5), (10, .5)), ((.3, .4), (.4, .5), (.5, .6), (1, .2), (1.5, .1))),
-    "glass_blur": (glass_blur, ((.7, 1, 2), (.9, 2, 1), (1, 2, 3), (1.1, 3, 2), (1.5, 4, 2)), ((.05, 1, 1), (.25, 1, 1), (.4, 1, 1), (.25, 1, 2), (.4, 1, 2))),
-    "motion_blur": (motion_blur, ((10, 3), (15, 5), (15, 8), (15, 12), (20, 15)), ((6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5))),
-    "zoom_blur": (zoom_blur, ((.01, 12), (.01, 16), (.02, 11), (.02, 13), (.03, 11)), ((.01, 7), (.01, 12), (.01, 16), (.01, 21), (.01, 26))),
-    "snow": (snow, ((.1, .3, 3, .5, 10, 4, .8), (.2, .3, 2, .5, 12, 4, .7), (.55, .3, 4, .9, 12, 8, .7), (.55, .3, 4.5, .85, 12, 8, .65), (.55, .3, 2.5, .85, 12, 12, .55)),
-             ((.1, .2, 1, .6, 8, 3, .95), (.1, .2, 1, .5, 10, 4, .9), (.15, .3, 1.75, .55, 10, 4, .9), (.25, .3, 2.25, .6, 12, 6, .85), (.3, .3, 1.25, .65, 14, 12, .8))),
-    "frost": (frost, ((1, .4), (.8, .6), (.7, .7), (.65, .7), (.6, .75)), ((1, .2), (1, .3), (.9, .4), (.85, .4), (.75, .45))),
-    "fog": (fog, ((1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4)), ((.2, 3), (.5, 3), (.75, 2.5), (1, 2), (1.5, 1.75))),
+    "defocus_blur": (defocus_blur, ((3, .1), (4, .5), (6, .5), (8, .5), (10, .5)),
+                     ((.3, .4), (.4, .5), (.5, .6), (1, .2), (1.5, .1))),
+    "glass_blur": (glass_blur, ((.7, 1, 2), (.9, 2, 1), (1, 2, 3), (1.1, 3, 2), (1.5, 4, 2)),
+                   ((.05, 1, 1), (.25, 1, 1), (.4, 1, 1), (.25, 1, 2), (.4, 1, 2))),
+    "motion_blur": (motion_blur, ((10, 3), (15, 5), (15, 8), (15, 12), (20, 15)),
+                    ((6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5))),
+    "zoom_blur": (zoom_blur, ((.01, 12), (.01, 16), (.02, 11), (.02, 13), (.03, 11)),
+                  ((.01, 7), (.01, 12), (.01, 16), (.01, 21), (.01, 26))),
+    "snow": (snow, ((.1, .3, 3, .5, 10, 4, .8), (.2, .3, 2, .5, 12, 4, .7), (.55, .3, 4, .9, 12, 8, .7),
+             (.55, .3, 4.5, .85, 12, 8, .65), (.55, .3, 2.5, .85, 12, 12, .55)),
+             ((.1, .2, 1, .6, 8, 3, .95), (.1, .2, 1, .5, 10, 4, .9), (.15, .3, 1.75, .55, 10, 4, .9),
+             (.25, .3, 2.25, .6, 12, 6, .85), (.3, .3, 1.25, .65, 14, 12, .8))),
+    "frost": (frost, ((1, .4), (.8, .6), (.7, .7), (.65, .7), (.6, .75)),
+              ((1, .2), (1, .3), (.9, .4), (.85, .4), (.75, .45))),
+    "fog": (fog, ((1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4)),
+            ((.2, 3), (.5, 3), (.75, 2.5), (1, 2), (1.5, 1.75))),
     "brightness": (brightness, (.1, .2, .3, .4, .5), (.05, .1, .15, .2, .3)),
     "contrast": (contrast, (.4, .3, .2, .1, .05), (.75, .5, .4, .3, .15)),
-    "elastic_transform": (elastic_transform, ((488, 170.8, 24.4), (488, 19.52, 48.8), (12.2, 2.44, 4.88), (17.08, 2.44, 4.88), (29.28, 2.44, 4.88)),
+    "elastic_transform": (elastic_transform, ((488, 170.8, 24.4), (488, 19.52, 48.8), (12.2, 2.44, 4.88),
+                          (17.08, 2.44, 4.88), (29.28, 2.44, 4.88)),
                           ((0, 0, 2.56), (1.6, 6.4, 2.24), (2.56, 1.92, 1.92), (3.2, 1.28, 1.6), (3.2, .96, .96))),
     "pixelate": (pixelate, (.6, .5, .4, .3, .25), (.95, .9, .85, .75, .65)),
     "jpeg_compression": (jpeg_compression, (25, 18, 15, 10, 7), (80, 65, 58, 50, 40)),
     "speckle_noise": (speckle_noise, (.15, .2, .35, .45, .6), (.06, .1, .12, .16, .2)),
     "gaussian_blur": (gaussian_blur, (1, 2, 3, 4, 6), (.4, .6, .7, .8, 1)),
-    "spatter": (spatter, ((.65, .3, 4, .69, .6, 0), (.65, .3, 3, .68, .6, 0), (.65, .3, 2, .68, .5, 0), (.65, .3, 1, .65, 1.5, 1), (.67, .4, 1, .65, 1.5, 1)),
-                ((.62, .1, .7, .7, .5, 0), (.65, .1, .8, .7, .5, 0), (.65, .3, 1, .69, .5, 0), (.65, .1, .7, .69, .6, 1), (.65, .1, .5, .68, .6, 1))),
-    "saturate": (saturate, ((.3, 0), (.1, 0), (2, 0), (5, .1), (20, .2)), ((.3, 0), (.1, 0), (1.5, 0), (2, .1), (2.5, .2))),
+    "spatter": (spatter, ((.65, .3, 4, .69, .6, 0), (.65, .3, 3, .68, .6, 0), (.65, .3, 2, .68, .5, 0),
+                (.65, .3, 1, .65, 1.5, 1), (.67, .4, 1, .65, 1.5, 1)),
+                ((.62, .1, .7, .7, .5, 0), (.65, .1, .8, .7, .5, 0), (.65, .3, 1, .69, .5, 0),
+                (.65, .1, .7, .69, .6, 1), (.65, .1, .5, .68, .6, 1))),
+    "saturate": (saturate, ((.3, 0), (.1, 0), (2, 0), (5, .1), (20, .2)),
+                 ((.3, 0), (.1, 0), (1.5, 0), (2, .1), (2.5, .2))),
 }
 # fmt: on
 BENCHMARK = tuple(CORRUPTIONS)[:15]
@@ -791,11 +805,16 @@ def perturb(x, name, seeds, size):
 ALEXNET_CLEAN = 0.43478  # errors of torchvision's AlexNet, for severities 1 to 5 [HD, issue 10]
 # fmt: off
 ALEXNET = dict(
-    gaussian_noise=(.69528, .82542, .93554, .98138, .99452), shot_noise=(.71224, .85108, .93574, .98182, .99146), impulse_noise=(.78374, .89808, .94870, .98720, .99548),
-    defocus_blur=(.65624, .73202, .85036, .91364, .94714), glass_blur=(.64308, .75054, .88806, .91622, .93344), motion_blur=(.58430, .70048, .82108, .89750, .92638),
-    zoom_blur=(.70008, .76992, .80784, .84198, .87198), snow=(.71726, .88392, .86468, .91870, .94952), frost=(.61390, .79734, .88790, .89942, .93430),
-    fog=(.67474, .76050, .84378, .87260, .94500), brightness=(.45140, .48502, .54048, .62166, .72440), contrast=(.64548, .76150, .88874, .97760, .99270),
-    elastic_transform=(.52596, .70116, .55686, .64076, .80554), pixelate=(.52218, .54620, .73728, .87092, .91262), jpeg_compression=(.51002, .54718, .57294, .65458, .74778))
+    gaussian_noise=(.69528, .82542, .93554, .98138, .99452), shot_noise=(.71224, .85108, .93574, .98182, .99146),
+    impulse_noise=(.78374, .89808, .94870, .98720, .99548),
+    defocus_blur=(.65624, .73202, .85036, .91364, .94714), glass_blur=(.64308, .75054, .88806, .91622, .93344),
+    motion_blur=(.58430, .70048, .82108, .89750, .92638),
+    zoom_blur=(.70008, .76992, .80784, .84198, .87198), snow=(.71726, .88392, .86468, .91870, .94952),
+    frost=(.61390, .79734, .88790, .89942, .93430),
+    fog=(.67474, .76050, .84378, .87260, .94500), brightness=(.45140, .48502, .54048, .62166, .72440),
+    contrast=(.64548, .76150, .88874, .97760, .99270),
+    elastic_transform=(.52596, .70116, .55686, .64076, .80554), pixelate=(.52218, .54620, .73728, .87092, .91262),
+    jpeg_compression=(.51002, .54718, .57294, .65458, .74778))
 # fmt: on
 ALEXNET_FLIPS = dict(  # its flip probabilities [assembled-cnn]
     gaussian_noise=0.23653,

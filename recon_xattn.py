@@ -18,7 +18,8 @@ keep what the transformation between the views did, and nobody has to know its p
 SIE ("Self-supervised learning of Split Invariant Equivariant representations", arXiv 2302.10283) knows the parameters:
 a hypernetwork M(z) of what happened between the views maps one view's equivariant embedding to the other's,
 
-    L = 10 mse(inv, inv') + 4.5 mse(M(z) equi, equi') + 10 (v(x) + v(x')) / 2 + 10 v(M(z) equi) / 2 + c(x) + c(x'),  x = [inv, equi]
+    L = 10 mse(inv, inv') + 4.5 mse(M(z) equi, equi') + 10 (v(x) + v(x')) / 2 + 10 v(M(z) equi) / 2 + c(x) + c(x')
+        x = [inv, equi]
 
 VICReg makes all of y invariant; the supervised encoder learns labels from both views. All four have the same encoder.
 

@@ -2,7 +2,7 @@
 encoders alone.
 
     python tests/bench_step.py                                  # vit_pico on random 32-px images, on a CPU
-    python tests/bench_step.py --arch vit_small --img-size 224 --patch-size 16 --batch-size 256 --recipe imagenet --device cuda
+    python tests/bench_step.py --arch vit_small --img-size 224 --patch-size 16 --batch-size 256 --recipe imagenet
     python tests/bench_step.py encoders 96 8  # ViT-S/16, ResNet-50, VMamba-T: size of the images, batch
     python tests/bench_step.py encoders 224 128                 # (on a GPU, where there is one: bfloat16, compiled)
 

@@ -749,7 +749,8 @@ if __name__ == "__main__":
     multiprocessing.set_forkserver_preload(["common", "eval_probe", "eval_robustness"])
     quick = ["--workers", "1", "--device", "cpu", "--linear-epochs", "1", "--augment"]
     tasks = ["knn", "linear", "mlp", "finetune", "fewshot", "r2", "layers", "equivariance", "rotation", "latents"]
-    eval_probe.main([{path!r}, "--tasks", *tasks, "--fewshot", "finetune", "--finetune-epochs", "1", "--r2-epochs", "1", "--mlp-epochs", "1", *quick])
+    short = ["--finetune-epochs", "1", "--r2-epochs", "1", "--mlp-epochs", "1"]
+    eval_probe.main([{path!r}, "--tasks", *tasks, "--fewshot", "finetune", *short, *quick])
     eval_robustness.main([{path!r}, "--suite", "corruptions", "perturbations", "--types", "gaussian_noise", *quick])
     eval_robustness.main([{path!r}, "--suite", "augmentations", "--passes", "1", *quick])
     eval_robustness.main([{path!r}, "--suite", "shifts", "--suite-dir", {shifted!r}, *quick])
