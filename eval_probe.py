@@ -20,8 +20,8 @@ Tasks
   linear       Softmax regression. --linear sgd: momentum 0.9, no weight decay, cosine to 0, ten rates trained
                together on nine tenths of the training images (or objects); the one that is best on the other tenth is
                read on the test images, once, after the last epoch. Centre crops, or with --augment random ones,
-               encoded anew each epoch. lbfgs: to the minimum, with the best of 45 ridge weights [AugSelf, Lee et al.
-               2021], then on all images. steps: CIPER's schedule, see latents.
+               encoded anew each epoch. lbfgs: to the minimum, or for 1,000 iterations, with the best of 45 ridge
+               weights [AugSelf, Lee et al. 2021], then on all images. steps: CIPER's schedule, see latents.
   mlp          A 3-layer MLP (D-1024-1024-C, Adam) on standardised features of centre crops.
   fewshot      Linear on 1 % and 10 % of each class, the rate chosen on the tenth above; or (--fewshot finetune) the
                encoder with it [CLeVER]. The images are drawn by --seed; CLeVER takes SimCLR's lists.
