@@ -1,5 +1,6 @@
 """What a user types: help, mistakes (one line, exit 2), the README's commands."""
 
+import ast
 import math
 import re
 import shutil
@@ -236,14 +237,12 @@ def test_help_teaches_every_flag(main, flags, capsys):
         eval_probe.Args,
         eval_robustness.Args,
     ):
-        source = (
-            Path(common.sys.modules[cls.__module__].__file__)
-            .read_text()
-            .split(f"class {cls.__name__}")[1]
-            .split("\n\n\n")[0]
-        )
-        fields = re.findall(r"^    (\w+): .*\n(.*)$", source, flags=re.M)
-        assert fields and all(doc.strip().startswith('"""') for _, doc in fields), cls
+        tree = ast.parse(Path(common.sys.modules[cls.__module__].__file__).read_text())
+        body = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == cls.__name__).body
+        fields = {a.target.id for a in body if isinstance(a, ast.AnnAssign)}
+        assert fields == {
+            a.target.id for a, b in zip(body, body[1:]) if isinstance(a, ast.AnnAssign) and isinstance(b, ast.Expr)
+        }
 
 
 def test_help_shows_the_values_in_force(capsys):
