@@ -48,7 +48,7 @@ def on_ranks(world, tmp_path, fn, *args):
 
 
 def train(base, equi, changes, steps=3):
-    """`steps` steps of tiny training in float64 -> (losses, gradients of the first step), as numpy."""
+    """`steps` steps of tiny training in float64 -> (losses, gradients of the first step, teacher and centre), as numpy."""
     args = ser.Args(
         **ser.values_in_force(ser.Args(base=base, equi=equi))
         | dict(
@@ -85,7 +85,8 @@ def train(base, equi, changes, steps=3):
         if step == 0:
             gradients = [p.grad.clone().numpy() for p in parameters]
         optimizer.step()
-    return losses, gradients
+    slow = [v.numpy() for k, v in model.state_dict().items() if k.startswith(("teacher", "centre"))]
+    return losses, gradients, slow
 
 
 @pytest.mark.parametrize(
@@ -109,10 +110,12 @@ def train(base, equi, changes, steps=3):
     ],
 )
 def test_N1_N2_N3_N4_1_2_and_for_ser_4_processes_train_the_same_model(base, equi, changes, tmp_path):
-    (losses, gradients), *_ = on_ranks(1, tmp_path, train, base, equi, changes)
+    (losses, gradients, _), *_ = on_ranks(1, tmp_path, train, base, equi, changes)
     scale = max(abs(g).max() for g in gradients)
     for world in (2, 4) if equi == "ser" and not changes else (2,):
-        for other_losses, other_gradients in on_ranks(world, tmp_path, train, base, equi, changes):
+        ranks = on_ranks(world, tmp_path, train, base, equi, changes)
+        for other_losses, other_gradients, slow in ranks:
+            assert all((a == b).all() for a, b in zip(slow, ranks[0][2])) and bool(slow) == (base != "barlow")
             assert torch.allclose(torch.tensor(other_losses), torch.tensor(losses), rtol=1e-8, atol=0)
             for a, b in zip(gradients, other_gradients):
                 assert abs(a - b).max() <= 1e-8 * max(abs(a).max(), 1e-3 * scale)

@@ -20,6 +20,7 @@ import pytest
 import torch
 from test_distributed import on_ranks
 from test_run import content, refused, same, state
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import ciper
 import clever
@@ -514,18 +515,26 @@ def test_S2_a_second_sigint_ends_at_once(tiny, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "where, code, step", [("building", -signal.SIGTERM, None), ("saving", 143, 2), ("scoring", -signal.SIGTERM, 6)]
+    "where, code, step",
+    [
+        ("building", -signal.SIGTERM, None),
+        ("saving", 143, 2),
+        ("saving at the end", 143, 6),
+        ("scoring", -signal.SIGTERM, 6),
+    ],
 )
 def test_S4_a_sigterm_at_another_moment_leaves_whole_files(where, code, step, tiny, tmp_path):
     """Before the first step and after the last one nothing needs saving; a save is finished, and the run ends at the
     next step."""
 
     def act():
-        module, name = dict(building=(ser, "build"), saving=(os, "replace"), scoring=(common, "knn_accuracy"))[where]
+        module, name = dict(building=(ser, "build"), saving=(os, "replace"), scoring=(common, "knn_accuracy"))[
+            where.split()[0]
+        ]
         original = getattr(module, name)
 
         def interrupted(*a, **k):
-            if where != "saving" or str(a[1]).endswith("checkpoint.pt"):
+            if "saving" not in where or str(a[1]).endswith("checkpoint.pt"):
                 os.kill(os.getpid(), signal.SIGTERM)
             return original(*a, **k)
 
@@ -977,8 +986,22 @@ COMPILED = [
 
 
 @pytest.mark.parametrize("script, flags", COMPILED)
-def test_F21_compile_is_tried_with_every_variant(script, flags, folder, tmp_path, monkeypatch):
-    """With dynamo's eager backend: the losses of plain training, to rounding."""
+def test_N14_T7_F21_every_variant_trains_all_its_parameters_and_compiles(
+    script, flags, folder, tmp_path, monkeypatch, request
+):
+    """Each trainable parameter is in one group of the optimiser and has a gradient. DINO decays matrices alone, all
+    others everything. Compiled with dynamo's eager backend: the losses of plain training, to rounding."""
+    models = []
+    monkeypatch.setattr(common, "distributed", lambda model: models.append(model) or model)
+
+    def stepped(optimizer, *_):
+        grouped = [(p, group["weight_decay"] > 0) for group in optimizer.param_groups for p in group["params"]]
+        trained = {id(p) for p in models[-1].parameters() if p.requires_grad}
+        assert {id(p) for p, _ in grouped} >= trained and len({id(p) for p, _ in grouped}) == len(grouped) > 20
+        assert all(p.grad is not None for p, _ in grouped if p.requires_grad)
+        assert all(decays == ("dino" not in flags or p.ndim > 1) for p, decays in grouped)
+
+    request.addfinalizer(register_optimizer_step_pre_hook(stepped).remove)
     monkeypatch.setattr(torch, "compile", common.partial(torch.compile, backend="eager"))
     argv = [
         "--data",
@@ -1013,7 +1036,7 @@ def test_F21_compile_is_tried_with_every_variant(script, flags, folder, tmp_path
         torch._dynamo.reset()
         SCRIPTS[script].main([*argv, *flags, "--out", str(tmp_path / name), *["--compile"] * (name == "compiled")])
     plain, compiled = (steps(tmp_path / name)[0] for name in ("plain", "compiled"))
-    assert compiled["loss"] == pytest.approx(plain["loss"], abs=1e-4)
+    assert compiled["loss"] == pytest.approx(plain["loss"], abs=1e-4) and len(models) == 2
 
 
 def test_F20_a_copied_and_renamed_script_trains_and_archives_itself(tiny, tmp_path):
