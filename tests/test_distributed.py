@@ -48,7 +48,7 @@ def on_ranks(world, tmp_path, fn, *args):
 
 
 def train(base, equi, changes, steps=3):
-    """`steps` steps of tiny training in float64 -> (losses, gradients of the first step, teacher and centre), as numpy."""
+    """`steps` steps of tiny training in float64 -> (losses, first gradients, teacher and centre), as numpy."""
     args = ser.Args(
         **ser.values_in_force(ser.Args(base=base, equi=equi))
         | dict(
