@@ -197,9 +197,12 @@ def spoiled(path, how):
         *(pytest.param(how, ["NaN or infinity"], id=f"C11 {how}") for how in ("NaN", "infinity")),
     ],
 )
-def test_what_is_no_checkpoint(how, words, tmp_path, capsys):
+def test_what_is_no_checkpoint(how, words, tmp_path, capsys, monkeypatch):
+    opened, read = [], zipfile.ZipFile.open
     spoiled(tmp_path / "bad.pt", how)
+    monkeypatch.setattr(zipfile.ZipFile, "open", lambda self, *a, **k: opened.append(a) or read(self, *a, **k))
     refused(capsys, lambda: common.load_checkpoint(tmp_path / "bad.pt"), "bad.pt", *words)
+    assert not opened or how != "deflated"  # nothing is inflated
 
 
 @pytest.mark.parametrize(
