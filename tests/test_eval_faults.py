@@ -780,6 +780,8 @@ class Lines(torch.nn.Module):
 
     img_size, dim, inv, depth, mean, std = 64, 2, None, 1, (0.5,) * 3, (0.5,) * 3
 
+    feature = "pixels"
+
     def forward(self, x):
         return torch.stack([x.diff(dim=d).abs().mean((1, 2, 3)) for d in (2, 3)], 1)
 

@@ -33,6 +33,8 @@ class Maps(torch.nn.Module):
     """An encoder without weights: `see(x)` (n, h, w, C) is its only map, the mean colours of 8 x 8 cells its
     representation."""
 
+    feature = "mean colours"
+
     def __init__(self, see):
         super().__init__()
         self.see, self.img_size, self.mean, self.std, self.dim, self.inv, self.depth = (
