@@ -19,6 +19,7 @@ import pytest
 import torch
 from test_distributed import on_ranks
 from test_run import content, refused, same, state
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import ciper
 import clever
@@ -817,8 +818,19 @@ COMPILED = [
 
 
 @pytest.mark.parametrize("script, flags", COMPILED)
-def test_F21_compile_is_tried_with_every_variant(script, flags, folder, tmp_path, monkeypatch):
-    """With dynamo's eager backend: the losses of plain training, to rounding."""
+def test_N14_T7_F21_every_variant_trains_all_its_parameters_and_compiles(script, flags, folder, tmp_path, monkeypatch, request):
+    """Each trainable parameter is in one group of the optimiser and has a gradient; DINO decays matrices alone, all others everything.
+    Compiled with dynamo's eager backend: the losses of plain training, to rounding."""
+    averaged, average = [], common.average_gradients
+    monkeypatch.setattr(common, "average_gradients", lambda parameters: averaged.append([id(p) for p in parameters]) or average(parameters))
+
+    def stepped(optimizer, *_):
+        grouped = [(p, group["weight_decay"] > 0) for group in optimizer.param_groups for p in group["params"]]
+        assert sorted(id(p) for p, _ in grouped) == sorted(averaged[-1]) and len(set(averaged[-1])) == len(grouped) > 20
+        assert all(p.grad is not None for p, _ in grouped)
+        assert all(decays == ("dino" not in flags or p.ndim > 1) for p, decays in grouped)
+
+    request.addfinalizer(register_optimizer_step_pre_hook(stepped).remove)
     monkeypatch.setattr(torch, "compile", common.partial(torch.compile, backend="eager"))
     argv = ["--data", "imagefolder", "--data-dir", str(folder), "--recipe", "cifar10", "--img-size", "16", "--batch-size", "12", "--epochs", "2", "--warmup-epochs", "0",
             "--max-steps", "1", "--workers", "0", "--device", "cpu"]
@@ -828,6 +840,7 @@ def test_F21_compile_is_tried_with_every_variant(script, flags, folder, tmp_path
     for name in ("plain", "compiled"):
         torch._dynamo.reset()
         SCRIPTS[script].main([*argv, *flags, "--out", str(tmp_path / name), *["--compile"] * (name == "compiled")])
+    assert len(averaged) == 2
     plain, compiled = (steps(tmp_path / name)[0] for name in ("plain", "compiled"))
     assert compiled["loss"] == pytest.approx(plain["loss"], abs=1e-4)
 
