@@ -272,7 +272,7 @@ def test_C19_a_directory_that_vanishes_costs_a_line_a_save_and_the_exit_code(tin
     assert end.value.code == 1 and err.count("could not save step 2") == err.count("could not save step 3") == 1 and "could not log step 2" in err
 
 
-@pytest.mark.parametrize("name", ["C22 ünï cödé x", "C22 a\nline", "-x", "C22 $(touch y);'\""])
+@pytest.mark.parametrize("name", ["ünï cödé\n$(touch y);'\"", "-x"])
 def test_C22_any_name_of_a_directory_works(name, tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for flags in ([], ["--resume"]):
@@ -454,15 +454,15 @@ def test_S2_a_second_sigint_ends_at_once(tiny, tmp_path):
     assert stopped(tiny, tmp_path, signal.SIGINT, twice) == 130 and not (tmp_path / "checkpoint.pt").exists()
 
 
-@pytest.mark.parametrize("where, code, step", [("building", -signal.SIGTERM, None), ("saving", 143, 2), ("scoring", -signal.SIGTERM, 6)])
+@pytest.mark.parametrize("where, code, step", [("building", -signal.SIGTERM, None), ("saving", 143, 2), ("saving at the end", 143, 6), ("scoring", -signal.SIGTERM, 6)])
 def test_S4_a_sigterm_at_another_moment_leaves_whole_files(where, code, step, tiny, tmp_path):
     """Before the first step and after the last one nothing needs saving; a save is finished, and the run ends at the next step."""
     def act():
-        module, name = dict(building=(ser, "build"), saving=(os, "replace"), scoring=(common, "knn_accuracy"))[where]
+        module, name = dict(building=(ser, "build"), saving=(os, "replace"), scoring=(common, "knn_accuracy"))[where.split()[0]]
         original = getattr(module, name)
 
         def interrupted(*a, **k):
-            if where != "saving" or str(a[1]).endswith("checkpoint.pt"):
+            if "saving" not in where or str(a[1]).endswith("checkpoint.pt"):
                 os.kill(os.getpid(), signal.SIGTERM)
             return original(*a, **k)
 
@@ -673,6 +673,7 @@ def test_S10_a_half_set_or_stray_environment_is_one_line(env, words, monkeypatch
     refused(capsys, lambda: common.start("cpu"), words)
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs /proc")
 def test_S9_one_process_opens_no_port_and_no_port_is_fixed(tiny, tmp_path):
     def sockets():
         links = []
