@@ -713,6 +713,9 @@ class Run:
                     self.save(step + 1, *dump())
             if begin < total or not self.resumed:
                 self.save(total, *dump(), last=True)
+                stop = any_rank(self.signal or 0)
+                if stop:  # it came within that save
+                    self._stop(total, dump, stop)
             else:
                 self.say(f"{self.path} is finished: {begin} of {total} steps")
         finally:

@@ -178,9 +178,13 @@ def spoiled(path, how):
     *(pytest.param(how, ["damaged"], id=f"C6 {how}") for how in ("text", "picture", "bare pickle", "legacy format")), pytest.param("deflated", ["damaged"], id="C8 deflated"),
     *(pytest.param(how, ["keys"], id=f"C6 {how}") for how in ("list", "other keys")), *(pytest.param(key, ["keys", key], id=f"C15 no {key}") for key in sorted(common.KEYS)),
     pytest.param("other format", ["99", f"reads {common.FORMAT}"], id="C12 other format"), *(pytest.param(how, ["NaN or infinity"], id=f"C11 {how}") for how in ("NaN", "infinity"))])
-def test_what_is_no_checkpoint(how, words, tmp_path, capsys):
+def test_what_is_no_checkpoint(how, words, tmp_path, capsys, monkeypatch):
+    opened, read = [], zipfile.ZipFile.open
+    monkeypatch.setattr(zipfile.ZipFile, "open", lambda self, *a, **k: opened.append(a) or read(self, *a, **k))
     spoiled(tmp_path / "bad.pt", how)
+    opened.clear()
     refused(capsys, lambda: common.load_checkpoint(tmp_path / "bad.pt"), "bad.pt", *words)
+    assert not opened or how != "deflated"  # nothing is inflated
 
 
 @pytest.mark.parametrize("path", [pytest.param("missing.pt", id="C6 missing"), pytest.param("", id="C6 directory"), pytest.param("/dev/null", id="C6 device")])
