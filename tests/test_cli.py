@@ -105,7 +105,8 @@ def test_A4_mistakes_of_processes(tiny, capsys, monkeypatch):
 
 @pytest.mark.parametrize("script", [ser, recon_xattn, ciper, clever, eval_probe, eval_robustness])
 def test_A2_every_number_is_refused_outside_its_range(script, capsys):
-    """NaN, infinity and both sides of the interval are; its closed ends, such as --lr 0, are not."""
+    """NaN, infinity and both sides of the interval are; its closed ends, such as --lr 0, are not. Every number has an interval."""
+    assert {f.name for f in common.dataclasses.fields(script.Args) if any(t in str(f.type) for t in ("int", "float"))} == set(script.RANGES)
     for name, interval in script.RANGES.items():
         args, (low, high) = script.Args(), map(float, interval[1:-1].split(","))
         given = lambda value, args=args, name=name: setattr(args, name, (value,) if isinstance(getattr(args, name), tuple) else value)
@@ -138,11 +139,9 @@ def test_C17_mistakes_with_the_output_directory(tiny, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("script", [ser, recon_xattn, ciper, clever])
-def test_A2_C14_every_argument_that_computes_is_fixed_on_resume(script):
+def test_C14_every_argument_that_computes_is_fixed_on_resume(script):
     """A new argument is either free to change on resumption or compared: none slips through unnamed."""
     assert common.Run.FREE <= {f.name for f in common.dataclasses.fields(script.Args)}
-    numbers = {f.name for f in common.dataclasses.fields(script.Args) if any(t in str(f.type) for t in ("int", "float"))}
-    assert numbers == set(script.RANGES)  # every number has a range
 
 
 def test_mistakes_of_probing(tiny, folder, tmp_path, capsys):

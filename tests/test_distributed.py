@@ -164,3 +164,13 @@ def seen_by_each(values):
 def test_S7_ranks_agree_on_what_each_has_seen(tmp_path):
     assert on_ranks(2, tmp_path, seen_by_each, (0, 3)) == [(3, False, True)] * 2
     assert common.any_rank(7) == 7 and common.same_on_ranks("alone")
+
+
+@pytest.mark.parametrize("device, kind", [("cuda", nn.SyncBatchNorm), ("cpu", common.BatchNormOverRanks)])
+def test_A10_batch_norm_spans_the_ranks_of_gpus_and_cpus_under_the_same_keys(device, kind, monkeypatch):
+    plain = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm1d(4, affine=False))
+    keys = list(plain.state_dict())
+    assert common.batchnorm_over_ranks(plain, torch.device(device)) is plain and type(plain[0]) is nn.BatchNorm2d  # one process
+    monkeypatch.setattr(common, "world_size", lambda: 2)
+    spans = common.batchnorm_over_ranks(plain, torch.device(device))
+    assert all(type(m) is kind for m in spans) and list(spans.state_dict()) == keys
