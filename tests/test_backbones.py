@@ -127,14 +127,29 @@ def test_knn_on_a_known_vote():
 
 def test_N15_the_vote_finds_what_is_there_and_nothing_in_noise():
     g, labels = common.rng("vote"), torch.arange(2000) % 4
-    right = lambda z, labels: (common.knn(z[:1000], labels[:1000], z[1000:]).argmax(1) == labels[1000:]).double().mean().item()
+    right = lambda z, labels: (
+        (common.knn(z[:1000], labels[:1000], z[1000:]).argmax(1) == labels[1000:]).double().mean().item()
+    )
     noise = torch.randn(2000, 16, generator=g)
     assert right(F.one_hot(labels, 16) + 0.1 * noise, labels) == 1
     assert abs(right(noise, labels[torch.randperm(2000, generator=g)]) - 0.25) < 3 * (0.25 * 0.75 / 1000) ** 0.5
 
 
 def test_N15_features_do_not_depend_on_the_size_of_batches():
-    vit = common.make_backbone("vit_pico", *common.CIFAR10, img_size=16, patch_size=4, cls_layer=0, pos="learned", drop_path=0.5).double().train()
-    data = common.ImageSet(images=torch.randint(0, 256, (13, 3, 16, 16), dtype=torch.uint8, generator=common.rng("features")))
-    whole, *others = (common.features(vit, data, torch.device("cpu"), encode=lambda x: vit(x.double()), batch_size=b) for b in (13, 5, 1))
-    assert vit.training and all((other - whole).abs().max() <= 2e-7 * whole.abs().max() for other in others)  # float64, given back as float32
+    vit = (
+        common.make_backbone(
+            "vit_pico", *common.CIFAR10, img_size=16, patch_size=4, cls_layer=0, pos="learned", drop_path=0.5
+        )
+        .double()
+        .train()
+    )
+    data = common.ImageSet(
+        images=torch.randint(0, 256, (13, 3, 16, 16), dtype=torch.uint8, generator=common.rng("features"))
+    )
+    whole, *others = (
+        common.features(vit, data, torch.device("cpu"), encode=lambda x: vit(x.double()), batch_size=b)
+        for b in (13, 5, 1)
+    )
+    assert vit.training and all(
+        (other - whole).abs().max() <= 2e-7 * whole.abs().max() for other in others
+    )  # float64, given back as float32

@@ -95,7 +95,16 @@ def test_mistakes_of_training(name, tiny, folder, tmp_path, capsys, monkeypatch)
 def test_A4_mistakes_of_processes(tiny, capsys, monkeypatch):
     monkeypatch.setattr(common, "world_size", lambda: 5)
     args = common.parse(ser.Args, ser.values_in_force, tiny)
-    expect_mistake(capsys, lambda _: common.Loader(common.ImageSet(images=torch.zeros(24, 3, 2, 2, dtype=torch.uint8)), {}, None, args, torch.device("cpu")), None, "--batch-size 12", "5 processes", "10")
+    expect_mistake(
+        capsys,
+        lambda _: common.Loader(
+            common.ImageSet(images=torch.zeros(24, 3, 2, 2, dtype=torch.uint8)), {}, None, args, torch.device("cpu")
+        ),
+        None,
+        "--batch-size 12",
+        "5 processes",
+        "10",
+    )
     expect_mistake(capsys, lambda _: ser.check(args), None, "8 images", "5 processes", "1, 2, 4 or 8")
     args = common.parse(ser.Args, ser.values_in_force, [*tiny, "--equi", "stl", "--batch-size", "15"])
     expect_mistake(capsys, lambda _: ser.check(args), None, "--batch-size 15", "5 processes", "even")
@@ -103,14 +112,24 @@ def test_A4_mistakes_of_processes(tiny, capsys, monkeypatch):
 
 @pytest.mark.parametrize("script", [ser, recon_xattn, ciper, clever, eval_probe, eval_robustness])
 def test_A2_every_number_is_refused_outside_its_range(script, capsys):
-    """NaN, infinity and both sides of the interval are; its closed ends, such as --lr 0, are not."""
+    """NaN, infinity and what lies outside are; closed ends, such as --lr 0, are not. Every number has an interval."""
+    assert {
+        f.name for f in common.dataclasses.fields(script.Args) if any(t in str(f.type) for t in ("int", "float"))
+    } == set(script.RANGES)
     for name, interval in script.RANGES.items():
         args, (low, high) = script.Args(), map(float, interval[1:-1].split(","))
-        given = lambda value, args=args, name=name: setattr(args, name, (value,) if isinstance(getattr(args, name), tuple) else value)
+        given = lambda value, args=args, name=name: setattr(
+            args, name, (value,) if isinstance(getattr(args, name), tuple) else value
+        )
         ends = [low] * (interval[0] == "[") + [high] * (interval[-1] == "]")
         for value in (math.nan, math.inf, -math.inf, low - 1, high + 1, *({low, high} - {*ends})):
             given(value)
-            refused(capsys, lambda args=args, name=name: common.check_ranges(args, {name: script.RANGES[name]}), f"--{name.replace('_', '-')} {value}", interval)
+            refused(
+                capsys,
+                lambda args=args, name=name: common.check_ranges(args, {name: script.RANGES[name]}),
+                f"--{name.replace('_', '-')} {value}",
+                interval,
+            )
         for value in ends:
             given(value)
             common.check_ranges(args, {name: interval})
@@ -137,11 +156,9 @@ def test_C17_mistakes_with_the_output_directory(tiny, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("script", [ser, recon_xattn, ciper, clever])
-def test_A2_C14_every_argument_that_computes_is_fixed_on_resume(script):
+def test_C14_every_argument_that_computes_is_fixed_on_resume(script):
     """A new argument is either free to change on resumption or compared: none slips through unnamed."""
     assert common.Run.FREE <= {f.name for f in common.dataclasses.fields(script.Args)}
-    numbers = {f.name for f in common.dataclasses.fields(script.Args) if any(t in str(f.type) for t in ("int", "float"))}
-    assert numbers == set(script.RANGES)  # every number has a range
 
 
 def test_mistakes_of_probing(tiny, folder, tmp_path, capsys):

@@ -49,7 +49,7 @@ def on_ranks(world, tmp_path, fn, *args):
 
 
 def train(base, equi, changes, steps=3):
-    """`steps` steps of tiny training in float64 -> (losses, gradients of the first step, teacher and centre at the end), as numpy."""
+    """Tiny training in float64 -> (losses, gradients of the first step, teacher and centre at the end), as numpy."""
     args = ser.Args(**ser.values_in_force(ser.Args(base=base, equi=equi)) | dict(base=base, prototypes=32, equi=equi, batch_size=16, img_size=16, patch_size=4, proj_hidden=16,
                                                                                 proj_dim=8, equi_dim=16, equi_ratio=0.5, local_size=8) | changes)
     ser.check(args)
@@ -139,7 +139,18 @@ def launch(*argv, **kwargs):
 def test_N3_C13_S14_torchrun_trains_what_python_trains(tiny, tmp_path):
     """Two processes train and save in the middle of an epoch, one goes on. Nothing warns."""
     argv = [*tiny, "--max-steps", "5"]
-    run = launch("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "ser.py", *argv, "--max-steps", "3", "--out", str(tmp_path / "two"))
+    run = launch(
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "ser.py",
+        *argv,
+        "--max-steps",
+        "3",
+        "--out",
+        str(tmp_path / "two"),
+    )
     assert run.returncode == 0 and not re.search("warn|leak", run.stderr, flags=re.I), run.stderr
     ser.main([*argv, "--out", str(tmp_path / "two"), "--resume"])
     ser.main([*argv, "--out", str(tmp_path / "one")])
@@ -153,7 +164,11 @@ def test_N3_C13_S14_torchrun_trains_what_python_trains(tiny, tmp_path):
 def test_S12_S14_a_mistake_under_torchrun_is_one_line(tmp_path):
     run = launch("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "ser.py", "--data", "imagefolder", "--recipe", "cifar10",
                  "--data-dir", str(tmp_path / "nowhere"), "--device", "cpu")
-    assert run.returncode == 1 and run.stderr.count("no such directory") == 1 and not re.search("warn|leak", run.stderr, flags=re.I), run.stderr
+    assert (
+        run.returncode == 1
+        and run.stderr.count("no such directory") == 1
+        and not re.search("warn|leak", run.stderr, flags=re.I)
+    ), run.stderr
 
 
 def seen_by_each(values):
@@ -164,3 +179,15 @@ def seen_by_each(values):
 def test_S7_ranks_agree_on_what_each_has_seen(tmp_path):
     assert on_ranks(2, tmp_path, seen_by_each, (0, 3)) == [(3, False, True)] * 2
     assert common.any_rank(7) == 7 and common.same_on_ranks("alone")
+
+
+@pytest.mark.parametrize("device, kind", [("cuda", nn.SyncBatchNorm), ("cpu", common.BatchNormOverRanks)])
+def test_A10_batch_norm_spans_the_ranks_of_gpus_and_cpus_under_the_same_keys(device, kind, monkeypatch):
+    plain = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm1d(4, affine=False))
+    keys = list(plain.state_dict())
+    assert (
+        common.batchnorm_over_ranks(plain, torch.device(device)) is plain and type(plain[0]) is nn.BatchNorm2d
+    )  # one process
+    monkeypatch.setattr(common, "world_size", lambda: 2)
+    spans = common.batchnorm_over_ranks(plain, torch.device(device))
+    assert all(type(m) is kind for m in spans) and list(spans.state_dict()) == keys

@@ -185,15 +185,28 @@ def test_C14_what_is_free_to_change_is_what_does_not_touch_the_result():
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_C9_another_scripts_checkpoint_is_not_continued(script, saved, tiny, tmp_path, capsys):
-    left_out = dict(ser=(), recon_xattn=("--equi-dim", "--proj-dim"), ciper=("--equi-dim", "--proj-dim", "--arch", "--patch-size"), clever=("--equi-dim", "--proj-dim", "--proj-hidden"))[script]
+    left_out = dict(
+        ser=(),
+        recon_xattn=("--equi-dim", "--proj-dim"),
+        ciper=("--equi-dim", "--proj-dim", "--arch", "--patch-size"),
+        clever=("--equi-dim", "--proj-dim", "--proj-hidden"),
+    )[script]
     flags = [v for pair in zip(tiny[::2], tiny[1::2]) if pair[0] not in left_out for v in pair]
     flags += ["--arch", "resnet_pico"] if script == "ciper" else []
     for other in SCRIPTS.keys() - {script}:
-        common.save_checkpoint(tmp_path / "checkpoint.pt", common.load_checkpoint(saved / "checkpoint.pt") | dict(method=other))
-        refused(capsys, lambda: SCRIPTS[script].main([*flags, "--out", str(tmp_path), "--resume"]), f"its checkpoint is of {other}.py")
+        common.save_checkpoint(
+            tmp_path / "checkpoint.pt", common.load_checkpoint(saved / "checkpoint.pt") | dict(method=other)
+        )
+        refused(
+            capsys,
+            lambda: SCRIPTS[script].main([*flags, "--out", str(tmp_path), "--resume"]),
+            f"its checkpoint is of {other}.py",
+        )
 
 
-@pytest.mark.parametrize("spoil", ["heads", "optimizer", "C10 a key of heads", "C10 a shape of heads", "C10 a prefix of heads"])
+@pytest.mark.parametrize(
+    "spoil", ["heads", "optimizer", "C10 a key of heads", "C10 a shape of heads", "C10 a prefix of heads"]
+)
 def test_C15_a_training_state_with_a_part_missing_is_one_line(spoil, saved, tiny, tmp_path, capsys):
     c = common.load_checkpoint(saved / "checkpoint.pt")
     if spoil in c["train_state"]:
@@ -206,7 +219,13 @@ def test_C15_a_training_state_with_a_part_missing_is_one_line(spoil, saved, tiny
         if "prefix" in spoil:
             c["train_state"]["heads"] = {f"module.{k}": v for k, v in c["train_state"]["heads"].items()}
     common.save_checkpoint(tmp_path / "checkpoint.pt", c)
-    refused(capsys, lambda: ser.main([*tiny, "--out", str(tmp_path), "--resume"]), "checkpoint.pt", "does not fit", *([key] if "C10" in spoil else []))
+    refused(
+        capsys,
+        lambda: ser.main([*tiny, "--out", str(tmp_path), "--resume"]),
+        "checkpoint.pt",
+        "does not fit",
+        *([key] if "C10" in spoil else []),
+    )
 
 
 # ---- disks ------------------------------------------------------------------------------------------
@@ -269,7 +288,11 @@ def test_C19_a_directory_that_vanishes_costs_a_line_a_save_and_the_exit_code(tin
     with pytest.raises(SystemExit) as end:
         ser.main([*tiny, "--out", str(tmp_path / "run"), "--max-steps", "3", "--save-every", "1"])
     err = capsys.readouterr().err
-    assert end.value.code == 1 and err.count("could not save step 2") == err.count("could not save step 3") == 1 and "could not log step 2" in err
+    assert (
+        end.value.code == 1
+        and err.count("could not save step 2") == err.count("could not save step 3") == 1
+        and "could not log step 2" in err
+    )
 
 
 @pytest.mark.parametrize("name", ["ünï cödé\n$(touch y);'\"", "-x"])
@@ -454,11 +477,21 @@ def test_S2_a_second_sigint_ends_at_once(tiny, tmp_path):
     assert stopped(tiny, tmp_path, signal.SIGINT, twice) == 130 and not (tmp_path / "checkpoint.pt").exists()
 
 
-@pytest.mark.parametrize("where, code, step", [("building", -signal.SIGTERM, None), ("saving", 143, 2), ("saving at the end", 143, 6), ("scoring", -signal.SIGTERM, 6)])
+@pytest.mark.parametrize(
+    "where, code, step",
+    [
+        ("building", -signal.SIGTERM, None),
+        ("saving", 143, 2),
+        ("saving at the end", 143, 6),
+        ("scoring", -signal.SIGTERM, 6),
+    ],
+)
 def test_S4_a_sigterm_at_another_moment_leaves_whole_files(where, code, step, tiny, tmp_path):
-    """Before the first step and after the last one nothing needs saving; a save is finished, and the run ends at the next step."""
+    """Before the first step and after the last nothing needs saving; a save is finished before the run ends."""
     def act():
-        module, name = dict(building=(ser, "build"), saving=(os, "replace"), scoring=(common, "knn_accuracy"))[where.split()[0]]
+        module, name = dict(building=(ser, "build"), saving=(os, "replace"), scoring=(common, "knn_accuracy"))[
+            where.split()[0]
+        ]
         original = getattr(module, name)
 
         def interrupted(*a, **k):
@@ -475,7 +508,7 @@ def test_S4_a_sigterm_at_another_moment_leaves_whole_files(where, code, step, ti
 
 
 def with_fault(argv, rank, step, fault):
-    """One rank of ser.py, where the losses of rank `rank` go through `fault` in one step -> (exit code, its error lines)."""
+    """One rank of ser.py; the losses of rank `rank` go through `fault` in one step -> (exit code, error lines)."""
     import torch.distributed as dist
 
     losses, seen = ser.losses, []
@@ -490,7 +523,15 @@ def with_fault(argv, rank, step, fault):
 
 
 def test_S5_a_signal_to_one_rank_stops_all_at_the_same_step(tiny, tmp_path):
-    for code, lines in on_ranks(2, tmp_path, with_fault, [*tiny, "--out", str(tmp_path / "run")], 1, 2, lambda out: os.kill(os.getpid(), signal.SIGTERM) or out):
+    for code, lines in on_ranks(
+        2,
+        tmp_path,
+        with_fault,
+        [*tiny, "--out", str(tmp_path / "run")],
+        1,
+        2,
+        lambda out: os.kill(os.getpid(), signal.SIGTERM) or out,
+    ):
         assert code == 143 and "stopped by SIGTERM after step 3" in lines[0]
     assert common.load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 3
 
@@ -503,7 +544,11 @@ def test_S6_when_a_rank_dies_the_others_end_and_the_checkpoint_stands(tiny, tmp_
         time.sleep = lambda s: None  # torchrun would end this rank meanwhile
         argv = [*tiny, "--out", str(tmp_path / "run"), "--save-every", "1"]
         losses, seen = ser.losses, []
-        ser.losses = lambda *a, **k: (seen.append(1), os.kill(os.getpid(), signal.SIGKILL) if rank == 1 and len(seen) == 4 else None, losses(*a, **k))[2]
+        ser.losses = lambda *a, **k: (
+            seen.append(1),
+            os.kill(os.getpid(), signal.SIGKILL) if rank == 1 and len(seen) == 4 else None,
+            losses(*a, **k),
+        )[2]
         common.command(lambda: ser.main(argv))
 
     begin, doomed = time.monotonic(), os.fork()
@@ -693,9 +738,15 @@ def test_S9_one_process_opens_no_port_and_no_port_is_fixed(tiny, tmp_path):
 def four(monkeypatch):
     """The environment of the first of four processes, and what `start` then asks torch for."""
     asked = {}
-    for name, value in dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=4, LOCAL_WORLD_SIZE=4, MASTER_ADDR="localhost", MASTER_PORT=1).items():
+    for name, value in dict(
+        RANK=0, LOCAL_RANK=0, WORLD_SIZE=4, LOCAL_WORLD_SIZE=4, MASTER_ADDR="localhost", MASTER_PORT=1
+    ).items():
         monkeypatch.setenv(name, str(value))
-    monkeypatch.setattr(common.dist, "init_process_group", lambda backend, timeout: asked.update(backend=backend, minutes=timeout.total_seconds() / 60))
+    monkeypatch.setattr(
+        common.dist,
+        "init_process_group",
+        lambda backend, timeout: asked.update(backend=backend, minutes=timeout.total_seconds() / 60),
+    )
     monkeypatch.setattr(common.atexit, "register", lambda act: asked.update(at_exit=act))
     return asked
 
@@ -743,7 +794,9 @@ def test_C11_a_head_that_is_not_finite_is_not_saved_over_one_that_is(what, tiny,
         update(model, m)
         calls.append(1)
         if len(calls) == 3:
-            (model.equi.projector[0].weight.data[0] if "weight" in what else model.predictor[-1].running_var)[0] = math.nan
+            (model.equi.projector[0].weight.data[0] if "weight" in what else model.predictor[-1].running_var)[0] = (
+                math.nan
+            )
 
     monkeypatch.setattr(ser, "update_teacher", ruin)
     with pytest.raises(SystemExit) as end:
@@ -754,7 +807,15 @@ def test_C11_a_head_that_is_not_finite_is_not_saved_over_one_that_is(what, tiny,
 
 
 def test_T1_a_loss_that_is_not_finite_on_one_rank_stops_all_at_the_same_step(tiny, tmp_path):
-    for code, lines in on_ranks(2, tmp_path, with_fault, [*tiny, "--out", str(tmp_path / "run"), "--save-every", "1"], 1, 2, lambda out: out | dict(loss=out["loss"] * math.nan)):
+    for code, lines in on_ranks(
+        2,
+        tmp_path,
+        with_fault,
+        [*tiny, "--out", str(tmp_path / "run"), "--save-every", "1"],
+        1,
+        2,
+        lambda out: out | dict(loss=out["loss"] * math.nan),
+    ):
         assert code == 1 and "not finite at step 2" in lines[0] and "the last good state is in" in lines[0]
     assert common.load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 2
 
@@ -819,11 +880,17 @@ COMPILED = [
 
 
 @pytest.mark.parametrize("script, flags", COMPILED)
-def test_N14_T7_F21_every_variant_trains_all_its_parameters_and_compiles(script, flags, folder, tmp_path, monkeypatch, request):
-    """Each trainable parameter is in one group of the optimiser and has a gradient; DINO decays matrices alone, all others everything.
+def test_N14_T7_F21_every_variant_trains_all_its_parameters_and_compiles(
+    script, flags, folder, tmp_path, monkeypatch, request
+):
+    """Each trainable parameter is in one group and has a gradient; DINO decays matrices alone, others everything.
     Compiled with dynamo's eager backend: the losses of plain training, to rounding."""
     averaged, average = [], common.average_gradients
-    monkeypatch.setattr(common, "average_gradients", lambda parameters: averaged.append([id(p) for p in parameters]) or average(parameters))
+    monkeypatch.setattr(
+        common,
+        "average_gradients",
+        lambda parameters: averaged.append([id(p) for p in parameters]) or average(parameters),
+    )
 
     def stepped(optimizer, *_):
         grouped = [(p, group["weight_decay"] > 0) for group in optimizer.param_groups for p in group["params"]]

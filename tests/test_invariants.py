@@ -1,4 +1,4 @@
-"""What must hold of every method's numbers: symmetries and gradients of the losses, schedules, golden losses. Ids as in test_faults.py."""
+"""What must hold of every method's numbers: gradients and symmetries, schedules, golden losses. Ids as in test_faults.py."""
 
 import dataclasses
 import json
@@ -38,7 +38,7 @@ def soft(a, b):
 
 @dataclasses.dataclass
 class Loss:
-    """A loss of two views (n, d); whether swapping them or scaling a row changes nothing, and whether it couples the batch."""
+    """A loss of two views (n, d); does swapping them or scaling a row change nothing, does it couple the batch?"""
 
     fn: callable
     symmetric: bool = True
@@ -50,10 +50,17 @@ cells = lambda z: z.unflatten(1, (2, -1))  # (n, 2 cells, d / 2)
 LOSSES = {
     "ser nt_xent": Loss(lambda a, b: ser.nt_xent(cells(a), cells(b), 0.5), scale_free=True),
     "ser contrast": Loss(lambda a, b: ser.contrast(a, b, 0.2) + ser.contrast(b, a, 0.2), scale_free=True),
-    "ser distill": Loss(lambda a, b: ser.distill([a, b], [a, b], torch.zeros(a.shape[1]).to(a), 0.5, 0.4), coupled=False),
+    "ser distill": Loss(
+        lambda a, b: ser.distill([a, b], [a, b], torch.zeros(a.shape[1]).to(a), 0.5, 0.4), coupled=False
+    ),
     "ser redundancy_reduction": Loss(lambda a, b: ser.redundancy_reduction(columns(a), columns(b), 0.0051)),
     "recon vicreg": Loss(lambda a, b: recon_xattn.vicreg(a, b, recon_xattn.Args())["L_ssl"]),
-    "recon split_loss": Loss(lambda a, b: recon_xattn.split_loss(a[:, :3], b[:, :3], a[:, 3:], b[:, 3:], a[:, 3:].flip(1), recon_xattn.Args())["loss"], symmetric=False),
+    "recon split_loss": Loss(
+        lambda a, b: recon_xattn.split_loss(
+            a[:, :3], b[:, :3], a[:, 3:], b[:, 3:], a[:, 3:].flip(1), recon_xattn.Args()
+        )["loss"],
+        symmetric=False,
+    ),
     "ciper nt_xent": Loss(lambda a, b: ciper.nt_xent(a, b, 0.5), scale_free=True),
     "ciper info_nce": Loss(lambda a, b: ciper.info_nce(a, b, 0.5), scale_free=True),
     "ciper standardise": Loss(lambda a, b: F.mse_loss(a, ciper.standardise(b)), symmetric=False),
@@ -78,7 +85,11 @@ def test_N9_gradients_are_those_of_finite_differences(loss):
 
 @each_loss
 def test_T6_N9_alike_empty_and_huge_features_give_finite_losses_and_gradients(loss):
-    for z1, z2 in ((torch.ones(4, 6), torch.ones(4, 6)), (torch.zeros(4, 6), torch.zeros(4, 6)), (1e4 * draw(4, 6).float(), 1e4 * draw(4, 6, key=1).float())):
+    for z1, z2 in (
+        (torch.ones(4, 6), torch.ones(4, 6)),
+        (torch.zeros(4, 6), torch.zeros(4, 6)),
+        (1e4 * draw(4, 6).float(), 1e4 * draw(4, 6, key=1).float()),
+    ):
         z1.requires_grad_(), z2.requires_grad_()
         value = loss.fn(z1, z2)
         value.backward()
@@ -99,7 +110,8 @@ def test_N10_symmetries(loss):
 
 @each_loss
 def test_N12_parts_of_a_batch_add_up_only_where_images_do_not_meet(loss):
-    """Why there is no gradient accumulation: of the losses that compare images with each other it gives other gradients."""
+    """Why there is no gradient accumulation: losses that compare images would get other gradients."""
+
     def gradient(*parts):
         a, b = draw(8, 6).requires_grad_(), draw(8, 6, key=1)
         for rows in parts:
@@ -137,20 +149,29 @@ def test_N11_four_quarter_turns_are_none_and_steps_compose():
 
 
 def test_N5_schedules_are_those_of_the_papers_code():
-    """The rate starts at 0, is at its peak once and falls. At its last used step, T - 1 of T, it has not arrived: MoCo-v3's and
-    DINO's code end one step short of the stated final value too. Only MoCo-v3's momentum, of the coming step, arrives."""
+    """The rate starts at 0, is at its peak once and falls. At its last used step, T - 1 of T, it has not arrived:
+    MoCo-v3's and DINO's code end one step short of the stated final value too. Only MoCo-v3's momentum arrives."""
     epochs, warmup, per_epoch, peak = 10, 2, 8, 0.3
     T, W = epochs * per_epoch, warmup * per_epoch
     rates = [common.warmup_cosine(step / per_epoch, epochs, warmup, peak, 0.01) for step in range(T)]
     assert rates[0] == 0 and rates.index(peak) == W and rates.count(peak) == 1 and all(type(r) is float for r in rates)
     assert rates[: W + 1] == sorted(rates[: W + 1]) and rates[W:] == sorted(rates[W:], reverse=True)
-    assert rates[-1] == pytest.approx(0.01 + 0.29 * (1 + math.cos(math.pi * (1 - 1 / (T - W)))) / 2, rel=1e-12) and rates[-1] > 0.01
+    assert (
+        rates[-1] == pytest.approx(0.01 + 0.29 * (1 + math.cos(math.pi * (1 - 1 / (T - W)))) / 2, rel=1e-12)
+        and rates[-1] > 0.01
+    )
     assert common.warmup_cosine(epochs, epochs, warmup, peak, 0.01) == pytest.approx(0.01)
     momentum = [common.cosine((step + 1) / T, 0.99, 1.0) for step in range(T)]
     assert momentum == sorted(momentum) and momentum[-1] == 1 and momentum[-2] < 1
     decay = [common.cosine(step / T, 0.04, 0.4) for step in range(T)]
-    assert decay[0] == pytest.approx(0.04) and decay[-1] == pytest.approx(0.4 - 0.36 * (1 + math.cos(math.pi * (1 - 1 / T))) / 2, rel=1e-12) and decay[-1] < 0.4
-    args = clever.Args(lr=0.256, batch_size=256, epochs=epochs, lr_end=0.001)  # DINO's table holds both ends of the warm-up: the peak twice
+    assert (
+        decay[0] == pytest.approx(0.04)
+        and decay[-1] == pytest.approx(0.4 - 0.36 * (1 + math.cos(math.pi * (1 - 1 / T))) / 2, rel=1e-12)
+        and decay[-1] < 0.4
+    )
+    args = clever.Args(
+        lr=0.256, batch_size=256, epochs=epochs, lr_end=0.001
+    )  # DINO's table holds both ends of the warm-up: the peak twice
     rates = [clever.learning_rates(args, step, per_epoch, W)[0] for step in range(T)]
     assert rates[0] == 0 and [i for i, r in enumerate(rates) if r == max(rates)] == [W - 1, W] and rates[W] == 0.256
     assert rates[-1] == pytest.approx(0.001 + 0.255 * (1 + math.cos(math.pi * (1 - 1 / (T - W)))) / 2, rel=1e-12)
@@ -160,27 +181,76 @@ def test_N5_schedules_are_those_of_the_papers_code():
 
 
 def flags(script, folder):
-    shared = ["--data", "imagefolder", "--data-dir", str(folder), "--recipe", "cifar10", "--img-size", "16", "--batch-size", "12", "--epochs", "3", "--warmup-epochs", "1", "--workers", "0",
-              "--device", "cpu", "--arch", "resnet_pico" if script == "ciper" else "vit_pico"]
-    return shared + dict(ser=["--patch-size", "4", "--proj-hidden", "16", "--proj-dim", "8", "--equi-dim", "16"], recon_xattn=["--patch-size", "4", "--neck", "16", "--embed-dim", "8"],
-                         ciper=["--proj-hidden", "16", "--proj-dim", "8"],
-                         clever=["--patch-size", "4", "--local-size", "8", "--local-crops", "1", "--head-dim", "16", "--head-dim-equi", "16", "--proj-hidden", "16"])[script]
+    shared = [
+        "--data",
+        "imagefolder",
+        "--data-dir",
+        str(folder),
+        "--recipe",
+        "cifar10",
+        "--img-size",
+        "16",
+        "--batch-size",
+        "12",
+        "--epochs",
+        "3",
+        "--warmup-epochs",
+        "1",
+        "--workers",
+        "0",
+        "--device",
+        "cpu",
+        "--arch",
+        "resnet_pico" if script == "ciper" else "vit_pico",
+    ]
+    return (
+        shared
+        + dict(
+            ser=["--patch-size", "4", "--proj-hidden", "16", "--proj-dim", "8", "--equi-dim", "16"],
+            recon_xattn=["--patch-size", "4", "--neck", "16", "--embed-dim", "8"],
+            ciper=["--proj-hidden", "16", "--proj-dim", "8"],
+            clever=[
+                "--patch-size",
+                "4",
+                "--local-size",
+                "8",
+                "--local-crops",
+                "1",
+                "--head-dim",
+                "16",
+                "--head-dim-equi",
+                "16",
+                "--proj-hidden",
+                "16",
+            ],
+        )[script]
+    )
 
 
 GOLDEN = dict(  # losses of six steps: another number is another method, or another torch; change them on purpose only
     ser=[7.465349, 8.195801, 7.764624, 8.543478, 7.243521, 7.711843],
     recon_xattn=[10.213338, 9.925823, 10.105164, 13.810023, 10.503764, 11.433062],
     ciper=[4.013133, 4.603656, 4.305690, 4.348261, 4.292121, 4.138378],
-    clever=[3.202791, 3.254079, 3.143973, 2.497103, 2.423683, 2.460196])
+    clever=[3.202791, 3.254079, 3.143973, 2.497103, 2.423683, 2.460196],
+)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_N5_N16_golden_losses_and_rates(script, folder, tmp_path):
-    SCRIPTS[script].main([*flags(script, folder), "--lr", "1e-4" if script == "ciper" else "0.02", "--out", str(tmp_path)])
+    SCRIPTS[script].main(
+        [*flags(script, folder), "--lr", "1e-4" if script == "ciper" else "0.02", "--out", str(tmp_path)]
+    )
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert [line["loss"] for line in lines] == pytest.approx(GOLDEN[script], rel=2e-3 if script == "ciper" else 1e-4)  # batch norm of 12 images amplifies rounding
+    assert [line["loss"] for line in lines] == pytest.approx(
+        GOLDEN[script], rel=2e-3 if script == "ciper" else 1e-4
+    )  # batch norm of 12 images amplifies rounding
     peak = json.loads((tmp_path / "args.json").read_text())["lr"] * (1 if script == "ciper" else 12 / 256)
-    rates = [0, 0.5, 1, *((1 + math.cos(math.pi * k / 4)) / 2 for k in (1, 2, 3))]  # two steps an epoch, one epoch of warm-up
+    rates = [
+        0,
+        0.5,
+        1,
+        *((1 + math.cos(math.pi * k / 4)) / 2 for k in (1, 2, 3)),
+    ]  # two steps an epoch, one epoch of warm-up
     if script == "clever":
         rates = [0, 1, *((1 + math.cos(math.pi * k / 4)) / 2 for k in range(4))]
     assert [line["lr"] for line in lines] == pytest.approx([peak * r for r in rates], abs=2e-6)
@@ -188,10 +258,16 @@ def test_N5_N16_golden_losses_and_rates(script, folder, tmp_path):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_N14_a_rate_of_0_moves_statistics_and_no_weight(script, folder, tmp_path):
-    run, still = [*flags(script, folder), "--lr", "0", "--max-steps", "1", "--out"], ["--lr-end", "0"] * (script == "clever")
+    run, still = (
+        [*flags(script, folder), "--lr", "0", "--max-steps", "1", "--out"],
+        ["--lr-end", "0"] * (script == "clever"),
+    )
     SCRIPTS[script].main([*run, str(tmp_path / "a"), *still])
     SCRIPTS[script].main([*run, str(tmp_path / "b"), *still, "--epochs", "0", "--warmup-epochs", "0"])
-    a, b = (c["backbone_state"] | c["train_state"]["heads"] for c in (content(tmp_path / name / "checkpoint.pt") for name in "ab"))
+    a, b = (
+        c["backbone_state"] | c["train_state"]["heads"]
+        for c in (content(tmp_path / name / "checkpoint.pt") for name in "ab")
+    )
     moved = {k for k in a if not torch.equal(a[k], b[k])}
     statistics = {k for k in a if re.search("running_|num_batches|centre", k)}
     assert a.keys() == b.keys() and moved <= statistics and bool(moved) == bool(statistics), moved - statistics
@@ -208,7 +284,10 @@ def test_N16_8_images_are_overfitted(what):
         args, model, views, r, _ = test_ciper.step(what)
         call = lambda: ciper.losses(model, views, r.float())[0]
     else:
-        args, model, views = test_clever.step(*dict(clever=("dino", "clever"), ddcl=("simsiam", "ddcl"))[what], **dict(arch="resnet_pico", lambda_preg=0.0))
+        args, model, views = test_clever.step(
+            *dict(clever=("dino", "clever"), ddcl=("simsiam", "ddcl"))[what],
+            **dict(arch="resnet_pico", lambda_preg=0.0),
+        )
         call = lambda: model.losses(views)[0]
     model.float()
     views.update({k: v.float() for k, v in views.items()})
@@ -220,7 +299,9 @@ def test_N16_8_images_are_overfitted(what):
         out["loss"].backward()
         optimizer.step()
         values.append(out["loss"].item())
-    assert values[-1] < dict(ciper=0.5, predictive=0.1, clever=0.6).get(what, 0) * values[0] - 0.15 * (what == "ddcl")  # from 0 towards -1
+    assert values[-1] < dict(ciper=0.5, predictive=0.1, clever=0.6).get(what, 0) * values[0] - 0.15 * (
+        what == "ddcl"
+    )  # from 0 towards -1
 
 
 def test_T2_T4_there_is_no_float16_and_what_is_kept_is_float32():
@@ -234,8 +315,12 @@ def test_T2_T4_there_is_no_float16_and_what_is_kept_is_float32():
 
     args = common.parse(ser.Args, ser.values_in_force, ["--base", "dino", "--prototypes", "16", "--proj-hidden", "16"])
     ser.check(args)
-    models = [ser.build(args, torch.device("cpu")), ciper.build(test_ciper.args_for(), torch.device("cpu"), 10), clever.build(test_clever.args_for(), torch.device("cpu")),
-              recon_xattn.build(test_recon.args_for(), torch.device("cpu"), 4)]
+    models = [
+        ser.build(args, torch.device("cpu")),
+        ciper.build(test_ciper.args_for(), torch.device("cpu"), 10),
+        clever.build(test_clever.args_for(), torch.device("cpu")),
+        recon_xattn.build(test_recon.args_for(), torch.device("cpu"), 4),
+    ]
     assert {v.dtype for model in models for v in model.state_dict().values()} <= {torch.float32, torch.int64}
     target, online = torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.zeros_(target.weight), torch.nn.init.ones_(online.weight)
@@ -257,11 +342,16 @@ def test_T2_autocast_is_bfloat16_on_gpus_alone():
 
 @pytest.mark.parametrize("base, equi", [("mocov3", "ser"), ("mocov3", "stl")])
 def test_N3_N8_ranks_share_out_one_global_batch_and_no_draw(base, equi, monkeypatch):
-    """Rows, crops and draws of W ranks, side by side, are those of one process; no two ranks, steps or epochs draw alike."""
-    args = ser.Args(**ser.values_in_force(ser.Args(base=base, equi=equi)) | dict(base=base, equi=equi, batch_size=16, img_size=16, patch_size=4, equi_ratio=0.5))
+    """Rows, crops and draws of W ranks are together those of one process; no two ranks, steps or epochs draw alike."""
+    args = ser.Args(
+        **ser.values_in_force(ser.Args(base=base, equi=equi))
+        | dict(base=base, equi=equi, batch_size=16, img_size=16, patch_size=4, equi_ratio=0.5)
+    )
     ser.check(args)
     policies = ser.make_policies(args)
-    data = common.ImageSet(images=torch.randint(0, 256, (32, 3, 16, 16), dtype=torch.uint8, generator=common.rng("test")))
+    data = common.ImageSet(
+        images=torch.randint(0, 256, (32, 3, 16, 16), dtype=torch.uint8, generator=common.rng("test"))
+    )
 
     def batches(world):
         out = []
@@ -279,8 +369,19 @@ def test_N3_N8_ranks_share_out_one_global_batch_and_no_draw(base, equi, monkeypa
             assert torch.equal(torch.cat([part[step]["rows"]["1"] for part in parts]), one["rows"]["1"])
             for name, (crops, params) in one["views"].items():
                 assert torch.equal(torch.cat([part[step]["views"][name][0] for part in parts]), crops)
-                assert all(torch.equal(torch.cat([part[step]["views"][name][1][key] for part in parts]), value) for key, value in params.items())
-        drawn = [tuple(torch.cat([batch["views"]["1"][1][key] for key in ("top", "height", "brightness", "hue")]).tolist()) for part in parts for batch in part]
+                assert all(
+                    torch.equal(torch.cat([part[step]["views"][name][1][key] for part in parts]), value)
+                    for key, value in params.items()
+                )
+        drawn = [
+            tuple(torch.cat([batch["views"]["1"][1][key] for key in ("top", "height", "brightness", "hue")]).tolist())
+            for part in parts
+            for batch in part
+        ]
         assert len(set(drawn)) == len(drawn)
     first, second = (torch.cat([batch["rows"]["1"] for batch in whole[i : i + 2]]) for i in (0, 2))
-    assert torch.equal(first.sort()[0], torch.arange(32)) and torch.equal(second.sort()[0], torch.arange(32)) and not torch.equal(first, second)
+    assert (
+        torch.equal(first.sort()[0], torch.arange(32))
+        and torch.equal(second.sort()[0], torch.arange(32))
+        and not torch.equal(first, second)
+    )

@@ -174,10 +174,20 @@ def spoiled(path, how):
         torch.save(good, path)
 
 
-@pytest.mark.parametrize("how, words", [
-    *(pytest.param(how, ["damaged"], id=f"C6 {how}") for how in ("text", "picture", "bare pickle", "legacy format")), pytest.param("deflated", ["damaged"], id="C8 deflated"),
-    *(pytest.param(how, ["keys"], id=f"C6 {how}") for how in ("list", "other keys")), *(pytest.param(key, ["keys", key], id=f"C15 no {key}") for key in sorted(common.KEYS)),
-    pytest.param("other format", ["99", f"reads {common.FORMAT}"], id="C12 other format"), *(pytest.param(how, ["NaN or infinity"], id=f"C11 {how}") for how in ("NaN", "infinity"))])
+@pytest.mark.parametrize(
+    "how, words",
+    [
+        *(
+            pytest.param(how, ["damaged"], id=f"C6 {how}")
+            for how in ("text", "picture", "bare pickle", "legacy format")
+        ),
+        pytest.param("deflated", ["damaged"], id="C8 deflated"),
+        *(pytest.param(how, ["keys"], id=f"C6 {how}") for how in ("list", "other keys")),
+        *(pytest.param(key, ["keys", key], id=f"C15 no {key}") for key in sorted(common.KEYS)),
+        pytest.param("other format", ["99", f"reads {common.FORMAT}"], id="C12 other format"),
+        *(pytest.param(how, ["NaN or infinity"], id=f"C11 {how}") for how in ("NaN", "infinity")),
+    ],
+)
 def test_what_is_no_checkpoint(how, words, tmp_path, capsys, monkeypatch):
     opened, read = [], zipfile.ZipFile.open
     monkeypatch.setattr(zipfile.ZipFile, "open", lambda self, *a, **k: opened.append(a) or read(self, *a, **k))
@@ -187,7 +197,14 @@ def test_what_is_no_checkpoint(how, words, tmp_path, capsys, monkeypatch):
     assert not opened or how != "deflated"  # nothing is inflated
 
 
-@pytest.mark.parametrize("path", [pytest.param("missing.pt", id="C6 missing"), pytest.param("", id="C6 directory"), pytest.param("/dev/null", id="C6 device")])
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param("missing.pt", id="C6 missing"),
+        pytest.param("", id="C6 directory"),
+        pytest.param("/dev/null", id="C6 device"),
+    ],
+)
 def test_what_is_no_file(path, tmp_path, capsys):
     refused(capsys, lambda: common.load_checkpoint(tmp_path / path), str(tmp_path / path), "no such checkpoint file")
 
@@ -298,7 +315,11 @@ def test_N8_results_do_not_depend_on_workers(tiny, tmp_path):
 
 def test_C16_a_finished_run_is_left_alone(tiny, tmp_path, capsys):
     ser.main([*tiny, "--out", str(tmp_path), "--max-steps", "1"])
-    seen = lambda: ((tmp_path / "checkpoint.pt").stat().st_mtime_ns, (tmp_path / "checkpoint.pt").read_bytes(), (tmp_path / "log.jsonl").read_bytes())
+    seen = lambda: (
+        (tmp_path / "checkpoint.pt").stat().st_mtime_ns,
+        (tmp_path / "checkpoint.pt").read_bytes(),
+        (tmp_path / "log.jsonl").read_bytes(),
+    )
     before = seen()
     ser.main([*tiny, "--out", str(tmp_path), "--max-steps", "1", "--resume"])
     assert seen() == before and "is finished: 1 of 1 steps" in capsys.readouterr().out
