@@ -986,11 +986,12 @@ COMPILED = [
 
 
 @pytest.mark.parametrize("script, flags", COMPILED)
-def test_N14_T7_F21_every_variant_trains_all_its_parameters_and_compiles(
+def test_C10_N14_T7_F21_every_variant_trains_all_its_parameters_and_compiles(
     script, flags, folder, tmp_path, monkeypatch, request
 ):
     """Each trainable parameter is in one group of the optimiser and has a gradient. DINO decays matrices alone, all
-    others everything. Compiled with dynamo's eager backend: the losses of plain training, to rounding."""
+    others everything. Compiled with dynamo's eager backend: the losses of plain training, to rounding, and no prefix of
+    the compiler is saved."""
     models = []
     monkeypatch.setattr(common, "distributed", lambda model: models.append(model) or model)
 
@@ -1037,6 +1038,9 @@ def test_N14_T7_F21_every_variant_trains_all_its_parameters_and_compiles(
         SCRIPTS[script].main([*argv, *flags, "--out", str(tmp_path / name), *["--compile"] * (name == "compiled")])
     plain, compiled = (steps(tmp_path / name)[0] for name in ("plain", "compiled"))
     assert compiled["loss"] == pytest.approx(plain["loss"], abs=1e-4) and len(models) == 2
+    plain, compiled = (content(tmp_path / name / "checkpoint.pt") for name in ("plain", "compiled"))
+    for part in (lambda c: c["backbone_state"], lambda c: c["train_state"]["heads"]):
+        assert part(plain).keys() == part(compiled).keys()
 
 
 def test_F20_a_copied_and_renamed_script_trains_and_archives_itself(tiny, tmp_path):

@@ -528,18 +528,6 @@ def test_what_loader_workers_need_can_be_sent_to_them():
     assert same(loader[1], pickle.loads(pickle.dumps(loader))[1])
 
 
-def test_C10_compile_trains_the_same(tiny, tmp_path, monkeypatch):
-    """With dynamo's eager backend, which needs no C++ compiler: the same steps, to rounding."""
-    from functools import partial
-
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    for name in ("plain", "compiled"):
-        ser.main([*tiny, "--max-steps", "2", "--out", str(tmp_path / name)] + ["--compile"] * (name == "compiled"))
-    plain, compiled = (content(tmp_path / name / "checkpoint.pt")["backbone_state"] for name in ("plain", "compiled"))
-    assert plain.keys() == compiled.keys()  # no prefix of the wrapper is saved
-    assert all(torch.allclose(plain[k], compiled[k], atol=1e-4) for k in plain)
-
-
 def test_C17_an_overwritten_run_leaves_nothing(tiny, tmp_path, capsys):
     ser.main([*tiny, "--equi", "none", "--max-steps", "1", "--out", str(tmp_path)])
     trained = content(tmp_path / "checkpoint.pt")

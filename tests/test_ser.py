@@ -402,11 +402,8 @@ def test_N6_views_of_b2_are_related_by_g():
     "base, equi, L_inv",
     [
         ("mocov3", "ser", 0.67),
-        ("mocov3", "none", 0.67),
         ("dino", "ser", 0.9),
-        ("dino", "none", 0.9),
         ("barlow", "ser", 0.5),
-        ("barlow", "none", 0.5),
     ],
 )
 def test_N16_losses_fall_when_32_images_are_overfitted(base, equi, L_inv):
