@@ -296,6 +296,7 @@ class RidgeProbe(Shared):
         self.chosen = None
 
     def fit(self, x, labels, rows, ridge):
+        """Go on from the present weights to the minimum on some `rows` (n,) of x (N, D), labels (N,), for one weight w."""
         f, y, W = F.pad(x[rows], (0, 1), value=1.0), labels[rows], self.weights.clone().requires_grad_()
         optimizer = torch.optim.LBFGS(
             [W],
@@ -777,6 +778,7 @@ def linear(case):
 
 
 def mlp(case):
+    """Accuracy of an MLP on the classes, in percent, on test images; in the protocol also on those that train it."""
     results, on_train, labels, (x, x_test) = {}, {}, case.train.labels.to(case.device), case.x
     if common.rank():
         return None
