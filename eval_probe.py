@@ -296,7 +296,7 @@ class RidgeProbe(Shared):
         self.chosen = None
 
     def fit(self, x, labels, rows, ridge):
-        """Go on from the present weights to the minimum on some `rows` (n,) of x (N, D), labels (N,), for one weight w."""
+        """Go on from the present weights to the minimum on `rows` (n,) of x (N, D), labels (N,), for one weight w."""
         f, y, W = F.pad(x[rows], (0, 1), value=1.0), labels[rows], self.weights.clone().requires_grad_()
         optimizer = torch.optim.LBFGS(
             [W],
