@@ -289,7 +289,7 @@ def one_line(error):
     text = " ".join(str(error).split())
     has = lambda *words: any(w in text for w in words)
     if isinstance(error, torch.OutOfMemoryError) or has("CUDA error: out of memory"):
-        return f"the GPU is out of memory: lower --batch-size or --img-size ({text[:120]})"
+        return f"out of memory on the GPU: lower --batch-size or --img-size ({text[:120]})"
     if isinstance(error, MemoryError) or has("DefaultCPUAllocator", "out of memory"):
         return f"out of memory: lower --batch-size, --img-size or --workers ({text[:120] or 'MemoryError'})"
     if has("DataLoader"):
