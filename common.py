@@ -357,11 +357,14 @@ def start(device="auto"):
     if not available[device]:
         die(f"--device {device}: this machine has none; use --device auto")
 
-    # Loader processes pass tensors as open files, more of them than the usual soft limit of 1,024.
+    # Loader processes pass tensors as open files, more of them than the usual soft limit of 1,024. macOS refuses its
+    # own hard limit, but not 10,240.
     if resource is not None:
-        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        with contextlib.suppress(ValueError, OSError):  # macOS allows fewer than its hard limit says
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        for limit in (hard, max(soft, 10_240)):
+            with contextlib.suppress(ValueError, OSError):
+                resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+                break
 
     if world > 1:
         if device == "mps":

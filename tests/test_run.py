@@ -582,12 +582,18 @@ def test_a_resumed_optimizer_is_fused_where_this_device_fuses(here):
     assert all(own.state[p]["step"] == 2 for p in model.parameters())
 
 
-def test_the_limit_of_open_files_is_raised(monkeypatch):
+@pytest.mark.parametrize("soft, hard, most, raised", [(1024, 4096, 9999, 4096), (256, 10**9, 12_000, 10_240)])
+def test_the_limit_of_open_files_is_raised(soft, hard, most, raised, monkeypatch):
     limits = []
-    fake = types.SimpleNamespace(RLIMIT_NOFILE=7, getrlimit=lambda what: (1024, 4096))
-    fake.setrlimit = lambda what, pair: limits.append((what, pair))
+
+    def setrlimit(what, pair):
+        if pair[0] > most:
+            raise ValueError("not allowed to raise maximum limit")
+        limits.append((what, *pair))
+
+    fake = types.SimpleNamespace(RLIMIT_NOFILE=7, getrlimit=lambda what: (soft, hard), setrlimit=setrlimit)
     monkeypatch.setattr(common, "resource", fake)
-    assert common.start("cpu").type == "cpu" and limits == [(7, (4096, 4096))]
+    assert common.start("cpu").type == "cpu" and limits == [(7, raised, hard)]
     monkeypatch.setattr(common, "resource", None)  # as on Windows
     assert common.start("cpu").type == "cpu"
 
