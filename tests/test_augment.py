@@ -447,13 +447,14 @@ def test_an_explicit_box_wins():
     assert_close(view(x, view.sample(4, gen()) | box), expected.float() / 255, 1.01 / 255)
 
 
-@pytest.mark.parametrize("pinned", [True, False])
+@pytest.mark.parametrize("pinned, size", [(True, 2**20), (False, 2**20), (False, 2**16)])
 @pytest.mark.parametrize("kind", ["cpu", "mps", "cuda"])
-def test_only_cuda_is_sent_to_without_waiting_and_from_pinned_memory(kind, pinned, monkeypatch):
+def test_only_cuda_is_sent_to_without_waiting_and_from_pinned_memory(kind, pinned, size, monkeypatch):
     calls = []
 
     class Values:
         device = torch.device("cpu")
+        nbytes = size
         is_pinned = lambda self: pinned
         copy_ = lambda self, other: self
 
@@ -462,5 +463,5 @@ def test_only_cuda_is_sent_to_without_waiting_and_from_pinned_memory(kind, pinne
 
     monkeypatch.setattr(torch, "empty_like", lambda x, pin_memory: calls.append(f"pinned {pin_memory}") or x)
     A.send(Values(), torch.device(kind))
-    copied = ["pinned True"] if kind == "cuda" and not pinned else []
+    copied = ["pinned True"] if kind == "cuda" and not pinned and size > 2**16 else []
     assert calls == [*copied, (kind, kind == "cuda")]
