@@ -950,8 +950,8 @@ class Run:
         die(f"stopped by {signal.Signals(number).name} after step {step}; {what}", 128 + number)
 
     def save(self, step, last=False):
-        """Write checkpoint.pt from rank 0, never one that is not finite over one that is; return whether it was
-        written. A disk that is full costs one line, and the run its exit code only at the end."""
+        """Write checkpoint.pt from rank 0; return whether it was written. Weights that are not finite never replace
+        those that are. A full disk costs one line during the run, and at its end the exit code."""
         self.flush()
         heads = {k: v for k, v in self.model.state_dict().items() if not k.startswith(f"{self.model.evaluated}.")}
         train_state = dict(heads=heads, optimizer=self.optimizer.state_dict(), data=self.data)
