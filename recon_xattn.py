@@ -455,8 +455,9 @@ class SIE(Objective):
         y1, y2 = t1.mean(1), t2.mean(1)  # (B, 512)
         inv1, inv2 = upcast(self.inv(y1[:, : self.half])), upcast(self.inv(y2[:, : self.half]))  # (B, d)
         equi1, equi2 = upcast(self.equi(y1[:, self.half :])), upcast(self.equi(y2[:, self.half :]))
+        z = common.send(z, equi1.device).to(equi1.dtype)  # (B, K)
         with common.full_precision():
-            return split_loss(inv1, inv2, equi1, equi2, self.predict(equi1, z.to(equi1)), self.args)
+            return split_loss(inv1, inv2, equi1, equi2, self.predict(equi1, z), self.args)
 
 
 class VICReg(Objective):
@@ -483,7 +484,7 @@ class Supervised(Objective):
 
     def terms(self, t1, t2, labels, **_):
         scores = upcast(self.head(torch.cat([t1.mean(1), t2.mean(1)])))  # (2 B, classes)
-        labels = labels.repeat(2).to(scores.device)
+        labels = common.send(labels, scores.device).repeat(2)
         return dict(loss=F.cross_entropy(scores, labels), accuracy=(scores.argmax(1) == labels).float().mean())
 
 
@@ -602,10 +603,11 @@ def main(argv=None):
         for group in optimizer.param_groups:
             group["lr"] = lr
         z = latents(params, rows) if args.objective == "sie" else None
+        labels = seen.labels[rows["1"]] if args.objective == "supervised" else None
         if step == 0:
             run.picture("views.png", [views["1"], views["2"]])
         with common.autocast(device, args.amp):
-            out, y = ddp(views, z, seen.labels[rows["1"]] if args.objective == "supervised" else None)
+            out, y = ddp(views, z, labels)
         optimizer.zero_grad(set_to_none=True)
         out["loss"].backward()
         optimizer.step()

@@ -362,7 +362,7 @@ def act(z, k, f, size):
     table = torch.stack(
         [torch.linalg.matrix_power(quarter, i) @ torch.linalg.matrix_power(flip, j) for i in range(4) for j in range(2)]
     )
-    D = table.to(z)[(2 * k + f).to(z.device)]  # (n, 2, 2)
+    D = common.send(table[2 * k + f], z.device).to(z.dtype)  # (n, 2, 2)
     theta = F.pad(D.transpose(1, 2), (0, 1))  # (n, 2, 3): [D^T | 0]
     cells = F.affine_grid(theta, (len(z), z.shape[-1], *size), align_corners=False)  # (n, h2, w2, 2)
     out = F.grid_sample(z.permute(0, 3, 1, 2), cells, "bicubic", "border", align_corners=False)
@@ -374,13 +374,14 @@ def act(z, k, f, size):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def nt_xent(z1, z2, tau, chunk=2**23):
+def nt_xent(z1, z2, tau, chunk=None):
     """L_equiv (Section 3.3): z1 = p(rho_g f1(x1)) and z2 = p(f1(x2)), each (n, P, D) on this process, -> scalar. With
     one cell, P = 1, it is SimCLR's loss over 2 n rows.
 
     Positive: the same cell of the same image on the other side. Negatives: all cells, both sides, of other images of
     all processes; cells of the anchor's own image are neither. One image in all gives 0. Anchors go in chunks of about
-    `chunk` logits that are recomputed in the backward pass, so memory does not grow with the square of the cells.
+    `chunk` logits (2^27 on a GPU, 2^23 on a CPU) that are recomputed in the backward pass, so memory does not grow with
+    the square of the cells.
     """
     n, P, _ = z1.shape
     q = F.normalize(torch.stack([z1, z2], dim=1), dim=-1)  # (n, 2, P, D) anchors
@@ -392,14 +393,12 @@ def nt_xent(z1, z2, tau, chunk=2**23):
 
     def other_images(anchors, own):  # (c, 2, P, D), (c,) -> log-sum-exp over cells of other images (c, 2, P)
         logits = (anchors.flatten(0, 2) @ keys.flatten(0, 2).T / tau).view(len(own), 2 * P, N, 2 * P)
-        logits[torch.arange(len(own)), :, own] = -torch.inf
+        logits[torch.arange(len(own), device=own.device), :, own] = -torch.inf
         return logits.flatten(2).logsumexp(-1).view(len(own), 2, P)
 
-    c = max(1, chunk // (2 * P * N * 2 * P))
-    rest = [
-        checkpoint(other_images, q[i : i + c], torch.arange(first + i, first + min(i + c, n)), use_reentrant=False)
-        for i in range(0, n, c)
-    ]
+    own = torch.arange(first, first + n, device=q.device)  # (n,)
+    c = max(1, (chunk or (2**27 if q.is_cuda else 2**23)) // (2 * P * N * 2 * P))
+    rest = [checkpoint(other_images, q[i : i + c], own[i : i + c], use_reentrant=False) for i in range(0, n, c)]
     return (torch.logaddexp(torch.cat(rest), positive) - positive).mean()
 
 
@@ -472,7 +471,7 @@ class Base(nn.Module):
     """What the three bases share: a step. A base is its backbone, its heads, its teacher (if it has one) and
     `invariance`; the equivariance term `equi` stands beside it, or None."""
 
-    last_layer, compiled = (), (None, None)
+    last_layer, compiled = (), {}
 
     def __init__(self, backbone, args):
         super().__init__()
@@ -480,9 +479,12 @@ class Base(nn.Module):
         self.equi_layer, self.equi_weight, self.local_views = args.equi_layer, args.equi_weight, args.local_views
 
     def compile_encoder(self):
-        """Compile the encoders, for views whose shape never changes (b2's grids do)."""
-        encoders = self.backbone, self.teacher and self.teacher["backbone"]
-        self.compiled = tuple(b and torch.compile(b.trace, dynamic=False) for b in encoders)
+        """Compile the encoders for views whose shape never changes, and for those of b2, whose grids do."""
+        torch._dynamo.config.recompile_limit = 16  # two encoders, two sizes, grids: square, as in training, other
+        encoders = [self.backbone] if self.teacher is None else [self.backbone, self.teacher["backbone"]]
+        self.compiled = {
+            (b, changes): torch.compile(b.trace, dynamic=changes) for b in encoders for changes in (False, True)
+        }
 
     def forward(self, views, params, epoch=0.0):
         """All of a step's mathematics: views {name: (n, 3, H, W)} and their params -> ({"loss", "L_inv", "L_equiv",
@@ -492,13 +494,13 @@ class Base(nn.Module):
                 rotated=torch.cat([views["rotated"].rot90(k, (2, 3)) for k in range(4)])
             )  # 0, 90, 180, 270 degrees
 
-        def trace(backbone, compiled, view, taps=()):
-            return (compiled if compiled and not view.startswith("eq") else backbone.trace)(views[view], taps)
+        def trace(backbone, view, taps=()):
+            return self.compiled.get((backbone, view.startswith("eq")), backbone.trace)(views[view], taps)
 
         # Online encoder: [CLS] of every view, and for the equivariance term all tokens after block `equi_layer`.
         y, e, taps = {}, {}, (self.equi_layer,) if self.equi_layer else ()
         for view in views:
-            y[view], tapped = trace(self.backbone, self.compiled[0], view, taps)  # (n, D), the final [CLS]
+            y[view], tapped = trace(self.backbone, view, taps)  # (n, D), the final [CLS]
             e[view] = tapped[self.equi_layer] if taps else y[view][:, None]  # (n, N, D)
 
         # Momentum encoder or teacher: [CLS] of views 1 and 2. For the base, b1 and b2 are one batch.
@@ -507,9 +509,7 @@ class Base(nn.Module):
         if self.teacher is not None:
             with torch.no_grad():
                 t = {
-                    view: trace(self.teacher["backbone"], self.compiled[1], view)[0]
-                    for view in ("1", "2", "eq1", "eq2")
-                    if view in views
+                    view: trace(self.teacher["backbone"], view)[0] for view in ("1", "2", "eq1", "eq2") if view in views
                 }
                 t = [whole(t, 1), whole(t, 2)]
         y = [whole(y, i + 1) for i in range(2 + self.local_views)]
@@ -730,13 +730,13 @@ class AugSelf(Baseline):
         w1, w2 = self.describe(params["1"]), self.describe(params["2"])
         out = {}
         for kind, head in self.heads.items():
-            a, b = (torch.cat(w).to(y.device) for w in ((w1[kind], w2[kind]), (w2[kind], w1[kind])))  # (2 n, .)
+            a, b = torch.cat([w1[kind], w2[kind]]), torch.cat([w2[kind], w1[kind]])  # (2 n, .)
             if kind == "rotation":
-                loss = F.cross_entropy(head(y), (a - b) % 4)
+                loss = F.cross_entropy(head(y), common.send((a - b) % 4, y.device))
             elif kind == "flip":
-                loss = F.binary_cross_entropy_with_logits(head(y), (a == b).to(y))
+                loss = F.binary_cross_entropy_with_logits(head(y), common.send((a == b).to(y.dtype), y.device))
             else:
-                loss = F.mse_loss(torch.tanh(head(y)), (a - b).to(y))
+                loss = F.mse_loss(torch.tanh(head(y)), common.send((a - b).to(y.dtype), y.device))
             out[f"L_{kind}"] = loss
         return out | dict(L_equiv=sum(out.values()))
 
@@ -810,7 +810,8 @@ class EquiMod(Baseline):
     def forward(self, e, params):
         u0, u1, u2 = (self.project(self.cls(e[view])) for view in ("plain", "1", "2"))  # (n, 128)
         # both views are one batch to the batch norms: standardised apart, "blur on" would be a constant of its view
-        a = self.embed(torch.cat([self.describe(params["1"]), self.describe(params["2"])]).to(u0))  # (2 n, 128)
+        numbers = torch.cat([self.describe(params["1"]), self.describe(params["2"])])  # (2 n, 18)
+        a = self.embed(common.send(numbers.to(u0.dtype), u0.device))  # (2 n, 128)
         u, u_hat = torch.cat([u1, u2]), self.predict(torch.cat([u0.repeat(2, 1), a], 1))  # (2 n, 128)
         with torch.no_grad():
             gain = F.cosine_similarity(u, u_hat) - F.cosine_similarity(

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from test_distributed import on_ranks
 from test_run import content, same
+from test_ser import no_copies  # noqa: F401
 
 import common
 import recon_xattn as rx
@@ -236,6 +237,15 @@ def test_N14_N16_T7_8_pairs_are_overfitted(objective):
     share = 0.7 if objective == "vicreg" else 0.5  # 8 rows cannot be uncorrelated in 32 dimensions
     assert values[-1] < share * values[0] and y.shape == (8, 32)
     assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_step_makes_the_host_wait_for_no_copy(objective, request):
+    args, model, views, z = setup(objective)
+    model, views = model.to("meta"), {name: x.to("meta") for name, x in views.items()}
+    with request.getfixturevalue("no_copies"):
+        out, _ = model(views, z, torch.zeros(8, dtype=torch.long))
+        out["loss"].backward()
 
 
 def train(objective, steps=3):

@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._pytree import tree_leaves
 
 import common
 import ser
@@ -330,6 +331,55 @@ def setup(equi="ser", base="mocov3", **changes):
     loader = common.Loader(data, policies, partial(ser.draw_views, args, policies), args, torch.device("cpu"))
     views, params, _ = next(loader.batches([0]))
     return args, model, {name: x.double() for name, x in views.items()}, params
+
+
+class NoCopies(torch.utils._python_dispatch.TorchDispatchMode):
+    """Fails at an operation on tensors of two devices: the copy within makes the host wait for a GPU."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        tensors = [v for v in tree_leaves((args, kwargs, out)) if isinstance(v, torch.Tensor) and v.dim()]
+        assert len({v.device for v in tensors}) <= 1, func
+        return out
+
+
+@pytest.fixture
+def no_copies(monkeypatch):
+    """A mode for steps of models and views on the meta device, which plays the GPU; only common.send may copy to it."""
+    monkeypatch.setattr(common, "send", lambda x, device: torch.empty(x.shape, dtype=x.dtype, device=device))
+    return NoCopies()
+
+
+@pytest.mark.parametrize("equi", ser.EQUIS)
+def test_a_step_makes_the_host_wait_for_no_copy(equi, request):
+    changes = dict(blur=(0.5, 0.5), solarize=(0.5, 0.5), local_size=8)
+    if equi == "augself":
+        changes["equi_params"] = ("crop", "color", "flip", "blur", "solarize", "rotation")
+    args, model, views, params = setup(equi, "dino", **changes)
+    model, views = model.to("meta"), {name: x.to("meta") for name, x in views.items()}
+    with request.getfixturevalue("no_copies"):
+        out, _ = model(views, params)
+        out["loss"].backward()
+
+
+def test_the_views_of_b2_are_compiled_once_for_all_grids(monkeypatch):
+    graphs, compile = [], torch.compile
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    monkeypatch.setattr(torch, "compile", partial(compile, backend=lambda graph, _: graphs.append(1) or graph))
+    args, model, views, params = setup("ser", "barlow", equi_layer=1)
+    model.backbone.blocks = model.backbone.blocks[:2]
+    torch._dynamo.reset()
+    for compiled in (False, True):
+        losses = []
+        for h, w in ((3, 5), (5, 4), (4, 3), (4, 5)):
+            for view in ("eq1", "eq2"):
+                views[view] = torch.randn(8, 3, 4 * h, 4 * w, dtype=torch.float64, generator=common.rng(h, w))
+                params[view] |= dict(grid_h=torch.full((8,), h), grid_w=torch.full((8,), w))
+            losses.append(model(views, params)[0]["loss"].item())
+        if not compiled:
+            expected = losses
+            model.compile_encoder()
+    assert losses == pytest.approx(expected, rel=1e-9) and len(graphs) == 2  # views of one shape; all others
 
 
 @pytest.mark.parametrize("base", ser.BASES)
