@@ -298,8 +298,8 @@ def test_trainable_parameters_of_moco_v3():
 
 
 @pytest.mark.parametrize("batch, ratio, n2", [(2048, 0.01, 24), (128, 0.125, 16), (64, 0.01, 8)])
-def test_second_part(batch, ratio, n2):
-    assert ser.second_part(batch, ratio) == n2
+def test_equi_batch_size(batch, ratio, n2):
+    assert ser.equi_batch_size(batch, ratio) == n2
 
 
 # ---- a whole step ---------------------------------------------------------------------------------
@@ -488,7 +488,7 @@ def test_flops_of_ser_are_those_of_its_base():
         args = ser.Args(recipe="imagenet", equi=equi, batch_size=256)
         ser.check(args)
         views = {}
-        n2 = ser.second_part(256, args.equi_ratio) if equi == "ser" else 0
+        n2 = ser.equi_batch_size(256, args.equi_ratio) if equi == "ser" else 0
         with torch.device("meta"):
             model = ser.MoCoV3(common.ViT("vit_small", cls_layer=args.cls_layer, pos="learned"), args)
             model.equi = ser.SER(384, args) if n2 else None
