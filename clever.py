@@ -655,7 +655,8 @@ def learning_rates(args, step, per_epoch, warmup):
 
 def check(args):
     """Refuse what cannot work, in one line each, before anything is made."""
-    common.check_run(args, RECIPES, common.VITS, common.RESNETS, VMAMBAS)
+    within = args.base == "dino"  # SimSiam's warm-up comes before the epochs
+    common.check_run(args, RECIPES, common.VITS, common.RESNETS, VMAMBAS, warmup_within_epochs=within)
     if args.equi not in dict(dino=("clever", "none"), simsiam=("ddcl", "none"))[args.base]:
         common.die(f"--equi {args.equi}: goes with --base {'dino' if args.equi == 'clever' else 'simsiam'}")
     for name in ("crop_scale", "local_scale"):
