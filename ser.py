@@ -282,10 +282,10 @@ def make_policies(args):
 def draw_views(args, policies, generator):
     """{view: (its rows of the global batch (n,), their params)}."""
     # b2 is spread evenly over the batch, so that the contiguous rows of each process hold the same number of it.
-    rows = torch.arange(args.batch_size)  # (B,)
+    batch = torch.arange(args.batch_size)  # (B,)
     n2 = equi_batch_size(args.batch_size, args.equi_ratio) if args.equi == "ser" else 0
     b2 = torch.arange(n2) * args.batch_size // max(n2, 1)  # (n2,)
-    b1 = rows[~torch.isin(rows, b2)]  # (n1,)
+    b1 = batch[~torch.isin(batch, b2)]  # (n1,)
     drawn = {}
     for name, policy in policies.items():
         rows = b2 if name in EQUI_VIEWS else b1
@@ -297,8 +297,8 @@ def draw_views(args, policies, generator):
             params = drawn[first][1]
             drawn[second][1].update({key: params[key] for key in common.BOX if key in params})
 
-    # STL transforms images 2i and 2i + 1 alike, but for flip, blur and solarisation. They have one box, in fractions of
-    # images of any size.
+    # STL transforms images 2i and 2i + 1 alike, but for flip, blur and solarisation. Whatever the sizes of both images,
+    # their boxes are the same fractions of them.
     if args.equi == "stl":
         for name, (_, params) in drawn.items():
             for key in (*common.BOX, "brightness", "contrast", "saturation", "hue", "order", "gray"):
@@ -324,13 +324,14 @@ def relative(k1, f1, k2, f2):
 def act(z, k, f, size):
     """rho_g: z (n, h1, w1, D) -> (n, h2, w2, D) with (h2, w2) = `size`; k, f (n,) as in `relative`, on the CPU.
 
-    In normalised coordinates (x right, y down, cell centres, [-1, 1]) g moves a point p to D p, D = R^k F^f, and
-    scaling changes nothing but the grid. So output cell p reads z at D^T p, bicubically: an exact permutation of
-    cells wherever the permuted input grid is the output grid.
+    In normalised coordinates (x right, y down, cell centres, [-1, 1]) g moves a point p to D p, D = turn^k mirror^f.
+    Scaling changes nothing but the grid. So output cell p reads z at D^T p, bicubically. That is an exact permutation
+    of cells wherever the permuted input grid is the output grid.
     """
-    R, flip = torch.tensor([[0.0, 1.0], [-1.0, 0.0]]), torch.tensor([[-1.0, 0.0], [0.0, 1.0]])
+    # Choose each sample's D among the eight elements of the group.
+    turn, mirror = torch.tensor([[0.0, 1.0], [-1.0, 0.0]]), torch.tensor([[-1.0, 0.0], [0.0, 1.0]])
     power = torch.linalg.matrix_power
-    elements = torch.stack([power(R, i) @ power(flip, j) for i in range(4) for j in range(2)])  # (8, 2, 2)
+    elements = torch.stack([power(turn, i) @ power(mirror, j) for i in range(4) for j in range(2)])  # (8, 2, 2)
     D = common.send(elements[2 * k + f], z.device).to(z.dtype)  # (n, 2, 2)
 
     # Sample z at D^T p.
@@ -364,19 +365,19 @@ def nt_xent(z1, z2, tau, chunk=None):
     # s of an anchor and its positive is the same for both sides.
     positive = (anchors[:, 0] * anchors[:, 1]).sum(-1, keepdim=True).transpose(1, 2) / tau  # (n, 1, P)
 
-    def other_images(anchors, image):
-        """log sum exp s over the cells of other images: anchors (c, 2, P, D), their images (c,) -> (c, 2, P)."""
-        logits = (anchors.flatten(0, 2) @ keys.flatten(0, 2).T / tau).view(len(image), 2 * P, N, 2 * P)
-        logits[torch.arange(len(image), device=image.device), :, image] = -torch.inf
-        return logits.flatten(2).logsumexp(-1).view(len(image), 2, P)
+    def other_images(queries, own):
+        """log sum exp s over the cells of other images: queries (c, 2, P, D), their own images (c,) -> (c, 2, P)."""
+        logits = (queries.flatten(0, 2) @ keys.flatten(0, 2).T / tau).view(len(own), 2 * P, N, 2 * P)
+        logits[torch.arange(len(own), device=own.device), :, own] = -torch.inf
+        return logits.flatten(2).logsumexp(-1).view(len(own), 2, P)
 
     # The images of this process are contiguous rows of the keys.
-    image = torch.arange(n, device=keys.device) + common.rank() * n  # (n,)
+    own = torch.arange(n, device=keys.device) + common.rank() * n  # (n,)
     if chunk is None:
         chunk = 2**27 if keys.is_cuda else 2**23
     c = max(1, chunk // (2 * P * N * 2 * P))
     slices = [slice(i, i + c) for i in range(0, n, c)]
-    negative = [checkpoint(other_images, anchors[rows], image[rows], use_reentrant=False) for rows in slices]
+    negative = [checkpoint(other_images, anchors[rows], own[rows], use_reentrant=False) for rows in slices]
     return (torch.logaddexp(torch.cat(negative), positive) - positive).mean()
 
 
@@ -447,8 +448,8 @@ def moco_init_(backbone):
 
 
 class Base(nn.Module):
-    """What the three bases share: a step. Each adds its heads, its teacher, if it has one, its loss `invariance` and
-    the value of that loss by `chance`. `equi` is the equivariance term, or None."""
+    """What the three bases share: a step. Each adds its heads, its loss `invariance`, the value of that loss by
+    `chance`, and a teacher if it has one. `equi` is the equivariance term, or None."""
 
     evaluated = "backbone"
     last_layer = ()  # parameters that rest for --freeze-last-epochs
@@ -468,7 +469,7 @@ class Base(nn.Module):
             for dynamic in (False, True):
                 self.compiled[encoder, dynamic] = torch.compile(encoder.trace, dynamic=dynamic)
 
-        # Two encoders, two sizes of views, and grids that are square, those of training or neither, exceed the usual 8.
+        # Two encoders, two sizes of views and three kinds of grids (as in training, square, other) exceed the usual 8.
         torch._dynamo.config.recompile_limit = 16
 
     def encode(self, encoder, name, x, taps=()):
@@ -491,17 +492,18 @@ class Base(nn.Module):
             cls[name], tapped = self.encode(self.backbone, name, x, taps)  # (n, D)
             tokens[name] = tapped[self.equi_layer] if taps else cls[name][:, None]  # (n, N, D)
 
-        # For the base b1 and b2 are one batch. Its momentum encoder, or teacher, sees the large views alone.
-        y, t = [whole_batch(cls, i) for i in range(2 + self.local_views)], []  # (b, D) each
+        # The base takes b1 and b2 as one batch. Its momentum encoder, or teacher, sees the two large views alone.
+        y = [whole_batch(cls, i) for i in range(2 + self.local_views)]  # (b, D) each
+        t = []
         if self.teacher is not None:
+            large = [name for name in (*VIEWS[:2], *EQUI_VIEWS[:2]) if name in views]
             with torch.no_grad():
-                large = [name for name in (*VIEWS[:2], *EQUI_VIEWS[:2]) if name in views]
-                cls = {name: self.encode(self.teacher["backbone"], name, views[name])[0] for name in large}  # (n, D)
-                t = [whole_batch(cls, i) for i in range(2)]  # (b, D) each
-        L_inv = self.invariance(y, t, epoch)
-        out = dict(L_inv=L_inv, loss=L_inv)
+                teacher_cls = {name: self.encode(self.teacher["backbone"], name, views[name])[0] for name in large}
+            t = [whole_batch(teacher_cls, i) for i in range(2)]  # (b, D) each
 
         # L = L_inv + lambda L_equiv
+        L_inv = self.invariance(y, t, epoch)
+        out = dict(L_inv=L_inv, loss=L_inv)
         if self.equi is not None:
             with common.full_precision():
                 out |= self.equi(tokens, params)
@@ -626,8 +628,9 @@ class BarlowTwins(Base):
 def update_teacher(model, m):
     """teacher <- m teacher + (1 - m) online, encoder and head."""
     if model.teacher is not None:
+        head = model.projector if isinstance(model, MoCoV3) else model.head
         common.ema_update(model.teacher["backbone"], model.backbone, m)
-        common.ema_update(model.teacher["head"], model.projector if isinstance(model, MoCoV3) else model.head, m)
+        common.ema_update(model.teacher["head"], head, m)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -855,20 +858,12 @@ def build(args, device):
 def check(args):
     """Refuse what cannot work, in one line each, before anything is made."""
     common.check_run(args, RECIPES, common.VITS)
-    for name in ("crop_scale", "equi_area", "local_scale"):
-        low, high = getattr(args, name)
-        if low > high:
-            common.die(f"--{name.replace('_', '-')} {low} {high}: the lower end comes first")
-    if args.jitter[3] > 0.5:
-        common.die(f"--jitter {' '.join(map(str, args.jitter))}: hue is in turns, at most 0.5")
-    if args.epochs and args.warmup_epochs >= args.epochs:
-        common.die(f"--warmup-epochs {args.warmup_epochs}: must be below --epochs {args.epochs}")
     if args.weight_decay_end is None:
         args.weight_decay_end = args.weight_decay
 
-    # Layers: of the equivariance term, and where [CLS] enters.
-    blocks = f"{args.arch} has {common.VITS[args.arch]['depth']} blocks"
+    # The layer of the equivariance term, and the one where [CLS] enters.
     depth = common.VITS[args.arch]["depth"]
+    blocks = f"{args.arch} has {depth} blocks"
     if args.equi == "none":
         args.equi_layer = 0
     if args.cls_layer is None:
@@ -885,21 +880,16 @@ def check(args):
             f"{args.cls_layer}; give --cls-layer 0"
         )
 
-    # Local views.
+    # Local views, and the size of small crops.
     if args.local_views and (args.base == "barlow" or args.equi not in ("ser", "none")):
-        common.die(
-            f"--local-views {args.local_views}: goes with --base mocov3 or dino (Barlow Twins correlates two "
-            "views) and --equi ser or none"
-        )
-    if (args.local_views or args.equi == "essl") and args.local_size % args.patch_size:
-        common.die(f"--local-size {args.local_size}: not divisible by --patch-size {args.patch_size}")
+        common.die(f"--local-views {args.local_views}: goes with --base mocov3 or dino, and with --equi ser or none")
+    if args.local_views or args.equi == "essl":
+        common.check_patches(args, "local_size")
 
-    # The baselines.
-    if args.equi == "stl" and args.batch_size // common.world_size() % 2:
-        common.die(
-            f"--batch-size {args.batch_size}: stl pairs images, so each of the {common.world_size()} processes "
-            "needs an even number"
-        )
+    # STL pairs the images of a process. AugSelf needs something to predict.
+    batch_size, world = args.batch_size, common.world_size()
+    if args.equi == "stl" and batch_size // world % 2:
+        common.die(f"--batch-size {batch_size}: stl pairs images, so each of {world} processes needs an even number")
     if args.equi == "augself":
         if not args.equi_params:
             common.die("--equi-params: name what augself is to predict, e.g. crop color")
@@ -907,19 +897,13 @@ def check(args):
             if kind in args.equi_params and not any(getattr(args, flag)):
                 common.die(f"--equi-params {kind}: is never applied; give --{flag} values above 0")
 
-    # SER's b2.
+    # b2 leaves images for b1, and all processes hold the same number of it.
     if args.equi == "ser":
-        n2 = equi_batch_size(args.batch_size, args.equi_ratio)
-        if n2 >= args.batch_size:
-            common.die(
-                f"--batch-size {args.batch_size}: SER's second part takes {n2} of it; raise it (the part is at "
-                f"least 8) or lower --equi-ratio {args.equi_ratio}"
-            )
-        if n2 % common.world_size():
-            common.die(
-                f"--equi-ratio {args.equi_ratio}: SER's second part of {n2} images does not divide among "
-                f"{common.world_size()} processes; start 1, 2, 4 or 8"
-            )
+        n2, flag = equi_batch_size(batch_size, args.equi_ratio), f"--equi-ratio {args.equi_ratio}"
+        if n2 >= batch_size:
+            common.die(f"--batch-size {batch_size}: SER's second part (b2) takes {n2} of it; raise it or lower {flag}")
+        if n2 % world:
+            common.die(f"{flag}: b2, {n2} images, does not divide among {world} processes; start 1, 2, 4 or 8")
 
 
 def main(argv=None):
