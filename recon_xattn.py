@@ -372,9 +372,8 @@ class CrossBlock(nn.Module):
     def forward(self, z2, z1):
         """Query from z2, key and value from z1, (B, N, dim) each -> (B, N, dim)."""
         q, (k, v) = self.q(self.norm_q(z2)), self.kv(self.norm_kv(z1)).chunk(2, dim=2)
-        q, k, v = (
-            x.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for x in (q, k, v)
-        )  # (B, heads, N, dim / heads)
+        heads = (self.num_heads, -1)
+        q, k, v = (x.unflatten(2, heads).transpose(1, 2) for x in (q, k, v))  # (B, heads, N, dim / heads)
         h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, N, dim)
         h = self.positions + self.out(h)
         return h + self.mlp(self.norm(h))

@@ -251,7 +251,7 @@ def make_policies(args):
         photometrics = [jitter, common.Grayscale(gray), common.GaussianBlur(p=blur), common.Solarize(p=solarize)]
         return common.Compose([crop, *photometrics, *geometry, normalise])
 
-    # T moves no image but by crop and flip, T_eq by flip, rotation and scaling. AugSelf can predict a rotation too.
+    # T flips, T_eq flips, rotates and scales. T rotates too where AugSelf predicts the rotation.
     flip = [common.HorizontalFlip()]
     if args.equi == "augself" and "rotation" in args.equi_params:
         flip.append(common.Rot90())
@@ -280,7 +280,7 @@ def make_policies(args):
 
 
 def draw_views(args, policies, generator):
-    """{view: (its rows of the global batch (n,), their params)}."""
+    """{view: (rows of the global batch (n,) that it shows, their params)}, for all processes alike."""
     # b2 is spread evenly over the batch, so that the contiguous rows of each process hold the same number of it.
     batch = torch.arange(args.batch_size)  # (B,)
     n2 = equi_batch_size(args.batch_size, args.equi_ratio) if args.equi == "ser" else 0
@@ -644,9 +644,8 @@ class SER(nn.Module):
     def __init__(self, dim, args):
         super().__init__()
         self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.projector = nn.Sequential(
-            nn.Linear(dim, args.equi_dim, bias=False), nn.GELU(), nn.Linear(args.equi_dim, args.equi_dim, bias=False)
-        )
+        d = args.equi_dim
+        self.projector = nn.Sequential(nn.Linear(dim, d, bias=False), nn.GELU(), nn.Linear(d, d, bias=False))
         self.tau = args.equi_temp
         self.pairs = EQUI_PAIRS[: 1 + args.local_views // 2]
 
@@ -724,6 +723,8 @@ class AugSelf(Baseline):
         y1, y2 = self.cls(tokens["1"]), self.cls(tokens["2"])  # (n, D)
         y = torch.cat([torch.cat([y1, y2], 1), torch.cat([y2, y1], 1)])  # (2 n, 2 D), both directions
         w1, w2 = self.describe(params["1"]), self.describe(params["2"])
+
+        # The targets of both directions are made on the CPU, where the parameters are.
         losses = {}
         for kind, head in self.heads.items():
             a, b = torch.cat([w1[kind], w2[kind]]), torch.cat([w2[kind], w1[kind]])  # (2 n, .)
@@ -742,8 +743,8 @@ class AugSelf(Baseline):
 
 class STL(Baseline):
     """STL, "Self-supervised Transformation Learning for Equivariant Representations" (arXiv 2501.08712). Images 2i and
-    2i + 1 are transformed alike. From both views of one a network reads the transformation t; applied to the other's y,
-    t must give that one's other view."""
+    2i + 1 are transformed alike. A network reads their transformation t from both views of one image. Applied to y of a
+    view of the other image, t must give y of its other view."""
 
     def __init__(self, dim, args):
         super().__init__(dim, args)
@@ -785,9 +786,8 @@ class EquiMod(Baseline):
     def __init__(self, dim, args):
         super().__init__(dim, args)
         self.project = mlp(dim, dim, dim, 128)
-        self.embed = nn.Sequential(
-            nn.BatchNorm1d(18, affine=False), nn.Linear(18, 128, bias=False), nn.BatchNorm1d(128)
-        )
+        layers = nn.BatchNorm1d(18, affine=False), nn.Linear(18, 128, bias=False), nn.BatchNorm1d(128)
+        self.embed = nn.Sequential(*layers)
         self.predict = mlp(256, 128)
         self.temp, self.chance = args.equi_temp, math.log(4 * args.batch_size - 1)
 
