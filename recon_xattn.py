@@ -1,12 +1,12 @@
-"""RECON: equivariant representations by reconstructing one view from the other through cross-attention; SIE, VICReg,
-supervised.
+"""RECON: equivariant representations by reconstructing one view from the other through cross-attention; its
+baselines SIE, VICReg and supervised.
 
 Paper: "Equivariant Representation Learning for Augmentation-based Self-Supervised Learning via Image Reconstruction"
 (Wang, Krajsek, Scharr 2024, arXiv 2412.03314).
 
-Idea. Half of the representation is made invariant by VICReg. From the other half a decoder must draw the second view
-with the patches of the first: the query comes from view 2, key and value from view 1. To do so the encoder has to
-keep what the transformation between the views did, and nobody has to know its parameters.
+Idea. VICReg makes half of the representation invariant. From the other half a decoder must draw the second view with
+the patches of the first: the query comes from view 2, key and value from view 1. For that the encoder has to keep what
+the transformation between the views did. Nobody has to know its parameters.
 
     tokens t = neck(f(x))  (N, 512) of N patches;  representation y = mean over tokens = [y_inv, y_equi], 256 + 256
     Z_inv = g_inv(y_inv)  (192,)                   Z_equi = g_equi(t[:, 256:])  (N, 192)
@@ -15,13 +15,14 @@ keep what the transformation between the views did, and nobody has to know its p
     VICReg = 10 mse(Z, Z') + 10 (v(Z) + v(Z')) / 2 + c(Z) + c(Z')
     v(Z) = mean_j max(0, 1 - sqrt(Var_j + 1e-4)),   c(Z) = sum_{i != j} C_ij^2 / d,   C = Cov(Z)
 
-SIE ("Self-supervised learning of Split Invariant Equivariant representations", arXiv 2302.10283) knows the parameters:
-a hypernetwork M(z) of what happened between the views maps one view's equivariant embedding to the other's,
+SIE ("Self-supervised learning of Split Invariant Equivariant representations", arXiv 2302.10283) knows the parameters
+z of the transformation between the views. A hypernetwork M(z) maps one view's equivariant embedding to the other's:
 
     L = 10 mse(inv, inv') + 4.5 mse(M(z) equi, equi') + 10 (v(x) + v(x')) / 2 + 10 v(M(z) equi) / 2 + c(x) + c(x')
         x = [inv, equi]
 
-VICReg makes all of y invariant; the supervised encoder learns labels from both views. All four have the same encoder.
+VICReg makes all of y invariant. The supervised encoder learns labels from both views. All four have the same encoder.
+In the code the views v1 and v2 are "1" and "2", t1 and t2 their tokens, y1 and y2 their representations.
 
 Usage
     python recon_xattn.py  # rendered objects, two views of each, CPU, minutes
@@ -29,27 +30,28 @@ Usage
     python recon_xattn.py --data imagefolder --data-dir DIR --recipe cifar10
     torchrun --nproc_per_node=8 recon_xattn.py --data 3diebench --data-dir 3DIEBENCH --compile
 
-Views. Objects in several poses (blocks, 3diebench): two renderings of one, as they are; z is the quaternion q1^-1 q2
-(rotation), 1 and the differences of floor and light hue (color), or the first and the differences. Images: view 1 a
-random crop, view 2 = T(view 1): crop, flip, rotation and shift in one warp, colour, blur; z = [1, parameters],
-rotation as (sin, cos - 1). The leading 1 lets a hypernetwork without bias represent the identity.
+Views. Objects in several poses (blocks, 3diebench): the views are two renderings of one object, as they are. z holds
+the quaternion q1^-1 q2 (rotation) or 1, then the differences of floor and light hue (color). Images: view 1 is a random
+crop, view 2 = T(view 1): crop, flip, rotation and shift in one warp, colour, blur. z holds 1, then the parameters, of a
+rotation (sin, cos - 1). The leading 1 lets a hypernetwork without bias represent the identity.
 
 Where the paper is silent this file takes (source in brackets; [F] is the same authors' arXiv-published follow-up at
 AAAI 2026, "SSL Based on Transformed Image Reconstruction for Equivariance-Coherent Feature Representation"):
-  * tokens are patches [F]; the encoder is ViT-S/16 with learned positions and a linear neck to 512 [F]; no [CLS]:
-    reconstruction reaches patches only, so the mean of the tokens is what both losses shape and what is evaluated.
-  * the cross-attention block has no residual from the query, or view 2, its own target, would pass through; fixed
-    sin-cos positions are added behind it. What view 2 may say is where to look: a bottleneck, not a barrier.
+  * Tokens are patches [F]. The encoder is ViT-S/16 with learned positions and a linear neck to 512 [F]. There is no
+    [CLS]: reconstruction reaches patches only, so the mean of the tokens is what both losses shape and what is
+    evaluated.
+  * The cross-attention block has no residual from the query, or view 2, its own target, would pass through. Fixed
+    sin-cos positions are added behind it. View 2 can say where to look: a bottleneck, not a barrier.
   * lambda_ssl = lambda_recon = 1 [F]; VICReg's weights 10, 10, 1 [SIE's repository]; variance and covariance on Z_inv
     only. As a baseline VICReg has an expander of three layers 2048 wide [SIE's repository].
-  * the target is the normalised view 2, all pixels.
+  * The target is the normalised view 2, all pixels.
   * Adam with lr 1e-4 per 256 images and weight decay 1e-6 [paper]; 10 epochs of warm-up, half a cosine to 0 [F].
-  * ranges of the transformations: 45 degrees, factors 0.6 to 1.4, hue 0.1, sigma 0.1 to 2, shifts of 10 px at 224 px
+  * Ranges of the transformations: 45 degrees, factors 0.6 to 1.4, hue 0.1, sigma 0.1 to 2, shifts of 10 px at 224 px
     [F], crops of 20 to 100 %; colour in fixed order.
-  * unknown parameters (Table 3): `--known-fraction` lets SIE and the supervised encoder train on that share of every
-    class only; RECON and VICReg need to know nothing and see all.
-  * all four share encoder, views and optimiser [paper: "all experiments adhere"]; SIE's and VICReg's own recipes
-    (ResNet-18, constant rate; LARS) are not offered. Warps fill with zeros, and the black borders tell something of
+  * Unknown parameters (Table 3): with `--known-fraction` SIE and the supervised encoder train on that share of every
+    class only. RECON and VICReg need to know nothing and see all.
+  * All four share encoder, views and optimiser [paper: "all experiments adhere"]. SIE's and VICReg's own recipes
+    (ResNet-18, constant rate; LARS) are not offered. Warps fill with zeros, and the black borders show something of
     the parameters.
 """
 
@@ -64,7 +66,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 
 import common
-from common import FAMILIES, Compose, Count, NonNegative, Normalize, Plural, RandomResizedCrop, ShareAbove0, upcast
+from common import FAMILIES, Count, NonNegative, Plural, ShareAbove0, upcast
 
 
 @dataclasses.dataclass
@@ -94,19 +96,20 @@ class Args(common.RunArgs):
     equi_factor: NonNegative = 0.45
     """weight of SIE's prediction, relative to --sim-weight"""
     sie_params: tuple[Literal["rotation", "color", "blur", "translation", "crop", "flip", "all"], ...] = ("all",)
-    """what happens between the views of sie, and is known; of posed objects: rotation and color (the hues)"""
+    """which transformations lie between the views of sie, and are known; of posed objects rotation and color (hues)"""
     sie_single: bool = False
-    """only one of them at a time, at random for each image"""
+    """only one of these transformations at a time, at random for each image"""
     known_fraction: ShareAbove0 = 1.0
     """share of each class whose parameters (sie) or labels (supervised) are known; these two see no other images"""
     weight_decay: NonNegative = 1e-6
-    """of Adam, as an L2 penalty"""
+    """weight decay of Adam, as an L2 penalty"""
     warmup_epochs: NonNegative = 10
-    """linear warm-up; then the learning rate falls along half a cosine"""
+    """epochs of linear warm-up; then the learning rate falls along half a cosine"""
     crop_scale: tuple[ShareAbove0, ShareAbove0] = (0.2, 1.0)
-    """area of view 1, relative to the image"""
+    """range of the area of view 1, relative to the image"""
 
 
+# fmt: off
 PAPER = dict(epochs=800, lr=1e-4)  # ViT-S/16, batch 2048: peak lr 8e-4
 RECIPES = {
     "imagenet": PAPER,
@@ -114,19 +117,11 @@ RECIPES = {
     "3diebench": PAPER | dict(img_size=256),
     "cifar10": PAPER | dict(img_size=32, patch_size=4),
     "cifar100": PAPER | dict(img_size=32, patch_size=4),  # not in the paper
-    "blocks": dict(
-        arch="vit_pico",
-        img_size=32,
-        patch_size=8,
-        epochs=60,
-        batch_size=128,
-        lr=2e-3,
-        warmup_epochs=3,
-        embed_dim=96,
-        decoder_depth=3,
-        proj_hidden=256,
-    ),  # ours
+    # Ours.
+    "blocks": dict(arch="vit_pico", img_size=32, patch_size=8, epochs=60, batch_size=128, lr=2e-3, warmup_epochs=3,
+                   embed_dim=96, decoder_depth=3, proj_hidden=256),
 }
+# fmt: on
 
 
 def values_in_force(first):
@@ -139,6 +134,23 @@ def values_in_force(first):
 # Views, and what happened between them
 # ----------------------------------------------------------------------------------------------------------------------
 
+# fmt: off
+# Of each family of transformations: its parameters, and how many numbers of z describe it.
+KEYS = dict(
+    rotation=("angle",),
+    color=("brightness", "contrast", "saturation", "hue"),
+    blur=("sigma",),
+    translation=("shift_y", "shift_x"),
+    crop=("recrop_top", "recrop_left", "recrop_height", "recrop_width"),
+    flip=("flip",),
+)
+WIDTH = dict(rotation=2, color=4, blur=1, translation=2, crop=4, flip=1)
+
+# The value of each parameter where nothing happens.
+IDENTITY = dict(recrop_top=0.0, recrop_left=0.0, recrop_height=1.0, recrop_width=1.0, flip=False, angle=0.0,
+                shift_y=0.0, shift_x=0.0, brightness=1.0, contrast=1.0, saturation=1.0, hue=0.0, sigma=0.0)
+# fmt: on
+
 
 class Recrop:
     """A random crop of a view that is a crop already; parameters `recrop_top`, ..., in fractions of the view."""
@@ -147,11 +159,13 @@ class Recrop:
         self.crop = common.family("crop", size)
 
     def sample(self, n, generator=None):
+        """{"recrop_top", "recrop_left", "recrop_height", "recrop_width": (n,)}."""
         box = self.crop.sample(n, generator)
         self.crop.place(box, torch.full((n, 2), self.crop.size))
         return {f"recrop_{key}": value for key, value in box.items()}
 
-    def __call__(self, x, params):  # whole levels of 255 go in and come out
+    def __call__(self, x, params):
+        """x (n, 3, S, S) in whole levels of 1 / 255 -> the same."""
         box = {key.removeprefix("recrop_"): value for key, value in params.items() if key.startswith("recrop_")}
         return self.crop((x * 255).round().to(torch.uint8), box).float().div_(255)
 
@@ -163,60 +177,41 @@ class Warp(common.Affine):
         super().__init__(common.family("rotation", size).degrees, common.family("translation", size).translate)
 
 
-IDENTITY = dict(
-    recrop_top=0.0,
-    recrop_left=0.0,
-    recrop_height=1.0,
-    recrop_width=1.0,
-    flip=False,
-    angle=0.0,
-    shift_y=0.0,
-    shift_x=0.0,
-    brightness=1.0,
-    contrast=1.0,
-    saturation=1.0,
-    hue=0.0,
-    sigma=0.0,
-)
-WIDTH = dict(rotation=2, color=4, blur=1, translation=2, crop=4, flip=1)  # in z
-KEYS = dict(
-    rotation=("angle",),
-    color=("brightness", "contrast", "saturation", "hue"),
-    blur=("sigma",),
-    translation=("shift_y", "shift_x"),
-    crop=("recrop_top", "recrop_left", "recrop_height", "recrop_width"),
-    flip=("flip",),
-)
-
-
 def make_policies(args, posed):
-    """{view: Compose}: "1" is plain. Of posed objects "2" is plain too, of images it is view 1 under all families."""
-    normalise = Normalize(*common.normalisation(args))
+    """{view: Compose}. Renderings of posed objects stay as they are. Of images "1" is a crop, and "2" is view 1 after
+    all families of transformations."""
+    size, normalise = args.img_size, common.Normalize(*common.normalisation(args))
     if posed:
-        return {view: Compose([common.CenterCrop(args.img_size, resize=args.img_size), normalise]) for view in "12"}
-    S, crop = args.img_size, RandomResizedCrop(args.img_size, args.crop_scale)
-    # both views begin with the same box, see `draw_views`; a folder's worker cuts it twice, which costs little beside
-    # decoding
-    T = [Recrop(S), common.family("flip", S), Warp(S), common.family("color", S), common.family("blur", S)]
-    return {"1": Compose([crop, normalise]), "2": Compose([crop, *T, normalise])}
+        return {view: common.Compose([common.CenterCrop(size, resize=size), normalise]) for view in ("1", "2")}
+
+    # Both views begin with the same crop, see `draw_views`. The worker of a folder cuts it twice; decoding costs more.
+    crop, family = common.RandomResizedCrop(size, args.crop_scale), partial(common.family, size=size)
+    T = [Recrop(size), family("flip"), Warp(size), family("color"), family("blur")]
+    return {"1": common.Compose([crop, normalise]), "2": common.Compose([crop, *T, normalise])}
 
 
 def draw_views(args, policies, families, generator):
-    """{view: (rows of the global batch, their params)}. View 2 shows view 1's crop; of the `families` all
-    happen, or with --sie-single one per image; the others stay at the identity."""
+    """{view: (rows of the global batch, their params)}. All `families` transform an image, or with --sie-single one of
+    them; the others stay at the identity. Of posed objects there are no families."""
     n = args.batch_size
-    drawn = {view: policy.sample(n, generator) for view, policy in policies.items()}
-    if families:
-        drawn["2"] |= {key: drawn["1"][key] for key in common.BOX}
-        chosen = torch.randint(len(families), (n,), generator=generator)
-        for name in FAMILIES:
-            happens = torch.full((n,), name in families)
-            if args.sie_single and name in families:
-                happens = chosen == families.index(name)
-            for key in KEYS[name]:
-                value = drawn["2"][key]
-                drawn["2"][key] = torch.where(happens, value, torch.tensor(IDENTITY[key], dtype=value.dtype))
-    return {view: (torch.arange(n), draws) for view, draws in drawn.items()}
+    rows = torch.arange(n)
+    params = {view: policy.sample(n, generator) for view, policy in policies.items()}
+    if not families:
+        return {view: (rows, params[view]) for view in params}
+
+    # View 2 shows view 1's crop.
+    params["2"] |= {key: params["1"][key] for key in common.BOX}
+
+    # Put the parameters of the families that do not transform an image back to the identity.
+    chosen = torch.randint(len(families), (n,), generator=generator)
+    for name in FAMILIES:
+        happens = torch.full((n,), name in families)
+        if args.sie_single and name in families:
+            happens = chosen == families.index(name)
+        for key in KEYS[name]:
+            value = params["2"][key]
+            params["2"][key] = torch.where(happens, value, torch.tensor(IDENTITY[key], dtype=value.dtype))
+    return {view: (rows, params[view]) for view in params}
 
 
 def latent(families, params, size):
@@ -233,19 +228,34 @@ def latent(families, params, size):
     return torch.cat(columns, 1)
 
 
+def pose_latent(families, factors, i, j):
+    """z of posed objects, rows (n,) of their two images -> (n, K): the relative quaternion, or 1; then the differences
+    of the hues."""
+    columns = [torch.ones(len(i), 1)]
+    if "rotation" in families:
+        columns = [common.pose_target("pose", factors, i, j)]
+    if "color" in families:
+        columns.append(common.pose_target("hues", factors, i, j))
+    return torch.cat(columns, 1)
+
+
+def latent_width(families, posed):
+    """K, the number of columns of z."""
+    if posed:
+        return (4 if "rotation" in families else 1) + (2 if "color" in families else 0)
+    return 1 + sum(WIDTH[name] for name in families)
+
+
 class ObjectPairs:
     """Posed objects, for the loader: an epoch visits every object once, in two of its images, a random one and
     another."""
 
     def __init__(self, groups):
-        self.by_object, self.count = (
-            torch.argsort(groups, stable=True),
-            groups.unique(return_counts=True)[1],
-        )  # (N,), (objects,)
-        if (self.count < 2).any():
-            common.die(
-                f"--data-dir: {int((self.count < 2).sum())} objects have a single image, and pairs need two of each"
-            )
+        self.by_object = torch.argsort(groups, stable=True)  # (N,)
+        self.count = groups.unique(return_counts=True)[1]  # (objects,)
+        single = int((self.count < 2).sum())
+        if single:
+            common.die(f"--data-dir: {single} objects have a single image, and pairs need two of each")
 
     def __len__(self):
         return len(self.count)
@@ -257,13 +267,6 @@ class ObjectPairs:
         i = (u[:, 0] * count).long()
         j = (i + 1 + (u[:, 1] * (count - 1)).long()) % count
         return {"1": self.by_object[first + i], "2": self.by_object[first + j]}
-
-
-def pose_latent(families, factors, i, j):
-    """z of posed objects, rows (n,) of their two images: the relative quaternion, or 1; then the differences of the
-    hues."""
-    z = [common.pose_target("pose", factors, i, j) if "rotation" in families else torch.ones(len(i), 1)]
-    return torch.cat(z + [common.pose_target("hues", factors, i, j)] * ("color" in families), 1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -287,52 +290,34 @@ def vicreg(z1, z2, args):
     """Embeddings of both views on this process, (b, d) each -> {"L_sim", "L_var", "L_cov"}, unweighted, and their
     weighted sum "L_ssl". Variance and covariance are over the global batch."""
     all1, all2 = common.gather(z1), common.gather(z2)  # (B, d)
-    terms = dict(
-        L_sim=F.mse_loss(z1, z2), L_var=(variance(all1) + variance(all2)) / 2, L_cov=covariance(all1) + covariance(all2)
-    )
-    return terms | dict(
-        L_ssl=args.sim_weight * terms["L_sim"] + args.var_weight * terms["L_var"] + args.cov_weight * terms["L_cov"]
-    )
+    L_sim = F.mse_loss(z1, z2)
+    L_var = (variance(all1) + variance(all2)) / 2
+    L_cov = covariance(all1) + covariance(all2)
+    L_ssl = args.sim_weight * L_sim + args.var_weight * L_var + args.cov_weight * L_cov
+    return dict(L_sim=L_sim, L_var=L_var, L_cov=L_cov, L_ssl=L_ssl)
 
 
 def split_loss(inv1, inv2, equi1, equi2, predicted, args):
     """SIE: embeddings of both views and M(z) equi1, (b, d) each on this process -> the terms and their weighted sum
     "loss"."""
-    x1, x2, p = (common.gather(v) for v in (torch.cat([inv1, equi1], 1), torch.cat([inv2, equi2], 1), predicted))
-    terms = dict(
-        L_sim=F.mse_loss(inv1, inv2),
-        L_equi=F.mse_loss(predicted, equi2),
-        L_var=(variance(x1) + variance(x2)) / 2,
-        L_var_predicted=variance(p) / 2,
-        L_cov=covariance(x1) + covariance(x2),
-    )
-    loss = args.sim_weight * (terms["L_sim"] + args.equi_factor * terms["L_equi"]) + args.cov_weight * terms["L_cov"]
-    return terms | dict(loss=loss + args.var_weight * (terms["L_var"] + terms["L_var_predicted"]))
+    x1, x2 = common.gather(torch.cat([inv1, equi1], 1)), common.gather(torch.cat([inv2, equi2], 1))  # (B, 2 d)
+    L_sim, L_equi = F.mse_loss(inv1, inv2), F.mse_loss(predicted, equi2)
+    L_var, L_var_predicted = (variance(x1) + variance(x2)) / 2, variance(common.gather(predicted)) / 2
+    L_cov = covariance(x1) + covariance(x2)
+
+    loss = args.sim_weight * (L_sim + args.equi_factor * L_equi) + args.cov_weight * L_cov
+    loss = loss + args.var_weight * (L_var + L_var_predicted)
+    return dict(L_sim=L_sim, L_equi=L_equi, L_var=L_var, L_var_predicted=L_var_predicted, L_cov=L_cov, loss=loss)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Objectives: each maps what the encoder makes of both views to a loss
+# The encoder, and the objectives: each maps the tokens of both views to a loss
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-def expander(*dims):
-    """Linear-BN-ReLU, ..., Linear without bias: VICReg's."""
-    layers = [
-        layer
-        for a, b in zip(dims[:-2], dims[1:])
-        for layer in (nn.Linear(a, b), nn.BatchNorm1d(b), nn.ReLU(inplace=True))
-    ]
-    return nn.Sequential(*layers, nn.Linear(*dims[-2:], bias=False))
-
-
-def heads(dim):
-    """Attention heads of 64 dimensions."""
-    return max(1, dim // 64)
 
 
 class NeckViT(common.ViT):
     """A ViT without [CLS] and with a linear neck on every normalised patch token. The representation is the mean of the
-    tokens; its first half is meant to be invariant, its second equivariant. The encoder of RECON and SIE."""
+    tokens; its first half is meant to be invariant, its second equivariant."""
 
     feature = "mean of the tokens"
 
@@ -360,12 +345,25 @@ class NeckViT(common.ViT):
 common.BACKBONES["neck"] = NeckViT
 
 
+def expander(*dims):
+    """VICReg's: Linear-BN-ReLU from each width to the next, the last one Linear without bias."""
+    layers = []
+    for a, b in zip(dims[:-2], dims[1:]):
+        layers += [nn.Linear(a, b), nn.BatchNorm1d(b), nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers, nn.Linear(*dims[-2:], bias=False))
+
+
+def num_heads(dim):
+    """Attention heads of 64 dimensions."""
+    return max(1, dim // 64)
+
+
 class CrossBlock(nn.Module):
     """Cross-attention and an MLP. The query's tokens are not added to the result, which starts from positions alone."""
 
     def __init__(self, dim, positions):
         super().__init__()
-        self.heads = heads(dim)
+        self.num_heads = num_heads(dim)
         self.norm_q, self.norm_kv, self.norm = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.q, self.kv, self.out = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
@@ -373,29 +371,31 @@ class CrossBlock(nn.Module):
 
     def forward(self, z2, z1):
         """Query from z2, key and value from z1, (B, N, dim) each -> (B, N, dim)."""
-        split = lambda v: v.unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, heads, N, dim / heads)
         q, (k, v) = self.q(self.norm_q(z2)), self.kv(self.norm_kv(z1)).chunk(2, dim=2)
-        h = F.scaled_dot_product_attention(split(q), split(k), split(v)).transpose(1, 2).flatten(2)  # (B, N, dim)
+        heads = (self.num_heads, -1)
+        q, k, v = (x.unflatten(2, heads).transpose(1, 2) for x in (q, k, v))  # (B, heads, N, dim / heads)
+        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, N, dim)
         h = self.positions + self.out(h)
         return h + self.mlp(self.norm(h))
 
 
 class Objective(nn.Module):
-    """What the four objectives share: the encoder, and a step. Each is its heads and `terms`."""
+    """What the four objectives share: the encoder, and a step. Each adds its heads and its loss `terms`."""
 
-    evaluated, compiled = "backbone", ()
+    evaluated = "backbone"
+    compiled = None
 
     def __init__(self, backbone):
         super().__init__()
         self.backbone = backbone
 
     def compile_encoder(self):
-        self.compiled = (torch.compile(self.backbone.patches, dynamic=False),)
+        self.compiled = torch.compile(self.backbone.patches, dynamic=False)
 
     def forward(self, views, z=None, labels=None):
         """All of a step's mathematics: views {"1", "2"} (B, 3, H, W), z (B, K) for sie, labels (B,) -> ({"loss",
         ...}, y of view 1)."""
-        (encode,) = self.compiled or (self.backbone.patches,)
+        encode = self.backbone.patches if self.compiled is None else self.compiled
         t1, t2 = encode(views["1"]), encode(views["2"])  # (B, N, 512)
         return self.terms(t1, t2, x2=views["2"], z=z, labels=labels), t1.mean(1)
 
@@ -405,14 +405,12 @@ class Recon(Objective):
 
     def __init__(self, backbone, args, _):
         super().__init__(backbone)
-        self.args, self.half, d = args, args.neck // 2, args.embed_dim
-        self.patch = args.patch_size
+        self.args, self.half, self.patch, d = args, args.neck // 2, args.patch_size, args.embed_dim
         self.g_inv = expander(self.half, args.proj_hidden, args.proj_hidden, d)
         self.g_equi = nn.Linear(args.neck - self.half, d)
         self.cross = CrossBlock(d, common.sincos_positions(backbone.grid, backbone.grid, d))
-        self.blocks = nn.Sequential(
-            *[Block(d, heads(d), qkv_bias=True) for _ in range(args.decoder_depth - 1)], nn.LayerNorm(d)
-        )
+        blocks = [Block(d, num_heads(d), qkv_bias=True) for _ in range(args.decoder_depth - 1)]
+        self.blocks = nn.Sequential(*blocks, nn.LayerNorm(d))
         self.pixels = nn.Linear(d, 3 * self.patch**2)
 
     def decode(self, t1, t2):
@@ -421,11 +419,13 @@ class Recon(Objective):
         return unpatchify(self.pixels(self.blocks(self.cross(z2, z1))), self.patch)
 
     def terms(self, t1, t2, x2, **_):
-        drawn = self.decode(t1, t2)
-        self.drawn = drawn[:8].detach()  # for the picture
-        L_recon = F.mse_loss(upcast(drawn), x2)
-        y1, y2 = t1.mean(1)[:, : self.half], t2.mean(1)[:, : self.half]  # (B, 256): y_inv
-        z1, z2 = upcast(self.g_inv(y1)), upcast(self.g_inv(y2))  # (B, d)
+        """L = lambda_ssl VICReg(Z_inv(v1), Z_inv(v2)) + lambda_recon mean (v2_hat - v2)^2."""
+        x2_hat = self.decode(t1, t2)  # (B, 3, H, W)
+        self.drawn = x2_hat[:8].detach()  # for the picture
+        L_recon = F.mse_loss(upcast(x2_hat), x2)
+
+        y1_inv, y2_inv = t1.mean(1)[:, : self.half], t2.mean(1)[:, : self.half]  # (B, 256)
+        z1, z2 = upcast(self.g_inv(y1_inv)), upcast(self.g_inv(y2_inv))  # (B, d)
         with common.full_precision():
             out = vicreg(z1, z2, self.args)
         return out | dict(L_recon=L_recon, loss=self.args.ssl_weight * out["L_ssl"] + self.args.recon_weight * L_recon)
@@ -454,9 +454,10 @@ class SIE(Objective):
     def terms(self, t1, t2, z, **_):
         y1, y2 = t1.mean(1), t2.mean(1)  # (B, 512)
         inv1, inv2 = upcast(self.inv(y1[:, : self.half])), upcast(self.inv(y2[:, : self.half]))  # (B, d)
-        equi1, equi2 = upcast(self.equi(y1[:, self.half :])), upcast(self.equi(y2[:, self.half :]))
+        equi1, equi2 = upcast(self.equi(y1[:, self.half :])), upcast(self.equi(y2[:, self.half :]))  # (B, d)
+        z = common.send(z, equi1.device).to(equi1.dtype)  # (B, K)
         with common.full_precision():
-            return split_loss(inv1, inv2, equi1, equi2, self.predict(equi1, z.to(equi1)), self.args)
+            return split_loss(inv1, inv2, equi1, equi2, self.predict(equi1, z), self.args)
 
 
 class VICReg(Objective):
@@ -483,7 +484,7 @@ class Supervised(Objective):
 
     def terms(self, t1, t2, labels, **_):
         scores = upcast(self.head(torch.cat([t1.mean(1), t2.mean(1)])))  # (2 B, classes)
-        labels = labels.repeat(2).to(scores.device)
+        labels = common.send(labels, scores.device).repeat(2)  # (2 B,)
         return dict(loss=F.cross_entropy(scores, labels), accuracy=(scores.argmax(1) == labels).float().mean())
 
 
@@ -493,22 +494,21 @@ class Supervised(Objective):
 
 
 def known_families(args, posed):
-    """What happens between the views: all, or for sie what --sie-params says."""
-    there = ("rotation", "color") if posed else FAMILIES
+    """What happens between the views: all that can, or for sie what --sie-params says."""
+    possible = ("rotation", "color") if posed else FAMILIES
     if args.objective != "sie" or "all" in args.sie_params:
-        return there
-    if not set(args.sie_params) <= set(there) or not args.sie_params:
-        common.die(f"--sie-params {' '.join(args.sie_params)}: {args.data} has {' '.join(there)}")
-    return tuple(name for name in there if name in args.sie_params)
+        return possible
+    if not set(args.sie_params) <= set(possible) or not args.sie_params:
+        common.die(f"--sie-params {' '.join(args.sie_params)}: {args.data} has {' '.join(possible)}")
+    return tuple(name for name in possible if name in args.sie_params)
 
 
 def build(args, device, outputs):
     """The model with its initial weights: seeded, the same on every process. `outputs`: latents of sie, or classes."""
     common.seed_everything(args.seed, "weights")
     mean, std = common.normalisation(args)
-    backbone = common.make_backbone(
-        args.arch, mean, std, img_size=args.img_size, patch_size=args.patch_size, neck=args.neck
-    )
+    encoder = dict(img_size=args.img_size, patch_size=args.patch_size, neck=args.neck)
+    backbone = common.make_backbone(args.arch, mean, std, **encoder)
     objective = dict(recon=Recon, sie=SIE, vicreg=VICReg, supervised=Supervised)[args.objective]
     return common.batchnorm_over_ranks(objective(backbone, args, outputs), device).to(device)
 
@@ -516,29 +516,30 @@ def build(args, device, outputs):
 def check(args):
     """Refuse what cannot work, in one line each, before anything is made."""
     common.check_run(args, RECIPES, common.VITS)
-    if args.crop_scale[0] > args.crop_scale[1]:
-        common.die(f"--crop-scale {args.crop_scale[0]} {args.crop_scale[1]}: the lower end comes first")
-    if args.embed_dim % (4 * heads(args.embed_dim)):
-        common.die(
-            f"--embed-dim {args.embed_dim}: must be a multiple of {4 * heads(args.embed_dim)}; take a multiple of 64"
-        )
-    if args.epochs and args.warmup_epochs >= args.epochs:
-        common.die(f"--warmup-epochs {args.warmup_epochs}: must be below --epochs {args.epochs}")
-    if args.known_fraction < 1 and args.objective not in ("sie", "supervised"):
-        common.die(
-            f"--known-fraction {args.known_fraction}: {args.objective} needs to know nothing and sees all images; "
-            "leave it out"
-        )
-    if args.objective != "sie" and (args.sie_single or args.sie_params != ("all",)):
-        common.die(
-            f"--sie-{'single' if args.sie_single else 'params'}: goes with --objective sie; {args.objective} sees "
-            "all transformations at once"
-        )
+    multiple = 4 * num_heads(args.embed_dim)
+    if args.embed_dim % multiple:
+        common.die(f"--embed-dim {args.embed_dim}: must be a multiple of {multiple}; take a multiple of 64")
     if args.img_size == args.patch_size:
+        common.die(f"--patch-size {args.patch_size}: leaves a single patch, so that attention has no choice; lower it")
+
+    # What only SIE or the supervised encoder can use.
+    objective = args.objective
+    if args.known_fraction < 1 and objective not in ("sie", "supervised"):
         common.die(
-            f"--patch-size {args.patch_size}: leaves a single patch, and cross-attention nothing to choose from; "
-            "lower it"
+            f"--known-fraction {args.known_fraction}: {objective} needs to know nothing and sees all; leave it out"
         )
+    if objective != "sie" and (args.sie_single or args.sie_params != ("all",)):
+        flag = "--sie-single" if args.sie_single else "--sie-params"
+        common.die(f"{flag}: goes with --objective sie; {objective} sees all transformations at once")
+
+
+def chance_of(args, outputs):
+    """The loss of pure chance, or of a collapse, in words."""
+    if args.objective == "recon":
+        return "L_recon about 1 (the mean colour)"
+    if args.objective == "supervised":
+        return f"loss {math.log(max(outputs, 1)):.2f}"
+    return f"L_var {1 - 0.01:.2f} (collapse)"
 
 
 def main(argv=None):
@@ -546,52 +547,45 @@ def main(argv=None):
     args = common.parse(Args, values_in_force, argv, description=__doc__)
     device = common.start(args.device)
     check(args)
+
+    # Data: posed objects, or images.
     train, test = (
         common.load_data(args.data, args.data_dir, split, args.img_size, args.skip_corrupt, args.workers)
         for split in ("train", "test")
     )
     if train.labels is None and (args.objective == "supervised" or args.known_fraction < 1):
-        common.die(
-            f"--data-dir {args.data_dir}: has no classes (one folder per class), which "
-            f"{'--known-fraction' if args.known_fraction < 1 else 'supervised'} needs"
-        )
+        needs = "--known-fraction" if args.known_fraction < 1 else "supervised"
+        common.die(f"--data-dir {args.data_dir}: has no classes (one folder per class), which {needs} needs")
     posed = "rotation" in train.factors
     if posed and args.sie_single:
         common.die(f"--sie-single: {args.data} shows objects in poses; nothing is transformed")
     train = train.to(device)
-    seen = train if args.known_fraction == 1 else common.known_part(train, args.known_fraction, args.seed)
+    known = train if args.known_fraction == 1 else common.known_part(train, args.known_fraction, args.seed)
+
+    # Views, and what lies between them.
     families = known_families(args, posed)
     policies = make_policies(args, posed)
     draw = partial(draw_views, args, policies, () if posed else families)
-    loader = common.Loader(seen, policies, draw, args, device, ObjectPairs(seen.groups) if posed else None)
+    loader = common.Loader(known, policies, draw, args, device, ObjectPairs(known.groups) if posed else None)
 
-    def latents(params, rows):
-        return (
-            pose_latent(families, seen.factors, rows["1"], rows["2"])
-            if posed
-            else latent(families, params["2"], args.img_size)
-        )
-
-    outputs = len(train.classes)
-    if args.objective == "sie":  # the width of z
-        outputs = (
-            (4 if "rotation" in families else 1) + 2 * ("color" in families)
-            if posed
-            else 1 + sum(WIDTH[name] for name in families)
-        )
+    # Model and optimiser.
+    outputs = latent_width(families, posed) if args.objective == "sie" else len(train.classes)
     model = build(args, device, outputs)
-    parameters = list(model.parameters())
-    optimizer = torch.optim.Adam(parameters, lr=0.0, weight_decay=args.weight_decay, fused=device.type == "cuda")
+    fused = device.type == "cuda"
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.0, weight_decay=args.weight_decay, fused=fused)
     peak = args.lr * args.batch_size / 256
-    variant = [args.objective, *(families if args.sie_params != ("all",) else ()), *["single"] * args.sie_single]
-    run = common.Run(
-        args, "-".join(variant + [f"known{args.known_fraction:g}"] * (args.known_fraction < 1)), model, optimizer
-    )
+
+    # The run directory, named after what differs from the usual.
+    variant = [args.objective]
+    if args.sie_params != ("all",):
+        variant += families
+    if args.sie_single:
+        variant.append("single")
+    if args.known_fraction < 1:
+        variant.append(f"known{args.known_fraction:g}")
+    run = common.Run(args, "-".join(variant), model, optimizer)
     run.restore(train)
-    chance = dict(recon="L_recon about 1 (the mean colour)", supervised=f"loss {math.log(max(outputs, 1)):.2f}").get(
-        args.objective, f"L_var {1 - 0.01:.2f} (collapse)"
-    )
-    run.introduce(seen, loader, peak, chance)
+    run.introduce(known, loader, peak, chance_of(args, outputs))
     if args.compile:
         model.compile_encoder()
     ddp = common.distributed(model)
@@ -601,11 +595,21 @@ def main(argv=None):
         lr = common.warmup_cosine(epoch, args.epochs, args.warmup_epochs, peak)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        z = latents(params, rows) if args.objective == "sie" else None
         if step == 0:
             run.picture("views.png", [views["1"], views["2"]])
+
+        # What is known of this batch.
+        z = labels = None
+        if args.objective == "supervised":
+            labels = known.labels[rows["1"]]  # (b,)
+        elif args.objective == "sie" and posed:
+            z = pose_latent(families, known.factors, rows["1"], rows["2"])  # (b, K)
+        elif args.objective == "sie":
+            z = latent(families, params["2"], args.img_size)  # (b, K)
+
+        # Forward, backward; DistributedDataParallel averages the gradients over processes.
         with common.autocast(device, args.amp):
-            out, y = ddp(views, z, seen.labels[rows["1"]] if args.objective == "supervised" else None)
+            out, y = ddp(views, z, labels)
         optimizer.zero_grad(set_to_none=True)
         out["loss"].backward()
         optimizer.step()

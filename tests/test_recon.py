@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from test_distributed import on_ranks
 from test_run import content, same
+from test_ser import no_copies  # noqa: F401
 
 import common
 import recon_xattn as rx
@@ -22,36 +23,25 @@ def t(*rows):
 
 
 def args_for(objective="recon", **changes):
-    first = rx.Args(objective=objective)
-    return rx.Args(
-        **rx.values_in_force(first)
-        | dict(
-            objective=objective,
-            batch_size=8,
-            img_size=16,
-            patch_size=4,
-            neck=32,
-            embed_dim=24,
-            decoder_depth=2,
-            proj_hidden=16,
-        )
-        | changes
-    )
+    tiny = dict(batch_size=8, img_size=16, patch_size=4, neck=32, embed_dim=24, decoder_depth=2, proj_hidden=16)
+    values = rx.values_in_force(rx.Args(objective=objective))
+    return rx.Args(**values | dict(objective=objective) | tiny | changes)
+
+
+def random_images():
+    """32 of four classes."""
+    images = torch.randint(0, 256, (32, 3, 16, 16), dtype=torch.uint8, generator=common.rng("test"))
+    return common.ImageSet(images=images, labels=torch.arange(32) % 4)
 
 
 def setup(objective="recon", posed=False, **changes):
     """(args, model in float64, views, z) of one step on random images."""
     args = args_for(objective, **changes)
     rx.check(args)
-    data = common.ImageSet(
-        images=torch.randint(0, 256, (32, 3, 16, 16), dtype=torch.uint8, generator=common.rng("test")),
-        labels=torch.arange(32) % 4,
-    )
     families = rx.known_families(args, False)
     policies = rx.make_policies(args, False)
-    loader = common.Loader(
-        data, policies, rx.partial(rx.draw_views, args, policies, families), args, torch.device("cpu")
-    )
+    draw = rx.partial(rx.draw_views, args, policies, families)
+    loader = common.Loader(random_images(), policies, draw, args, torch.device("cpu"))
     views, params, _ = next(loader.batches([0]))
     z = rx.latent(families, params["2"], 16)
     model = rx.build(args, torch.device("cpu"), z.shape[1] if objective == "sie" else 4).double()
@@ -97,9 +87,8 @@ def test_split_loss_value():
     inv1, inv2 = t([1, 0], [0, 1], [-1, -1]), t([1, 1], [0, 1], [0, -1])
     equi1, equi2 = t([1, 2], [0, 1], [-1, 0]), t([2, 1], [1, 0], [0, -1])
     model = rx.SIE(torch.nn.Identity(), args_for("sie", proj_hidden=2), 4).double()
-    W = torch.stack(
-        [torch.zeros(2, 2), torch.zeros(2, 2), torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.eye(2)], 2
-    ).double()  # (out, in, K)
+    swap, nothing = torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.zeros(2, 2)
+    W = torch.stack([nothing, nothing, swap, torch.eye(2)], 2).double()  # (out, in, K)
     model.W.weight.data = W.view(4, 4)
     p = model.predict(equi1, t([0, 0, 0, 1], [0, 0, 1, 0], [0, 0, 0.6, 0.8]))
     assert torch.allclose(p, t([1, 2], [1, 0], [-0.8, -0.6]))
@@ -182,9 +171,7 @@ def test_cross_attention_equals_the_loop(decoder):
     k, v = kv[:, :24], kv[:, 24:]
     rows = []
     for i in range(16):
-        w = torch.tensor(
-            [float(q[i] @ k[j]) / math.sqrt(24) for j in range(16)], dtype=torch.float64
-        ).exp()  # one head of 24
+        w = torch.stack([q[i] @ k[j] / math.sqrt(24) for j in range(16)]).exp()  # one head of 24
         rows.append(sum(w[j] / w.sum() * v[j] for j in range(16)))
     h = block.positions[0] + block.out(torch.stack(rows))
     assert torch.allclose(block(z2, z1)[0], h + block.mlp(block.norm(h)))
@@ -203,9 +190,8 @@ def test_which_half_learns_from_what():
         out[name].backward(retain_graph=True)
         grad = model.backbone.neck.weight.grad
         assert grad[half].abs().max() > 0 and grad[other].abs().max() == 0
-        touched = {
-            n.split(".")[0] for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0
-        }
+        moved = [n for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0]
+        touched = {n.split(".")[0] for n in moved}
         assert touched == {"backbone", *(("g_equi", "cross", "blocks", "pixels") if name == "L_recon" else ("g_inv",))}
     t1, t2 = (model.backbone.patches(views[v]).detach().requires_grad_() for v in "12")
     F.mse_loss(model.decode(t1, t2), views["2"]).backward()
@@ -216,10 +202,8 @@ def test_N10_swapping_the_views_changes_the_reconstruction_only():
     args, model, views, _ = setup()
     a, _ = model(views)
     b, _ = model({"1": views["2"], "2": views["1"]})
-    assert (
-        a["L_ssl"].item() == pytest.approx(b["L_ssl"].item(), rel=1e-9)
-        and abs(a["L_recon"].item() - b["L_recon"].item()) > 1e-4
-    )
+    assert a["L_ssl"].item() == pytest.approx(b["L_ssl"].item(), rel=1e-9)
+    assert abs(a["L_recon"].item() - b["L_recon"].item()) > 1e-4
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -238,24 +222,26 @@ def test_N14_N16_T7_8_pairs_are_overfitted(objective):
     assert all(p.grad is not None for p in model.parameters())
 
 
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_step_makes_the_host_wait_for_no_copy(objective, request):
+    args, model, views, z = setup(objective)
+    model, views = model.to("meta"), {name: x.to("meta") for name, x in views.items()}
+    with request.getfixturevalue("no_copies"):
+        out, _ = model(views, z, torch.zeros(8, dtype=torch.long))
+        out["loss"].backward()
+
+
 def train(objective, steps=3):
     """Tiny training in float64 -> (losses, gradients of the first step), as numpy."""
-    args = args_for(objective)
-    data = common.ImageSet(
-        images=torch.randint(0, 256, (32, 3, 16, 16), dtype=torch.uint8, generator=common.rng("test")),
-        labels=torch.arange(32) % 4,
-    )
+    args, data = args_for(objective), random_images()
     policies, device = rx.make_policies(args, False), torch.device("cpu")
     loader = common.Loader(data, policies, rx.partial(rx.draw_views, args, policies, common.FAMILIES), args, device)
     model, losses = rx.build(args, device, 15 if objective == "sie" else 4).double(), []
     optimizer, ddp = torch.optim.SGD(model.parameters(), lr=0.01), common.distributed(model)
     for step in range(steps):
         views, params, rows = next(loader.batches([step]))
-        out, _ = ddp(
-            {k: v.double() for k, v in views.items()},
-            rx.latent(common.FAMILIES, params["2"], 16),
-            data.labels[rows["1"]],
-        )
+        z = rx.latent(common.FAMILIES, params["2"], 16)
+        out, _ = ddp({k: v.double() for k, v in views.items()}, z, data.labels[rows["1"]])
         optimizer.zero_grad()
         out["loss"].backward()
         losses.append([common.all_reduce(v.detach().double()).item() / common.world_size() for v in out.values()])
@@ -275,38 +261,14 @@ def test_N1_N3_2_processes_train_the_same_model(objective, tmp_path):
             assert abs(a - b).max() <= 1e-8 * max(abs(a).max(), 1e-3 * scale)
 
 
+TINY_MODEL = "--arch vit_pico --neck 16 --embed-dim 24 --decoder-depth 2 --proj-hidden 16"
+
+
 @pytest.fixture
 def small(folder):
-    return [
-        "--data",
-        "imagefolder",
-        "--data-dir",
-        str(folder),
-        "--recipe",
-        "cifar10",
-        "--arch",
-        "vit_pico",
-        "--img-size",
-        "16",
-        "--batch-size",
-        "12",
-        "--epochs",
-        "2",
-        "--warmup-epochs",
-        "1",
-        "--neck",
-        "16",
-        "--embed-dim",
-        "24",
-        "--decoder-depth",
-        "2",
-        "--proj-hidden",
-        "16",
-        "--workers",
-        "0",
-        "--device",
-        "cpu",
-    ]
+    data = ["--data", "imagefolder", "--data-dir", str(folder), "--recipe", "cifar10", "--img-size", "16"]
+    run = "--batch-size 12 --epochs 2 --warmup-epochs 1 --workers 0 --device cpu"
+    return [*data, *run.split(), *TINY_MODEL.split()]
 
 
 @pytest.mark.parametrize(
@@ -332,40 +294,26 @@ def test_N7_every_variant_trains_and_resumes_to_the_same_bits(variant, small, tm
     assert "k-NN accuracy" in capsys.readouterr().out
 
 
+SIE_OF_BLOCKS = "--objective sie --data blocks --recipe blocks --img-size 32"
+
+
 @pytest.mark.parametrize(
     "argv, words",
     [
-        (["--known-fraction", "0.2"], ("--known-fraction 0.2", "recon")),
-        (
-            [
-                "--objective",
-                "sie",
-                "--data",
-                "blocks",
-                "--recipe",
-                "blocks",
-                "--img-size",
-                "32",
-                "--sie-params",
-                "blur",
-            ],
-            ("--sie-params blur", "rotation color"),
-        ),
-        (["--embed-dim", "130"], ("--embed-dim 130",)),
-        (["--sie-single"], ("--sie-single", "--objective sie")),
-        (["--objective", "vicreg", "--sie-params", "blur"], ("--sie-params", "--objective sie")),
-        (
-            ["--objective", "sie", "--data", "blocks", "--recipe", "blocks", "--img-size", "32", "--sie-single"],
-            ("--sie-single", "poses"),
-        ),
-        (["--patch-size", "16"], ("--patch-size 16", "single patch")),
-        (["--data", "imagefolder", "--recipe", "ade20k"], ("--recipe ade20k", "3diebench")),
-        (["--lr", "nan"], ("--lr nan",)),
+        ("--known-fraction 0.2", ("--known-fraction 0.2", "recon")),
+        (f"{SIE_OF_BLOCKS} --sie-params blur", ("--sie-params blur", "rotation color")),
+        ("--embed-dim 130", ("--embed-dim 130",)),
+        ("--sie-single", ("--sie-single", "--objective sie")),
+        ("--objective vicreg --sie-params blur", ("--sie-params", "--objective sie")),
+        (f"{SIE_OF_BLOCKS} --sie-single", ("--sie-single", "poses")),
+        ("--patch-size 16", ("--patch-size 16", "single patch")),
+        ("--data imagefolder --recipe ade20k", ("--recipe ade20k", "3diebench")),
+        ("--lr nan", ("--lr nan",)),
     ],
 )
 def test_mistakes(argv, words, small, tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
-        rx.main([*small, *argv, "--out", str(tmp_path / "run")])
+        rx.main([*small, *argv.split(), "--out", str(tmp_path / "run")])
     err = capsys.readouterr().err
     assert end.value.code == 2 and len(err.strip().splitlines()) == 1 and all(w in err for w in words)
 
@@ -392,9 +340,8 @@ def test_N6_view_2_is_a_transformation_of_view_1():
     assert torch.allclose(policies["1"](x, params["1"]), policies["2"](x, still), atol=2e-5)
     flipped = policies["2"](x, params["2"])
     one = policies["1"](x, params["1"])
-    assert all(
-        torch.allclose(b, a.flip(2) if f else a, atol=2e-5) for a, b, f in zip(one, flipped, params["2"]["flip"])
-    )
+    for a, b, f in zip(one, flipped, params["2"]["flip"]):
+        assert torch.allclose(b, a.flip(2) if f else a, atol=2e-5)
     assert 0 < params["2"]["flip"].sum() < 8
 
 
@@ -431,54 +378,45 @@ def test_N6_N11_latents_of_all_families():
 def test_only_the_named_family_happens(families, K):
     there, _, params = drawn_params(sie_params=families)
     assert there == families and rx.latent(there, params["2"], 16).shape == (64, K)
-    moved = {
-        name for name in common.FAMILIES if any((params["2"][key] != rx.IDENTITY[key]).any() for key in rx.KEYS[name])
-    }
-    assert moved == set(families)
+    moved = {key for key, value in rx.IDENTITY.items() if (params["2"][key] != value).any()}
+    assert moved == {key for name in families for key in rx.KEYS[name]}
 
 
 def test_one_family_at_a_time():
     _, _, params = drawn_params(240, sie_single=True)
-    happens = torch.stack(
-        [
-            torch.stack([params["2"][key] != rx.IDENTITY[key] for key in rx.KEYS[name]]).any(0)
-            for name in common.FAMILIES
-        ]
-    )
+    moved = {key: params["2"][key] != value for key, value in rx.IDENTITY.items()}
+    happens = [torch.stack([moved[key] for key in rx.KEYS[name]]).any(0) for name in common.FAMILIES]
+    happens = torch.stack(happens)  # (families, n)
     assert happens.sum(0).max() == 1 and (happens.sum(1) >= 5).all()
 
 
 def test_latents_of_poses():
-    q = common.quaternion_from_angles(
-        torch.tensor([[math.pi / 2, 0, 0], [0, math.pi / 2, 0], [0.1, 0.2, 0.3], [0.3, -0.2, 0.5]])
-    )
-    factors = dict(
-        rotation=q, floor_hue=torch.tensor([0.1, 0.4, 0.9, 0.2]), light_hue=torch.tensor([0.0, 0.5, 0.5, 0.1])
-    )
+    angles = [[math.pi / 2, 0, 0], [0, math.pi / 2, 0], [0.1, 0.2, 0.3], [0.3, -0.2, 0.5]]
+    hues = dict(floor_hue=torch.tensor([0.1, 0.4, 0.9, 0.2]), light_hue=torch.tensor([0.0, 0.5, 0.5, 0.1]))
+    factors = dict(rotation=common.quaternion_from_angles(torch.tensor(angles)), **hues)
     z = rx.pose_latent(("rotation", "color"), factors, torch.tensor([0, 2]), torch.tensor([1, 3]))
     assert z[0].tolist() == pytest.approx([-0.5, 0.5, -0.5, 0.5, 0.3, 0.5], abs=1e-6)
     assert z[1].tolist() == pytest.approx([0.097355, -0.173903, 0.137116, 0.970299, -0.7, -0.4], abs=1e-6)
 
 
+def loader_of_pairs(data, batch_size):
+    args = args_for("sie", batch_size=batch_size, img_size=4)
+    policies = rx.make_policies(args, True)
+    draw = rx.partial(rx.draw_views, args, policies, ())
+    return common.Loader(data, policies, draw, args, torch.device("cpu"), rx.ObjectPairs(data.groups))
+
+
 def test_pairs_show_two_views_of_each_object_once_an_epoch():
     groups = torch.tensor([2, 0, 1, 0, 2, 2, 1, 0, 3, 3, 1, 2])
-    data = common.ImageSet(
-        images=torch.arange(12, dtype=torch.uint8).view(12, 1, 1, 1).expand(12, 3, 4, 4).contiguous(), groups=groups
-    )
-    args = args_for(batch_size=2, img_size=4)
-    policies = rx.make_policies(args, True)
-    loader = common.Loader(
-        data, policies, rx.partial(rx.draw_views, args, policies, ()), args, torch.device("cpu"), rx.ObjectPairs(groups)
-    )
+    images = torch.arange(12, dtype=torch.uint8).view(12, 1, 1, 1).expand(12, 3, 4, 4).contiguous()
+    loader = loader_of_pairs(common.ImageSet(images=images, groups=groups), batch_size=2)
     assert loader.steps_per_epoch == 2
     seen, epoch = set(), []
     for step in range(40):
         made, rows = loader[step]
         i, j = rows["1"], rows["2"]
         assert torch.equal(groups[i], groups[j]) and (i != j).all()
-        assert torch.equal(made["1"][0][:, 0, 0, 0], i.to(torch.uint8)) and torch.equal(
-            made["2"][0][:, 0, 0, 0], j.to(torch.uint8)
-        )
+        assert [made[view][0][:, 0, 0, 0].tolist() for view in ("1", "2")] == [i.tolist(), j.tolist()]
         epoch = [*epoch, *groups[i].tolist()][-4:]
         assert step % 2 == 0 or sorted(epoch) == [0, 1, 2, 3]
         seen |= set(zip(i.tolist(), j.tolist()))
@@ -494,47 +432,29 @@ def test_the_hues_alone_have_a_constant_in_z():
 
 def test_the_known_part_is_a_share_of_every_class():
     labels = torch.tensor([0] * 50 + [1] * 10 + [2] * 20)[torch.randperm(80)]
-    data = common.ImageSet(
-        images=torch.arange(80, dtype=torch.uint8).view(80, 1, 1, 1).expand(80, 3, 2, 2), labels=labels
-    )
+    images = torch.arange(80, dtype=torch.uint8).view(80, 1, 1, 1).expand(80, 3, 2, 2)
+    data = common.ImageSet(images=images, labels=labels)
     known = common.known_part(data, 0.2, seed=0)
     rows = known.images[:, 0, 0, 0].long()
-    assert (
-        torch.bincount(known.labels).tolist() == [10, 2, 4]
-        and torch.equal(labels[rows], known.labels)
-        and len(rows.unique()) == 16
-    )
+    assert torch.bincount(known.labels).tolist() == [10, 2, 4] and torch.equal(labels[rows], known.labels)
+    assert len(rows.unique()) == 16
     assert torch.equal(rows, common.known_part(data, 0.2, seed=0).images[:, 0, 0, 0].long())
     assert not torch.equal(rows, common.known_part(data, 0.2, seed=1).images[:, 0, 0, 0].long())
 
 
 def test_the_known_part_of_objects_is_whole_objects():
-    groups, labels = torch.arange(24).repeat_interleave(3), torch.arange(24).repeat_interleave(3) % 2
-    data = common.ImageSet(
-        images=torch.zeros(72, 3, 4, 4, dtype=torch.uint8),
-        labels=labels,
-        groups=groups,
-        factors=dict(rotation=torch.randn(72, 4)),
-    )
+    groups = torch.arange(24).repeat_interleave(3)
+    images, factors = torch.zeros(72, 3, 4, 4, dtype=torch.uint8), dict(rotation=torch.randn(72, 4))
+    data = common.ImageSet(images=images, labels=groups % 2, groups=groups, factors=factors)
     known = common.known_part(data, 0.5, seed=0)
-    assert known.groups.unique(return_counts=True)[1].tolist() == [3] * 12 and known.factors["rotation"].shape == (
-        36,
-        4,
-    )
-    args = args_for("sie", batch_size=4, img_size=4)
-    policies = rx.make_policies(args, True)
-    loader = common.Loader(
-        known,
-        policies,
-        rx.partial(rx.draw_views, args, policies, ()),
-        args,
-        torch.device("cpu"),
-        rx.ObjectPairs(known.groups),
-    )
+    assert known.groups.unique(return_counts=True)[1].tolist() == [3] * 12
+    assert known.factors["rotation"].shape == (36, 4)
+
+    # An epoch of pairs visits each object once.
+    loader = loader_of_pairs(known, batch_size=4)
     rows = [loader.rows(step) for step in range(3)]
-    assert sorted(g for r in rows for g in known.groups[r["1"]].tolist()) == known.groups.unique().tolist() and all(
-        (r["1"] != r["2"]).all() for r in rows
-    )
+    visited = [g for r in rows for g in known.groups[r["1"]].tolist()]
+    assert sorted(visited) == known.groups.unique().tolist() and all((r["1"] != r["2"]).all() for r in rows)
 
 
 # ---- 3DIEBench ------------------------------------------------------------------------------------------
@@ -542,59 +462,22 @@ def test_the_known_part_of_objects_is_whole_objects():
 
 def test_3diebench_as_published(bench3die, tmp_path, capsys):
     data = common.load_data("3diebench", bench3die, "train", 16)
-    assert (
-        len(data) == 200
-        and data.labels.tolist() == [0] * 100 + [1] * 100
-        and torch.equal(data.groups, torch.arange(4).repeat_interleave(50))
-    )
+    assert len(data) == 200 and data.labels.tolist() == [0] * 100 + [1] * 100
+    assert torch.equal(data.groups, torch.arange(4).repeat_interleave(50))
+
+    # Image 57 is the second object's seventh.
     latent = np.load(bench3die / "02691156" / "b2" / "latent_7.npy")
-    assert torch.allclose(
-        data.factors["rotation"][57],
-        common.quaternion_from_angles(torch.tensor(latent[None, :3], dtype=torch.float32))[0],
-    )
-    assert data.factors["floor_hue"][57].item() == pytest.approx(latent[3]) and data.factors["light_hue"][
-        57
-    ].item() == pytest.approx(latent[6])
+    factors = {name: value[57] for name, value in data.factors.items()}
+    rotation = common.quaternion_from_angles(torch.tensor(latent[None, :3], dtype=torch.float32))[0]
+    assert torch.allclose(factors["rotation"], rotation)
+    assert factors["floor_hue"].item() == pytest.approx(latent[3])
+    assert factors["light_hue"].item() == pytest.approx(latent[6])
     assert data[torch.tensor([57])][0].shape == (3, 16, 16)
-    rx.main(
-        [
-            "--data",
-            "3diebench",
-            "--data-dir",
-            str(bench3die),
-            "--arch",
-            "vit_pico",
-            "--img-size",
-            "16",
-            "--patch-size",
-            "8",
-            "--batch-size",
-            "4",
-            "--epochs",
-            "2",
-            "--warmup-epochs",
-            "1",
-            "--embed-dim",
-            "24",
-            "--decoder-depth",
-            "2",
-            "--neck",
-            "16",
-            "--proj-hidden",
-            "16",
-            "--device",
-            "cpu",
-            "--workers",
-            "0",
-            "--objective",
-            "sie",
-            "--sie-params",
-            "rotation",
-            "color",
-            "--out",
-            str(tmp_path / "run"),
-        ]
-    )
+
+    flags = ["--data", "3diebench", "--data-dir", str(bench3die), "--out", str(tmp_path / "run")]
+    run = "--img-size 16 --patch-size 8 --batch-size 4 --epochs 2 --warmup-epochs 1 --device cpu --workers 0"
+    sie = "--objective sie --sie-params rotation color"
+    rx.main([*flags, *run.split(), *TINY_MODEL.split(), *sie.split()])
     assert (tmp_path / "run" / "checkpoint.pt").exists()
 
 

@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._pytree import tree_leaves
 
 import common
 import ser
@@ -66,16 +67,13 @@ def test_action_across_grids_is_transform_then_resize(k, f):
 @pytest.mark.parametrize("k, f", GROUP)
 def test_action_reads_output_cell_p_at_the_inverse_image_of_p(k, f):
     """On the ramp (x, y) of normalised coordinates the output at p is D^T p, away from the border."""
-    ramp = lambda h, w: torch.stack(
-        torch.meshgrid((2 * torch.arange(w) + 1) / w - 1, (2 * torch.arange(h) + 1) / h - 1, indexing="xy"), -1
-    )
-    D = torch.linalg.matrix_power(t([0.0, 1.0], [-1.0, 0.0]), k) @ torch.linalg.matrix_power(
-        t([-1.0, 0.0], [0.0, 1.0]), f
-    )
+    centres = lambda n: (2 * torch.arange(n) + 1) / n - 1
+    ramp = lambda h, w: torch.stack(torch.meshgrid(centres(w), centres(h), indexing="xy"), -1)
+    power = torch.linalg.matrix_power
+    D = power(t([0.0, 1.0], [-1.0, 0.0]), k) @ power(t([-1.0, 0.0], [0.0, 1.0]), f)
     out = ser.act(ramp(12, 17)[None], t(k), t(f), (16, 11))[0]
-    assert (out - ramp(16, 11) @ D)[
-        3:-3, 3:-3
-    ].abs().max() < 0.02  # bicubic bends a ramp a little; rows: (D^T p)^T = p^T D
+    error = out - ramp(16, 11) @ D  # rows: (D^T p)^T = p^T D
+    assert error[3:-3, 3:-3].abs().max() < 0.02  # bicubic bends a ramp a little
 
 
 def test_action_keeps_a_patchwise_encoder_equivariant():
@@ -158,9 +156,7 @@ def test_nt_xent_keeps_little_memory():
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             nonlocal largest
             out = func(*args, **(kwargs or {}))
-            largest = max(
-                [largest] + [o.numel() for o in torch.utils._pytree.tree_leaves(out) if isinstance(o, torch.Tensor)]
-            )
+            largest = max([largest] + [o.numel() for o in tree_leaves(out) if isinstance(o, torch.Tensor)])
             return out
 
     saved = []
@@ -188,10 +184,8 @@ def test_N13_contrast_of_equal_embeddings():
 
 def test_contrast_equals_the_loop():
     q, k = (F.normalize(v, dim=1) for v in torch.randn(2, 5, 3, dtype=torch.float64))
-    rows = [
-        -math.log(math.exp(float(q[i] @ k[i]) / 0.2) / sum(math.exp(float(q[i] @ k[j]) / 0.2) for j in range(5)))
-        for i in range(5)
-    ]
+    e = [[math.exp(float(q[i] @ k[j]) / 0.2) for j in range(5)] for i in range(5)]
+    rows = [-math.log(e[i][i] / sum(e[i])) for i in range(5)]
     assert ser.contrast(q, k, 0.2).item() == pytest.approx(2 * 0.2 * sum(rows) / 5, abs=1e-12)
 
 
@@ -297,8 +291,8 @@ def test_trainable_parameters_of_moco_v3():
 
 
 @pytest.mark.parametrize("batch, ratio, n2", [(2048, 0.01, 24), (128, 0.125, 16), (64, 0.01, 8)])
-def test_second_part(batch, ratio, n2):
-    assert ser.second_part(batch, ratio) == n2
+def test_equi_batch_size(batch, ratio, n2):
+    assert ser.equi_batch_size(batch, ratio) == n2
 
 
 # ---- a whole step ---------------------------------------------------------------------------------
@@ -306,30 +300,66 @@ def test_second_part(batch, ratio, n2):
 
 def setup(equi="ser", base="mocov3", **changes):
     """(args, model, policies, views, params) of one step on random images, in float64."""
-    args = ser.Args(
-        **ser.values_in_force(ser.Args(base=base, equi=equi))
-        | dict(
-            base=base,
-            equi=equi,
-            prototypes=32,
-            batch_size=16,
-            img_size=16,
-            patch_size=4,
-            proj_hidden=16,
-            proj_dim=8,
-            equi_dim=16,
-        )
-        | changes
-    )
+    tiny = dict(prototypes=32, batch_size=16, img_size=16, patch_size=4, proj_hidden=16, proj_dim=8, equi_dim=16)
+    variant = dict(base=base, equi=equi)
+    args = ser.Args(**ser.values_in_force(ser.Args(**variant)) | variant | tiny | changes)
     ser.check(args)
     model = ser.build(args, torch.device("cpu")).double()
     policies = ser.make_policies(args)
-    data = common.ImageSet(
-        images=torch.randint(0, 256, (32, 3, 16, 16), dtype=torch.uint8, generator=common.rng("test"))
-    )
+    images = torch.randint(0, 256, (32, 3, 16, 16), dtype=torch.uint8, generator=common.rng("test"))
+    data = common.ImageSet(images=images)
     loader = common.Loader(data, policies, partial(ser.draw_views, args, policies), args, torch.device("cpu"))
     views, params, _ = next(loader.batches([0]))
     return args, model, {name: x.double() for name, x in views.items()}, params
+
+
+class NoCopies(torch.utils._python_dispatch.TorchDispatchMode):
+    """Fails at an operation on tensors of two devices: the copy within makes the host wait for a GPU."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        tensors = [v for v in tree_leaves((args, kwargs, out)) if isinstance(v, torch.Tensor) and v.dim()]
+        assert len({v.device for v in tensors}) <= 1, func
+        return out
+
+
+@pytest.fixture
+def no_copies(monkeypatch):
+    """A mode for steps of models and views on the meta device, which plays the GPU; only common.send may copy to it."""
+    monkeypatch.setattr(common, "send", lambda x, device: torch.empty(x.shape, dtype=x.dtype, device=device))
+    return NoCopies()
+
+
+@pytest.mark.parametrize("equi", ser.EQUIS)
+def test_a_step_makes_the_host_wait_for_no_copy(equi, request):
+    changes = dict(blur=(0.5, 0.5), solarize=(0.5, 0.5), local_size=8)
+    if equi == "augself":
+        changes["equi_params"] = ("crop", "color", "flip", "blur", "solarize", "rotation")
+    args, model, views, params = setup(equi, "dino", **changes)
+    model, views = model.to("meta"), {name: x.to("meta") for name, x in views.items()}
+    with request.getfixturevalue("no_copies"):
+        out, _ = model(views, params)
+        out["loss"].backward()
+
+
+def test_the_views_of_b2_are_compiled_once_for_all_grids(monkeypatch):
+    graphs, compile = [], torch.compile
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    monkeypatch.setattr(torch, "compile", partial(compile, backend=lambda graph, _: graphs.append(1) or graph))
+    args, model, views, params = setup("ser", "barlow", equi_layer=1)
+    model.backbone.blocks = model.backbone.blocks[:2]
+    torch._dynamo.reset()
+    for compiled in (False, True):
+        losses = []
+        for h, w in ((3, 5), (5, 4), (4, 3), (4, 5)):
+            for view in ("eq1", "eq2"):
+                views[view] = torch.randn(8, 3, 4 * h, 4 * w, dtype=torch.float64, generator=common.rng(h, w))
+                params[view] |= dict(grid_h=torch.full((8,), h), grid_w=torch.full((8,), w))
+            losses.append(model(views, params)[0]["loss"].item())
+        if not compiled:
+            expected = losses
+            model.compile_encoder()
+    assert losses == pytest.approx(expected, rel=1e-9) and len(graphs) == 2  # views of one shape; all others
 
 
 @pytest.mark.parametrize("base", ser.BASES)
@@ -339,9 +369,8 @@ def test_l_equiv_trains_f1_and_its_projector_and_nothing_else(base):
     out["L_equiv"].backward()
     for name, p in model.named_parameters():
         touched = name.startswith(("equi.", "backbone.blocks.0.", "backbone.blocks.1."))
-        touched |= base != "mocov3" and name.startswith(
-            ("backbone.patch_embed.", "backbone.pos_embed")
-        )  # MoCo-v3 freezes them
+        if base != "mocov3":  # which freezes them
+            touched |= name.startswith(("backbone.patch_embed.", "backbone.pos_embed"))
         grad = 0 if p.grad is None else p.grad.abs().max().item()
         assert (grad > 0) == touched, name
 
@@ -349,10 +378,8 @@ def test_l_equiv_trains_f1_and_its_projector_and_nothing_else(base):
 def test_lambda_0_leaves_the_gradients_of_l_inv():
     args, model, views, params = setup(equi_weight=0.0)
     out, _ = model(views, params)
-    gradients = [
-        torch.autograd.grad(out[name], model.backbone.blocks[0].attn.qkv.weight, retain_graph=True)[0]
-        for name in ("loss", "L_inv")
-    ]
+    weight = model.backbone.blocks[0].attn.qkv.weight
+    gradients = [torch.autograd.grad(out[name], weight, retain_graph=True)[0] for name in ("loss", "L_inv")]
     assert torch.equal(*gradients)
 
 
@@ -387,10 +414,9 @@ def test_N6_views_of_b2_are_related_by_g():
     """With photometrics off and equal grids, view 2 of b2 is g applied to view 1, g from `relative`."""
     args, _, views, params = setup(equi_ratio=0.5, jitter=(0.0, 0.0, 0.0, 0.0), equi_area=(1.0, 1.0))
     policies = ser.make_policies(args)
+    left_out = (common.Grayscale, common.GridResize)
     for name in ("eq1", "eq2"):
-        policies[name].ops = [
-            op for op in policies[name].ops if not isinstance(op, (common.Grayscale, common.GridResize))
-        ]
+        policies[name].ops = [op for op in policies[name].ops if not isinstance(op, left_out)]
     data = torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8)
     x1, x2 = (policies[name](data, params[name]) for name in ("eq1", "eq2"))
     k, f = ser.relative(params["eq1"]["rot90"], params["eq1"]["flip"], params["eq2"]["rot90"], params["eq2"]["flip"])
@@ -398,22 +424,14 @@ def test_N6_views_of_b2_are_related_by_g():
         assert torch.equal(transform(a, i, j), b)
 
 
-@pytest.mark.parametrize(
-    "base, equi, L_inv",
-    [
-        ("mocov3", "ser", 0.67),
-        ("dino", "ser", 0.9),
-        ("barlow", "ser", 0.5),
-    ],
-)
+@pytest.mark.parametrize("base, equi, L_inv", [("mocov3", "ser", 0.67), ("dino", "ser", 0.9), ("barlow", "ser", 0.5)])
 def test_N16_losses_fall_when_32_images_are_overfitted(base, equi, L_inv):
     """30 steps on one fixed batch: L_inv falls to a stated share of its start, the contrast of 16 x 16 cells by a
     tenth."""
     args, model, views, params = setup(equi, base, equi_ratio=0.5, batch_size=32)
     model, views = model.float(), {k: v.float() for k, v in views.items()}
-    optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad], lr=1e-3 if base == "barlow" else 3e-3
-    )
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3 if base == "barlow" else 3e-3)
     if base == "dino":  # from a centred teacher, or the first losses are those of a teacher that says always the same
         model(views, params)
         model.centre *= 10
@@ -438,19 +456,15 @@ def test_flops_of_ser_are_those_of_its_base():
         args = ser.Args(recipe="imagenet", equi=equi, batch_size=256)
         ser.check(args)
         views = {}
-        n2 = ser.second_part(256, args.equi_ratio) if equi == "ser" else 0
+        n2 = ser.equi_batch_size(256, args.equi_ratio) if equi == "ser" else 0
         with torch.device("meta"):
             model = ser.MoCoV3(common.ViT("vit_small", cls_layer=args.cls_layer, pos="learned"), args)
             model.equi = ser.SER(384, args) if n2 else None
-            views = {"1": torch.empty(256 - n2, 3, 224, 224), "2": torch.empty(256 - n2, 3, 224, 224)}
+            views = {name: torch.empty(256 - n2, 3, 224, 224) for name in ("1", "2")}
             if n2:
-                views |= {"eq1": torch.empty(n2, 3, 224, 224), "eq2": torch.empty(n2, 3, 224, 224)}
-        group = dict(
-            rot90=torch.zeros(n2, dtype=torch.long),
-            flip=torch.zeros(n2, dtype=torch.bool),
-            grid_h=torch.full((n2,), 14),
-            grid_w=torch.full((n2,), 14),
-        )
+                views |= {name: torch.empty(n2, 3, 224, 224) for name in ("eq1", "eq2")}
+        none, cells = torch.zeros(n2, dtype=torch.long), torch.full((n2,), 14)
+        group = dict(rot90=none, flip=none.bool(), grid_h=cells, grid_w=cells)
         params = dict(eq1=group, eq2=group)
         with FlopCounterMode(display=False) as counter:
             model(views, params)[0]["loss"].backward()

@@ -35,20 +35,15 @@ def test_N14_T7_a_step_of_every_combination_trains_what_it_should(base, equi, la
     teacher."""
     args, model, views, params = setup(equi, base, equi_layer=layer, local_size=8)
     out, y = model(views, params)
-    assert out["loss"].item() == pytest.approx(
-        out["L_inv"].item() + args.equi_weight * out["L_equiv"].item(), rel=1e-9
-    ) and y.shape == (16, 128)
+    expected = out["L_inv"].item() + args.equi_weight * out["L_equiv"].item()
+    assert out["loss"].item() == pytest.approx(expected, rel=1e-9) and y.shape == (16, 128)
     out["L_equiv"].backward(retain_graph=True)
     depth = layer or len(model.backbone.blocks)
     for name, p in model.named_parameters():
         touched = name.startswith(("equi.", *(f"backbone.blocks.{k}." for k in range(depth)), "backbone.cls_token"))
         touched |= name.startswith("backbone.norm") and layer == 0
-        touched |= (
-            name.startswith("backbone.patch_embed")
-            and base != "mocov3"
-            or name == "backbone.pos_embed"
-            and base != "mocov3"
-        )
+        if base != "mocov3":  # which freezes them
+            touched |= name.startswith(("backbone.patch_embed", "backbone.pos_embed"))
         grad = 0 if p.grad is None else p.grad.abs().max().item()
         assert (grad > 0) == touched, name
     out["loss"].backward()
@@ -94,21 +89,12 @@ def test_N6_N10_augself_equals_the_loop():
     width = (0.8, 0.8, 0.4, 0.2)  # factors 0.6 to 1.4, of saturation 0.8 to 1.2, hue -0.1 to 0.1
 
     def crop(p, i):
-        centre = float(p["left"][i] + p["width"][i] / 2)
-        return [
-            float(p["top"][i] + p["height"][i] / 2),
-            1 - centre if p["flip"][i] else centre,
-            float(p["height"][i]),
-            float(p["width"][i]),
-        ]
+        top, left, height, width = (float(p[key][i]) for key in ("top", "left", "height", "width"))
+        centre = left + width / 2
+        return [top + height / 2, 1 - centre if p["flip"][i] else centre, height, width]
 
     def color(p, i):
-        raw = [
-            float(p["brightness"][i]) - 1,
-            float(p["contrast"][i]) - 1,
-            float(p["saturation"][i]) - 1,
-            float(p["hue"][i]),
-        ]
+        raw = [float(p[key][i]) - 1 for key in ("brightness", "contrast", "saturation")] + [float(p["hue"][i])]
         return [a / b for a, b in zip(raw, width)]
 
     describe = dict(
@@ -153,10 +139,8 @@ def test_stl_transforms_two_images_alike_but_for_flip_and_blur():
 
 
 def test_stl_cuts_the_same_box_out_of_images_of_any_size():
-    args = ser.Args(
-        **ser.values_in_force(ser.Args(equi="stl", data="imagefolder", recipe="imagenet"))
-        | dict(equi="stl", batch_size=32)
-    )
+    first = ser.Args(equi="stl", data="imagefolder", recipe="imagenet")
+    args = ser.Args(**ser.values_in_force(first) | dict(equi="stl", batch_size=32))
     policies = ser.make_policies(args)
     sizes = torch.tensor([[375, 500], [500, 375], [100, 900], [64, 64]]).repeat(8, 1)
     for name, (_, draws) in ser.draw_views(args, policies, common.rng(0)).items():
@@ -184,20 +168,17 @@ def test_stl_equals_the_loop():
     assert all(partner[partner[i]] == i for i in partner)
     y1_hat = torch.stack([W(t21[partner[i]]) @ y2[i] for i in range(16)])
     y2_hat = torch.stack([W(t12[partner[i]]) @ y1[i] for i in range(16)])
-    z, z_hat = (
-        torch.cat([by_hand(m.project, y1), by_hand(m.project, y2)]),
-        torch.cat([by_hand(m.project, y1_hat), by_hand(m.project, y2_hat)]),
-    )
+    z = torch.cat([by_hand(m.project, y1), by_hand(m.project, y2)])
+    z_hat = torch.cat([by_hand(m.project, y1_hat), by_hand(m.project, y2_hat)])
     t = torch.cat([t12, t21])
     L_trans = loop_nt_xent(by_hand(m.project_t, t[0::2])[:, None], by_hand(m.project_t, t[1::2])[:, None], 0.2)
     assert out["L_trans"].item() == pytest.approx(L_trans, rel=1e-6)
-    assert out["L_equiv"].item() == pytest.approx(
-        loop_nt_xent(z[:, None], z_hat[:, None], 0.2) + 0.1 * L_trans, rel=1e-6
-    )
-    twice = m.apply_partners(t12, y1)[[i ^ 1 for i in range(16)]]
-    assert torch.allclose(
-        m.apply_partners(t12[[i ^ 1 for i in range(16)]], y1[[i ^ 1 for i in range(16)]]), twice
-    )  # an involution
+    expected = loop_nt_xent(z[:, None], z_hat[:, None], 0.2) + 0.1 * L_trans
+    assert out["L_equiv"].item() == pytest.approx(expected, rel=1e-6)
+
+    # An involution: partners swapped before or after give the same.
+    swap = [i ^ 1 for i in range(16)]
+    assert torch.allclose(m.apply_partners(t12[swap], y1[swap]), m.apply_partners(t12, y1)[swap])
 
 
 # ---- EquiMod --------------------------------------------------------------------------------------
@@ -232,16 +213,15 @@ def test_equimod_equals_the_loop():
     e, m = outputs(args, model, views), model.equi
     out = m(e, params)
     u0, u1, u2 = (m.project(e[view][:, 0]) for view in ("plain", "1", "2"))
-    norm = lambda v: (
-        (v - v.mean(0)) / (v.var(0, unbiased=False) + 1e-5).sqrt()
-    )  # batch norm, at its initial weight 1 and bias 0
+    # Batch norm, at its initial weight 1 and bias 0.
+    norm = lambda v: (v - v.mean(0)) / (v.var(0, unbiased=False) + 1e-5).sqrt()
     a = norm(norm(torch.cat([m.describe(params["1"]), m.describe(params["2"])]).double()) @ m.embed[1].weight.T)
     u_hat = norm(torch.stack([m.predict[0].weight @ torch.cat([u0[i % 16], a[i]]) for i in range(32)]))
     u = torch.cat([u1, u2])
-    assert len(m.predict) == 2 and out["L_equiv"].item() == pytest.approx(
-        loop_nt_xent(u[:, None], u_hat[:, None], 0.2), rel=1e-5
-    )
-    gain = [float(F.cosine_similarity(u[i], u_hat[i], 0) - F.cosine_similarity(u[i], u0[i % 16], 0)) for i in range(32)]
+    expected = loop_nt_xent(u[:, None], u_hat[:, None], 0.2)
+    assert len(m.predict) == 2 and out["L_equiv"].item() == pytest.approx(expected, rel=1e-5)
+    cosine = lambda a, b: float(F.cosine_similarity(a, b, 0))
+    gain = [cosine(u[i], u_hat[i]) - cosine(u[i], u0[i % 16]) for i in range(32)]
     assert out["cosine_gain"].item() == pytest.approx(sum(gain) / 32, abs=1e-6)
 
 
@@ -265,9 +245,8 @@ def test_equimods_third_view_is_not_augmented():
     images = torch.randint(0, 256, (32, 3, 16, 16), dtype=torch.uint8, generator=common.rng("test"))  # as in `setup`
     order = torch.randperm(32, generator=common.rng(0, "order", 0))[:16]
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in common.BLOCKS)
-    assert (
-        torch.allclose(views["plain"].float(), (images[order] / 255 - mean) / std, atol=1e-5) and params["plain"] == {}
-    )
+    plain = (images[order] / 255 - mean) / std
+    assert torch.allclose(views["plain"].float(), plain, atol=1e-5) and params["plain"] == {}
 
 
 # ---- E-SSL ----------------------------------------------------------------------------------------
@@ -290,9 +269,8 @@ def test_essl_sees_four_blocks_of_rotations_in_order():
     logits = term.head(seen["rotated"][:, 0])
     loss = sum(float(torch.logsumexp(logits[i], 0) - logits[i, i // 16]) for i in range(64)) / 64
     assert out["L_equiv"].item() == pytest.approx(loss, rel=1e-9)
-    assert out["rotation_accuracy"].item() == pytest.approx(
-        sum(int(logits[i].argmax()) == i // 16 for i in range(64)) / 64
-    )
+    right = sum(int(logits[i].argmax()) == i // 16 for i in range(64))
+    assert out["rotation_accuracy"].item() == pytest.approx(right / 64)
 
 
 # ---- 2 + 4 views ----------------------------------------------------------------------------------
@@ -303,11 +281,9 @@ def test_local_views_give_ten_terms_and_three_pairs(base):
     args, model, views, params = setup("ser", base, local_views=4, local_size=8, equi_ratio=0.5)
     centre = model.centre.clone() if base == "dino" else None
     out, _ = model(views, params)
-    y = [torch.cat([model.backbone(views[f"{i}"]), model.backbone(views[f"eq{i}"])]) for i in range(1, 7)]
-    t = [
-        torch.cat([model.teacher["backbone"](views[f"{i}"]), model.teacher["backbone"](views[f"eq{i}"])])
-        for i in (1, 2)
-    ]
+    both = lambda encoder, i: torch.cat([encoder(views[f"{i}"]), encoder(views[f"eq{i}"])])
+    y = [both(model.backbone, i) for i in range(1, 7)]
+    t = [both(model.teacher["backbone"], i) for i in (1, 2)]
     total, terms = 0.0, 0
     for i, j in itertools.product(range(6), range(2)):
         if i == j:
@@ -315,66 +291,47 @@ def test_local_views_give_ten_terms_and_three_pairs(base):
         terms += 1
         if base == "mocov3":
             q = F.normalize(model.predictor(model.projector(y[i])), dim=1)
-            total += (
-                0.4
-                * F.cross_entropy(q @ F.normalize(model.teacher["head"](t[j]), dim=1).T / 0.2, torch.arange(16)).item()
-            )
+            k = F.normalize(model.teacher["head"](t[j]), dim=1)
+            total += 0.4 * F.cross_entropy(q @ k.T / 0.2, torch.arange(16)).item()
         else:
             p = F.softmax((model.teacher["head"](t[j]) - centre) / 0.04, dim=1)
             total -= (p * F.log_softmax(model.head(y[i]) / 0.1, dim=1)).sum(1).mean().item() / 10
     assert terms == 10 and out["L_inv"].item() == pytest.approx(total, rel=1e-6)
     e = outputs(args, model, views)
-    pairs = [
-        model.equi.pair(e[f"eq{i}"], params[f"eq{i}"], e[f"eq{i + 1}"], params[f"eq{i + 1}"]).item() for i in (1, 3, 5)
-    ]
+    pairs = [model.equi.pair(e[a], params[a], e[b], params[b]).item() for a, b in ser.EQUI_PAIRS]
     assert out["L_equiv"].item() == pytest.approx(sum(pairs), rel=1e-9) and len(set(pairs)) == 3
     same = lambda a, b: all(torch.equal(params[a][key], params[b][key]) for key in ("top", "left", "height", "width"))
     assert same("eq1", "eq2") and same("eq3", "eq4") and same("eq5", "eq6") and not same("eq3", "eq5")
-    assert all(
-        views[f"eq{i}"].shape[2] // 4 in (1, 2, 3) and views[f"eq{i}"].shape[0] == 8 for i in (3, 4, 5, 6)
-    )  # grids around 2 x 2
+    for name in ser.EQUI_VIEWS[2:]:  # grids around 2 x 2
+        assert views[name].shape[2] // 4 in (1, 2, 3) and views[name].shape[0] == 8
 
 
 def test_photometrics_of_the_2_and_4_views():
     args = ser.Args(recipe="imagenet", local_views=4)
     policies = ser.make_policies(args)
-    probability = {
-        name: {type(op).__name__: op.p for op in policy.ops if hasattr(op, "p")} for name, policy in policies.items()
-    }
-    assert (
-        probability["1"]["GaussianBlur"] == 1.0
-        and probability["2"]["Solarize"] == 0.2
-        and probability["1"]["Grayscale"] == 0.2
-    )
-    for name in ("3", "4", "5", "6", "eq1", "eq2", "eq3", "eq6"):
-        assert (
-            probability[name]["Grayscale"],
-            probability[name]["GaussianBlur"],
-            probability[name]["Solarize"],
-            probability[name]["ColorJitter"],
-        ) == (0, 0.5, 0, 0.8)
-    assert (
-        policies["3"].crop.size == 96 and policies["3"].crop.scale == (0.05, 0.25) and policies["eq1"].crop.size == 224
-    )
+
+    def probabilities(name):
+        found = {type(op).__name__: op.p for op in policies[name].ops if hasattr(op, "p")}
+        return [found[op] for op in ("ColorJitter", "Grayscale", "GaussianBlur", "Solarize")]
+
+    assert probabilities("1") == [0.8, 0.2, 1.0, 0.0] and probabilities("2") == [0.8, 0.2, 0.1, 0.2]
+    for name in (*ser.VIEWS[2:], *ser.EQUI_VIEWS):
+        assert probabilities(name) == [0.8, 0, 0.5, 0]
+    assert policies["3"].crop.size == 96 and policies["3"].crop.scale == (0.05, 0.25)
+    assert policies["eq1"].crop.size == 224
 
 
 def test_views_of_the_baselines():
     """Photometrics and crops of each baseline's ImageNet recipe."""
 
     def view(equi, name, base="mocov3"):
-        args = ser.Args(
-            **ser.values_in_force(ser.Args(equi=equi, base=base, data="imagefolder", recipe="imagenet"))
-            | dict(equi=equi, base=base)
-        )
+        variant = dict(equi=equi, base=base)
+        first = ser.Args(**variant, data="imagefolder", recipe="imagenet")
+        args = ser.Args(**ser.values_in_force(first) | variant)
         policy = ser.make_policies(args)[name]
         found = {type(op).__name__: op for op in policy.ops}
-        return (
-            policy.crop.size,
-            policy.crop.scale,
-            found["GaussianBlur"].p,
-            found["Solarize"].p,
-            round(found["ColorJitter"].ranges["saturation"][1] - 1, 3),
-        )
+        saturation = round(found["ColorJitter"].ranges["saturation"][1] - 1, 3)
+        return policy.crop.size, policy.crop.scale, found["GaussianBlur"].p, found["Solarize"].p, saturation
 
     assert view("augself", "1") == view("augself", "2") == (224, (0.08, 1.0), 0.5, 0.0, 0.4)
     assert view("stl", "1") == view("stl", "2") == (224, (0.2, 1.0), 0.5, 0.0, 0.2)
