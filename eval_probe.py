@@ -71,6 +71,7 @@ import re
 import signal
 import sys
 import tempfile
+import textwrap
 import time
 import traceback
 import uuid
@@ -181,6 +182,8 @@ class Args:
     """training images of the regression, evenly spaced (test images: half as many); a forward pass each per target"""
     format: Literal["table", "markdown", "csv", "json"] = "table"
     """how the table is printed; csv and json hold all digits"""
+    plot: str | None = None
+    """also draw the table into this file (.png, .pdf or .svg), a panel a metric; needs the package matplotlib"""
     seed: Seed = 0
     """seed of the probes' weights, of their batches and of the transformations"""
     skip_corrupt: bool = False
@@ -1437,10 +1440,11 @@ def one_line(error):
 class Evaluation:
     """A block in which a part that fails costs one line and, at the end, exit code 1 (its own where nothing was
     finished), and in which a signal ends everything in one line, code 128 + its number. `at_end` is called in any
-    case: there the table is printed."""
+    case: there the table is printed and `panels` are drawn."""
 
     def __init__(self):
         self.codes, self.printed, self.at_end, self.handlers = [], False, lambda: None, {}
+        self.panels = []  # of the figure
 
     def __enter__(self):
         on = [s for s in STOPPING if signal.getsignal(s) != signal.SIG_IGN]  # nohup switches one off
@@ -1484,6 +1488,11 @@ class Evaluation:
         self.printed |= bool(rows)
         if rows and common.rank() == 0:
             print(table(rows, form, sys.stdout.encoding or "utf-8"), flush=True)
+
+    def plot(self, path, title):
+        """Draw the panels, where --plot names a file and there is anything to see."""
+        if path and self.panels and common.rank() == 0:
+            self.attempt(f"--plot {path}", partial(draw, path, self.panels, title))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1562,6 +1571,154 @@ def finite(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# The figure
+# ----------------------------------------------------------------------------------------------------------------------
+
+# Colours that the colour-blind can tell apart [Okabe and Ito]; markers of another period, so 56 rows look different.
+COLORS = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000"
+MARKERS = "osD^vPX"
+
+
+SPREAD = "; means over n seeds, error bars: standard deviation"
+
+
+def figure_class():
+    """matplotlib's Figure; the package is needed by --plot alone."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        common.die("--plot: the package matplotlib is missing; pip install matplotlib, or leave the flag out")
+    return Figure
+
+
+def check_plot(path):
+    """Refuse a --plot that could not be drawn or written, before anything is computed."""
+    figure_class()
+    if Path(path).suffix.lower() not in (".png", ".pdf", ".svg"):
+        common.die(f"--plot {path}: name a file that ends in .png, .pdf or .svg")
+    try:
+        there = os.path.exists(path)
+        open(path, "ab").close()
+        if not there:
+            Path(path).unlink(missing_ok=True)  # another rank may have been quicker
+    except OSError as e:
+        common.die(f"--plot {path}: cannot be written ({e.strerror}); name a file in a directory that is there")
+
+
+@dataclasses.dataclass
+class Panel:
+    """One picture of a figure: a bar a row of the table, or, where `over` names an axis, a line a row."""
+
+    title: str
+    unit: str
+    over: str
+    rows: dict  # {row name: [(position on the axis, mean, standard deviation or None)]}
+
+
+def unit_of(metric):
+    """What a number of the table is."""
+    units = {
+        "r2 ": "R²",
+        "equi ": "cosine",
+        "view err": "squared error (% of variance)",
+        "flips": "changed predictions (% of pairs)",
+        "mFR": "% of AlexNet's flip rate",
+        "mCE": "% of AlexNet's error",
+        "rel mCE": "% of AlexNet's added error",
+        "top-5 distance": "distance (ranks)",
+    }
+    return next((unit for start, unit in units.items() if metric.startswith(start)), "accuracy (%)")
+
+
+def panels(results, over="block", suffix=""):
+    """[(row name, {metric: value})] -> [Panel], one a metric, seeds folded as in the table; metrics "NAME @k" of
+    several numbers k share a panel with the axis `over`. The suffix is added to the titles."""
+    rows, metrics = fold(results)
+    found = {}
+    for metric in metrics:
+        title, position = re.fullmatch(r"(.*?)(?: @(\d+))?", metric).groups()
+        panel = found.setdefault(title, Panel(title + suffix, unit_of(metric), over if position else "", {}))
+        for name, (n, values) in rows.items():
+            mean, std, _ = values.get(metric, (math.nan, None, 0))
+            label = name if n == 1 else f"{name} (n = {n})"
+            if math.isfinite(mean):
+                panel.rows.setdefault(label, []).append((float(position or 0), mean, std))
+    return list(found.values())
+
+
+def draw(path, panels, title):
+    """A figure of some Panels, all with the same order and colours of rows, into a file."""
+    names = list(dict.fromkeys(name for panel in panels for name in panel.rows))
+    shown = {name: f" {name}".replace("$", r"\$") for name in names}  # a leading underscore would hide it, $ is TeX
+    colors = {name: COLORS[i % len(COLORS)] for i, name in enumerate(names)}
+    markers = {name: MARKERS[i % len(MARKERS)] for i, name in enumerate(names)}
+
+    # Room for the names on the left, for a bar each, and for the legend of the lines below.
+    columns = min(4, len(panels))
+    lines = [panel for panel in panels if panel.over]
+    longest = max(map(len, shown.values()))
+    legend_columns = max(1, int(40 * columns / (longest + 8)))
+    height = max(2.4 if lines else 1.5, 0.9 + 0.27 * len(names))
+    legend = 0.25 * math.ceil(len(names) / legend_columns) if lines else 0.0
+    rows = math.ceil(len(panels) / columns)
+    size = 0.08 * longest + 3.1 * columns, 0.6 + legend + height * rows
+    figure = figure_class()(figsize=size, dpi=150, layout="constrained")
+    figure.suptitle("\n".join(textwrap.wrap(title, int(11 * size[0]))), fontsize=11)
+
+    for i, panel in enumerate(panels):
+        axes = figure.add_subplot(rows, columns, i + 1)
+        axes.set_title("\n".join(textwrap.wrap(panel.title, 34)), fontsize=10)
+        axes.grid(axis="y" if panel.over else "x", alpha=0.3)
+        axes.set_axisbelow(True)
+        axes.tick_params(labelsize=8)
+        if panel.over:
+            draw_lines(axes, panel, colors, markers)
+        else:
+            draw_bars(axes, panel, shown, colors, named=i % columns == 0 or bool(panels[i - 1].over))
+
+    if lines:
+        handles = {}
+        for axes in figure.axes:
+            handles |= dict(zip(*reversed(axes.get_legend_handles_labels())))
+        order = [name for name in names if name in handles]
+        figure.legend(
+            [handles[name] for name in order],
+            [shown[name] for name in order],
+            loc="outside lower center",
+            ncols=legend_columns,
+            fontsize=8,
+        )
+    figure.savefig(path)
+
+
+def draw_lines(axes, panel, colors, markers):
+    """A line a row over the panel's axis, with error bars where seeds are folded; rows stand a little apart."""
+    ticks = sorted({x for points in panel.rows.values() for x, *_ in points})
+    apart = 0.01 * (ticks[-1] - ticks[0])
+    for i, (name, points) in enumerate(panel.rows.items()):
+        x, mean, std = zip(*points)
+        shifted = [v + apart * (i - (len(panel.rows) - 1) / 2) for v in x]
+        style = dict(color=colors[name], marker=markers[name], markersize=4, linewidth=1.2, capsize=2)
+        axes.errorbar(shifted, mean, yerr=None if None in std else std, label=name, **style)
+    axes.set_xticks(ticks)
+    axes.set_xlabel(panel.over, fontsize=8)
+    axes.set_ylabel(panel.unit, fontsize=8)
+
+
+def draw_bars(axes, panel, shown, colors, named):
+    """A bar a row from top to bottom, its number at the end; a dash where a row lacks the metric."""
+    values = {name: panel.rows.get(name, [(0, 0.0, None)])[0] for name in shown}
+    for i, (name, (_, mean, std)) in enumerate(values.items()):
+        bar = axes.barh(i, mean, xerr=std, color=colors[name], edgecolor="black", linewidth=0.4, capsize=2)
+        digits = 1 if panel.unit.startswith(("accuracy", "%", "changed")) else 3
+        axes.bar_label(bar, [f"{mean:.{digits}f}" if name in panel.rows else "-"], padding=2, fontsize=7)
+    axes.set_yticks(range(len(shown)), shown.values() if named else [""] * len(shown))
+    axes.invert_yaxis()
+    axes.margins(x=0.25)
+    axes.set_xlabel(panel.unit, fontsize=8)
+
+
 def row_names(paths, states):
     """A name for each checkpoint, equal for those that differ only in their seed (and in how and where they ran): the
     run directory without its seed. Different runs of the same name are numbered."""
@@ -1626,6 +1783,8 @@ def check(args):
     for name in ("tasks", "part", "linear_lrs"):
         if not getattr(args, name):
             common.die(f"--{name.replace('_', '-')}: is empty; name at least one, or leave the flag out")
+    if args.plot:
+        check_plot(args.plot)
     if args.augment and args.linear != "sgd":
         common.die(f"--augment: goes with --linear sgd; {args.linear} learns from fixed features")
     if args.cache_dir:
@@ -1674,7 +1833,14 @@ def main(argv=None):
         common.check_ranges(args)
         check(args)
         device = common.start(args.device)
-        evaluation.at_end = lambda: evaluation.table(rows, args.format)
+
+        def at_end():
+            evaluation.table(rows, args.format)
+            evaluation.panels = panels(rows)
+            sets = dict.fromkeys(state["data"] for _, state in opened)
+            evaluation.plot(args.plot, f"Probes of frozen features on {', '.join(sets)}{SPREAD}")
+
+        evaluation.at_end = at_end
 
         args_for = lambda state: arguments(argv, state["args"].get("base"))
         for path in args.checkpoints:

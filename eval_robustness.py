@@ -102,6 +102,9 @@ class Args:
     """its learning rates (sgd), per 256 images"""
     format: Literal["table", "markdown", "csv", "json"] = "table"
     """how tables are printed; csv and json hold all digits"""
+    plot: str | None = None
+    """also draw all tables into this file (.png, .pdf or .svg), a panel a metric, accuracy over severity for
+    corruptions; needs the package matplotlib"""
     seed: Seed = 0
     """seed of the probe and of everything random in the suites"""
     skip_corrupt: bool = False
@@ -1028,7 +1031,7 @@ def seeds_of(data, *key):
 def corruptions(subjects, data, args):
     """The 15 corruptions and the 4 of validation, 5 severities each."""
     names, size, photographs = (
-        args.types or tuple(CORRUPTIONS),
+        names_of(args),
         side_of(subjects),
         load_frost(args.frost_dir, side_of(subjects)),
     )
@@ -1347,6 +1350,22 @@ def save_images(suite, data, size, args):
         eval_probe.say(f"--save-images {args.save_images}: no picture of {suite} ({e.strerror})")
 
 
+def names_of(args):
+    """The corruptions that are asked for."""
+    return args.types or tuple(CORRUPTIONS)
+
+
+def over_severity(record):
+    """The record of `corruptions` -> {"fog @1": accuracy in percent, ...}, severity 0 is clean."""
+    right = {name: 100 * counts[0] / record["images"] for name, counts in record["right"].items()}
+    clean_accuracy, out = right.pop("clean"), {}
+    for condition, accuracy in right.items():
+        name, severity = condition.rsplit(" ", 1)
+        out.setdefault(f"{name} @0", clean_accuracy)
+        out[f"{name} @{severity}"] = accuracy
+    return out
+
+
 SUITES = dict(corruptions=corruptions, perturbations=perturbations, augmentations=augmentations, shifts=shifts)
 
 
@@ -1417,6 +1436,15 @@ def run(name, subjects, data, args, evaluation, protocol):
             for part, (values, _) in found(subject).items():
                 rows.append((subject.name + part, {k: v for k, v in values.items() if math.isfinite(v)}))
         evaluation.table(rows, args.format)
+        if name == "corruptions":
+            curves = [(s.name + part, over_severity(r)) for s in subjects for part, (_, r) in found(s).items()]
+            metrics = [
+                (row, {k: v for k, v in values.items() if k.rstrip("*") not in names_of(args)}) for row, values in rows
+            ]
+            evaluation.panels += eval_probe.panels(metrics, suffix=" (corruptions)")
+            evaluation.panels += eval_probe.panels(curves, "severity (0: clean)", " (corruptions)")
+        else:
+            evaluation.panels += eval_probe.panels(rows, suffix=f" ({name})")
         return rows
 
     try:
@@ -1450,6 +1478,13 @@ def main(argv=None):
         probing = eval_probe.Args(tasks=("linear",), **shared)
         eval_probe.check(probing)
         device, subjects = common.start(args.device), []
+
+        def at_end():
+            sets = dict.fromkeys(subject.case.state["data"] for subject in subjects)
+            title = f"Linear probes of clean features on altered images of {', '.join(sets)}{eval_probe.SPREAD}"
+            evaluation.plot(args.plot, title)
+
+        evaluation.at_end = at_end
         for path in args.checkpoints:
             case = eval_probe.begin(path, lambda state: probing, device, evaluation)
             if case is not None:

@@ -885,3 +885,43 @@ def test_F6_two_sizes_in_one_call(run, tiny, tmp_path):
     linear = [values["linear"] for _, values in eval_probe.main([*paths, "--tasks", "linear", *QUICK])]
     tables = eval_robustness.main([*paths, "--suite", "augmentations", "--passes", "1", *QUICK])
     assert [values["Orig"] for _, values in tables["augmentations"]] == pytest.approx(linear, abs=1e-4)
+
+
+# ---- the figure -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "how, word",
+    [
+        ("V8 no matplotlib", "matplotlib"),
+        ("V8 another ending", ".png"),
+        ("V8 no such directory", "No such file"),
+        ("V8 a directory", "Is a directory"),
+        ("C22 256 characters", "too long"),
+    ],
+)
+@pytest.mark.parametrize("main", [eval_probe.main, eval_robustness.main], ids=["eval_probe", "eval_robustness"])
+def test_V8_a_figure_that_cannot_be_drawn_is_one_line_before_anything_is_computed(
+    main, how, word, run, tmp_path, capsys, monkeypatch
+):
+    if "matplotlib" in how:
+        for name in ("matplotlib", "matplotlib.figure"):
+            monkeypatch.setitem(sys.modules, name, None)
+    else:
+        monkeypatch.setattr(eval_probe, "figure_class", lambda: None)
+    monkeypatch.setattr(eval_probe, "load", lambda path: pytest.fail("a checkpoint was read"))
+    (tmp_path / "folder.png").mkdir()
+    names = {
+        "V8 another ending": "figure.txt",
+        "V8 no such directory": "gone/figure.png",
+        "V8 a directory": "folder.png",
+        "C22 256 characters": "x" * 256 + ".png",
+    }
+    expect_mistake(
+        capsys,
+        main,
+        [str(run / "checkpoint.pt"), "--plot", str(tmp_path / names.get(how, "figure.png"))],
+        "--plot",
+        word,
+    )
+    assert not (tmp_path / "figure.png").exists()

@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from test_distributed import on_ranks
 
 import clever
@@ -940,3 +941,43 @@ def test_one_call_from_checkpoints_to_table(tiny, folder, tmp_path, capsys):
         k: v for k, v in results[0][1].items() if not k.startswith("r2")
     }  # a second run: the same numbers
     assert len(records(tmp_path / "run-s0")) == 5
+
+
+# ---- the figure -------------------------------------------------------------------------------------
+
+FOUND = [
+    ("run", {"knn": 50.0, "r2 flip": 0.5, "rotation @1": 60.0, "rotation @3": 80.0}),
+    ("run", {"knn": 52.0, "r2 flip": 0.7, "rotation @1": 62.0, "rotation @3": 90.0}),
+    ("_other_$run", {"knn": 40.0, "rotation @1": 30.0, "rotation @3": math.nan}),
+]
+
+
+def test_a_panel_a_metric_and_a_line_where_there_are_several_blocks():
+    knn, r2_flip, turns = eval_probe.panels(FOUND)
+    assert [p.title for p in (knn, r2_flip, turns)] == ["knn", "r2 flip", "rotation"]
+    assert [p.over for p in (knn, r2_flip, turns)] == ["", "", "block"]
+    assert knn.unit == turns.unit == "accuracy (%)" and r2_flip.unit == "R²"
+    assert knn.rows == {"run (n = 2)": [(0, 51, pytest.approx(2**0.5))], "_other_$run": [(0, 40, None)]}
+    assert list(r2_flip.rows) == ["run (n = 2)"]
+    assert [at for at, *_ in turns.rows["run (n = 2)"]] == [1, 3] and len(turns.rows["_other_$run"]) == 1
+
+
+def test_a_figure_is_a_file_of_plausible_size(tmp_path):
+    pytest.importorskip("matplotlib")
+    many = [(f"a run with a rather long name {i}", {f"metric {k}": float(i) for k in range(5)}) for i in range(12)]
+    for name, results in (("few", FOUND), ("many", many), ("one", FOUND[:1])):
+        eval_probe.draw(str(tmp_path / f"{name}.png"), eval_probe.panels(results), "Probes of planted records")
+        with Image.open(tmp_path / f"{name}.png") as picture:
+            assert 600 < picture.width < 4000 and 200 < picture.height < 4000
+            assert len(picture.convert("RGB").getcolors(2**24)) > 50
+    few = eval_probe.panels(FOUND)
+    eval_probe.draw(str(tmp_path / "few.svg"), few, "Probes")
+    assert "R²" in (tmp_path / "few.svg").read_text() or (tmp_path / "few.svg").stat().st_size > 10_000
+
+
+def test_a_call_draws_its_table(tiny, tmp_path):
+    pytest.importorskip("matplotlib")
+    ser.main([*tiny, "--epochs", "0", "--equi", "none", "--out", str(tmp_path / "run")])
+    path = str(tmp_path / "run" / "checkpoint.pt")
+    eval_probe.main([path, "--tasks", "knn", "--device", "cpu", "--plot", str(tmp_path / "knn.png")])
+    assert Image.open(tmp_path / "knn.png").width > 300

@@ -603,3 +603,12 @@ def test_mistakes_of_robustness(checkpoints, folder, tmp_path, capsys):
         ([first, "--suite", "shifts", "--suite-dir", str(folder)], ["--suite-dir", "test is no class"]),
     ):
         expect_mistake(capsys, er.main, [*argv, *(QUICK if argv else [])], *words)
+
+
+def test_corruptions_are_drawn_over_severity(checkpoints, tmp_path):
+    record = dict(images=4, right={"clean": [4, 4], **{f"fog {s}": [4 - s // 2, 4] for s in range(1, 6)}})
+    assert er.over_severity(record) == {f"fog @{s}": 100 - 25 * (s // 2) for s in range(6)}
+    pytest.importorskip("matplotlib")
+    argv = [*checkpoints, "--suite", "corruptions", "augmentations", "--types", "fog", "--images-per-class", "1"]
+    er.main([*argv, "--passes", "1", "--plot", str(tmp_path / "figure.png"), *QUICK])
+    assert Image.open(tmp_path / "figure.png").width > 900
