@@ -165,6 +165,37 @@ def on_ranks_but_one(tmp_path, fn, *args):
     return code, os.waitstatus_to_exitcode(os.waitpid(children[1], 0)[1])
 
 
+@pytest.mark.parametrize("main", [eval_probe.main, eval_robustness.main], ids=["R6 eval_probe", "R6 eval_robustness"])
+@pytest.mark.parametrize("bad", ["R6 damaged", "R6 data that are gone"])
+def test_R6_a_bad_checkpoint_is_found_before_anything_is_computed(main, bad, run, tmp_path, capsys, monkeypatch):
+    shutil.copytree(run, tmp_path / "last")
+    path = tmp_path / "last" / "checkpoint.pt"
+    if "damaged" in bad:
+        path.write_bytes(path.read_bytes()[:-1000])
+    else:
+        state = torch.load(path, weights_only=True)
+        state["args"]["data_dir"] = str(tmp_path / "gone")
+        torch.save(state, path)
+    features, errors = common.features, []
+
+    def first_features(*args, **how):
+        errors.append("error:" in capsys.readouterr().err)
+        return features(*args, **how)
+
+    monkeypatch.setattr(common, "features", first_features)
+    what = ["--tasks", "knn"] if main is eval_probe.main else ["--suite", "augmentations", "--passes", "1"]
+    with pytest.raises(SystemExit):
+        main([str(run / "checkpoint.pt"), str(path), *what, *QUICK])
+    assert errors[0] and len(records(run)) == 1
+
+
+@pytest.mark.parametrize("part", [["inv"], ["all", "inv"], ["all", "equi"], ["inv", "equi"]], ids=" ".join)
+@pytest.mark.parametrize("main", [eval_probe.main, eval_robustness.main], ids=["C9 eval_probe", "C9 eval_robustness"])
+def test_C9_parts_of_encoders_that_do_not_split_are_one_line(main, part, run, capsys, monkeypatch):
+    monkeypatch.setattr(common, "features", lambda *a, **k: pytest.fail("something was computed"))
+    expect_mistake(capsys, main, [str(run / "checkpoint.pt"), "--part", *part, *QUICK], f"--part {' '.join(part)}")
+
+
 def test_R6_a_mean_over_fewer_says_so():
     rows = [("a", dict(knn=1.0, mlp=1.0)), ("a", dict(knn=2.0))]
     assert (
@@ -251,7 +282,8 @@ def test_R6_a_signal_that_nohup_has_switched_off_stays_off(run, monkeypatch):
     "error, words",
     [
         (MemoryError(), "out of memory"),
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"), "out of memory"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"), "out of memory on the GPU"),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"), "out of memory on the GPU"),
         (
             RuntimeError(
                 "[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you tried to "
@@ -260,7 +292,7 @@ def test_R6_a_signal_that_nohup_has_switched_off_stays_off(run, monkeypatch):
             "out of memory",
         ),
     ],
-    ids=["S13 MemoryError", "S13 GPU", "S13 CPU"],
+    ids=["S13 MemoryError", "S13 GPU", "S13 MPS", "S13 CPU"],
 )
 @pytest.mark.parametrize("main", [eval_probe.main, eval_robustness.main])
 def test_S13_out_of_memory_is_one_line_that_says_what_to_lower(error, words, main, run, capsys, monkeypatch):
@@ -275,7 +307,8 @@ def test_S13_out_of_memory_is_one_line_that_says_what_to_lower(error, words, mai
         ],
         capsys,
     )
-    assert words in line and "--workers" in line and "--device" in line and "--batch-size" not in line
+    assert words in line and "--device" in line and "--batch-size" not in line
+    assert ("--workers" in line) == ("GPU" not in words)
 
 
 @pytest.mark.parametrize("sink", ["R7 a full disk", "R7 a reader that left"])

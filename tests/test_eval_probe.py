@@ -17,7 +17,13 @@ import eval_probe
 import recon_xattn
 import ser
 
-g = common.rng("eval")
+g = torch.Generator()
+
+
+@pytest.fixture(autouse=True)
+def begin_anew():
+    """Every test draws the same numbers, whichever tests ran before it."""
+    g.manual_seed(common.number_of("eval"))
 
 
 def clusters(n, classes=4, d=8, noise=0.1):
@@ -953,7 +959,7 @@ FOUND = [
 
 
 def test_a_panel_a_metric_and_a_line_where_there_are_several_blocks():
-    knn, r2_flip, turns = eval_probe.panels(FOUND)
+    knn, r2_flip, turns = eval_probe.make_panels(FOUND)
     assert [p.title for p in (knn, r2_flip, turns)] == ["knn", "r2 flip", "rotation"]
     assert [p.over for p in (knn, r2_flip, turns)] == ["", "", "block"]
     assert knn.unit == turns.unit == "accuracy (%)" and r2_flip.unit == "R²"
@@ -966,11 +972,11 @@ def test_a_figure_is_a_file_of_plausible_size(tmp_path):
     pytest.importorskip("matplotlib")
     many = [(f"a run with a rather long name {i}", {f"metric {k}": float(i) for k in range(5)}) for i in range(12)]
     for name, results in (("few", FOUND), ("many", many), ("one", FOUND[:1])):
-        eval_probe.draw(str(tmp_path / f"{name}.png"), eval_probe.panels(results), "Probes of planted records")
+        eval_probe.draw(str(tmp_path / f"{name}.png"), eval_probe.make_panels(results), "Probes of planted records")
         with Image.open(tmp_path / f"{name}.png") as picture:
             assert 600 < picture.width < 4000 and 200 < picture.height < 4000
             assert len(picture.convert("RGB").getcolors(2**24)) > 50
-    few = eval_probe.panels(FOUND)
+    few = eval_probe.make_panels(FOUND)
     eval_probe.draw(str(tmp_path / "few.svg"), few, "Probes")
     assert "R²" in (tmp_path / "few.svg").read_text() or (tmp_path / "few.svg").stat().st_size > 10_000
 

@@ -606,8 +606,13 @@ def test_mistakes_of_robustness(checkpoints, folder, tmp_path, capsys):
 
 
 def test_corruptions_are_drawn_over_severity(checkpoints, tmp_path):
-    record = dict(images=4, right={"clean": [4, 4], **{f"fog {s}": [4 - s // 2, 4] for s in range(1, 6)}})
-    assert er.over_severity(record) == {f"fog @{s}": 100 - 25 * (s // 2) for s in range(6)}
+    conditions = [("clean", 0), *(("fog", s) for s in range(1, 6))]
+    n = torch.tensor([[4, 4, 4], *([4, 4 - s // 2, 4] for s in range(1, 5)), [0, 0, 0]])  # 5 was not shown
+    curve = er.over_severity(conditions, n)
+    assert math.isnan(curve.pop("fog @5")) and curve == {f"fog @{s}": 100 - 25 * (s // 2) for s in range(5)}
+    bars, lines = er.panels_of(" (corruptions)", [("run", dict(clean=100.0, fog=70.0))], [("run", curve)])
+    assert [bars.title, lines.title] == ["clean (corruptions)", "fog (corruptions)"]
+    assert [x for x, *_ in lines.rows["run"]] == [0, 1, 2, 3, 4]
     pytest.importorskip("matplotlib")
     argv = [*checkpoints, "--suite", "corruptions", "augmentations", "--types", "fog", "--images-per-class", "1"]
     er.main([*argv, "--passes", "1", "--plot", str(tmp_path / "figure.png"), *QUICK])
