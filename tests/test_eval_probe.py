@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from test_distributed import on_ranks
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import clever
 import common
@@ -626,6 +627,33 @@ def test_the_rate_is_chosen_on_the_held_out_part():
     x, y = clusters(200, noise=0.5)
     for lrs in ((1e-9, 0.3), (0.3, 1e-9)):
         assert eval_probe.linear_probe(x, y, x, 4, lrs, 5, common.rng(0))[1] == 0.3
+
+
+class Copies(TorchDispatchMode):
+    """Counts the copies of CPU tensors to another device, and the numbers read from it."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._to_copy.default:
+            self.count += args[0].device.type == "cpu" and torch.device(kwargs.get("device", "cpu")).type != "cpu"
+        self.count += func is torch.ops.aten._local_scalar_dense.default and args[0].device.type != "cpu"
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_device_is_asked_once_an_epoch_and_not_once_a_batch():
+    device = torch.device("meta")
+    x, labels = torch.empty(100, 8, device=device), torch.empty(100, dtype=torch.int64, device=device)
+    rows = torch.arange(100)
+    head = eval_probe.LinearProbe(8, 4, rows, rows[:1], (0.1, 1.0), 2, common.rng(0), device, batch_size=10)
+    with Copies() as epoch:
+        head.epoch(x, labels)
+    model = torch.nn.Linear(8, 3, device=device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with Copies() as fitting:
+        target = torch.empty(100, 3, device=device)
+        eval_probe.fit(model, lambda epoch: (x, target), 2, optimizer, common.rng(0), batch_size=10)
+    assert epoch.count <= 1 and fitting.count <= 2
 
 
 # ---- R^2 ------------------------------------------------------------------------------------------

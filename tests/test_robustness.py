@@ -14,6 +14,7 @@ import torchvision.transforms.functional as TF
 from PIL import Image
 from test_cli import expect_mistake
 from test_distributed import on_ranks
+from test_eval_probe import Copies
 
 import clever
 import common
@@ -25,6 +26,12 @@ photo = torch.randint(0, 256, (6, 3, 8, 8), dtype=torch.uint8, generator=g)
 photo = (
     torch.nn.functional.interpolate(photo.float(), (32, 32), mode="bicubic").clamp(0, 255).to(torch.uint8)
 )  # smooth enough
+
+
+@pytest.fixture(autouse=True)
+def begin_anew():
+    """Every test draws the same numbers, whichever tests ran before it."""
+    g.manual_seed(common.number_of("test"))
 
 
 def flat(*rgb, size=32, n=1):
@@ -319,6 +326,35 @@ def test_flips_and_distances():
         distance(r1=2, r2=3, r3=4, r4=5, r5=6, r6=1) == 5
         and distance(**{f"r{i}": (i + 4) % 10 + 1 for i in range(1, 11)}) == 15
     )
+
+
+def test_counts_ask_nothing_of_a_device(monkeypatch):
+    device = torch.device("meta")
+    scores, labels = torch.empty(6, 5, 10, device=device), torch.empty(6, dtype=torch.int64, device=device)
+    monkeypatch.setattr(torch, "tensor", lambda *a, **k: pytest.fail("a number is copied to the device"))
+    with Copies() as copies:
+        er.count_right("clean", scores[:, 0], labels)
+        er.count_changes(scores, True)
+    assert copies.count == 0
+
+
+def test_sequences_and_corruptions_come_in_larger_batches_on_a_gpu():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    how = dict(small=32, large=8, gpu=64)
+    assert [er.batch_of(size, device, **how) for size in (32, 224) for device in (cpu, gpu)] == [32, 64, 8, 64]
+
+
+def test_matrices_of_corruptions_are_multiplied_in_float32(checkpoints, monkeypatch):
+    """NVIDIA's containers switch TF32 on."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        seen = []
+        monkeypatch.setattr(er, "evaluate", lambda *a: seen.append(torch.get_float32_matmul_precision()))
+        er.main([checkpoints[0], *QUICK])
+        assert seen == ["highest"]
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 # ---- suites ------------------------------------------------------------------------------------
