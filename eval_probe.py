@@ -826,7 +826,7 @@ class LinearProbe(Shared):
         return self.lrs[int(self.best)]
 
     def scores(self, x):  # (M, D) -> (M, C)
-        return self.logits(x)[:, self.best]
+        return self.logits(x).index_select(1, self.best[None])[:, 0]  # [:, best] would wait for a GPU
 
 
 def linear_probe(train, labels, test, classes, lrs, epochs, generator, batch_size=256):

@@ -229,6 +229,12 @@ EPSILON = 1e-3
 
 
 @functools.lru_cache(maxsize=64)
+def constant(values, device, dtype=None):
+    """A tensor of nested tuples, copied to a device once."""
+    return torch.tensor(values, dtype=dtype, device=device)
+
+
+@functools.lru_cache(maxsize=64)
 def gaussian_matrix(n, sigma, device, truncate=4.0, border="nearest"):
     """(n, n) that blurs a line of n pixels: int(truncate sigma + 1/2) taps to either side; border "nearest" or
     "symmetric" (dcba|abcd|dcba)."""
@@ -395,7 +401,7 @@ def frost(x, draws, scene, ice, photographs=()):
 
 def frost_texture(draws, S, device):
     """Smooth noise of spectrum |k|^-beta, (B, 3, S, S), with the colours, contrast and beta of one of FROST."""
-    kinds = torch.tensor(FROST, device=device)[draws.integers(0, len(FROST))]  # (B, 7)
+    kinds = constant(FROST, device)[draws.integers(0, len(FROST))]  # (B, 7)
     mean, std, beta = kinds[:, :3], kinds[:, 3:6], kinds[:, 6]
     ky, kx = torch.fft.fftfreq(S, device=device)[:, None], torch.fft.rfftfreq(S, device=device)
     k = (ky**2 + kx**2).sqrt()
@@ -409,13 +415,13 @@ def frost_texture(draws, S, device):
 
 
 # Our fit to the original's five photographs: mean of red, green, blue; their deviations; beta.
-FROST = [
+FROST = (
     (78, 149, 166, 27, 16.5, 15, 1.86),
     (201, 205, 214.5, 21, 22, 22.6, 1.59),
     (201, 205, 214.5, 21, 22, 22.6, 1.59),
     (138, 153, 165, 28.5, 28.5, 30, 1.19),
     (112, 123, 135, 44, 43, 42, 1.81),
-]
+)
 
 
 def plasma(u, decay):
@@ -475,8 +481,8 @@ def elastic_transform(x, draws, alpha, sigma, amplitude):
     displacements."""
     B, _, S, _ = x.shape
     q, t = S // 2, S // 3
-    corners = [[q + t, q + t], [q + t, q - t], [q - t, q - t]]
-    points = torch.tensor(corners, dtype=exact(x.device), device=x.device)  # (3, 2) x, y
+    corners = (q + t, q + t), (q + t, q - t), (q - t, q - t)
+    points = constant(corners, x.device, exact(x.device))  # (3, 2) x, y
     moved = (points + draws.uniform(-amplitude, amplitude, 3, 2)).float().to(points.dtype)  # (B, 3, 2)
     back = torch.linalg.solve(F.pad(moved, (0, 1), value=1.0), points.expand(B, 3, 2))  # (B, 3, 2)
 
@@ -561,7 +567,7 @@ def spatter(x, draws, mean, std, sigma, threshold, strength, mud):
         return x + water(drops, strength)
     mask = blur((drops > threshold).float(), strength)
     mask = mask.masked_fill(mask < 0.8, 0)
-    return x * (1 - mask) + mask * torch.tensor([63.0, 42.0, 20.0], device=x.device).view(3, 1, 1)
+    return x * (1 - mask) + mask * constant((63.0, 42.0, 20.0), x.device).view(3, 1, 1)
 
 
 def water(drops, strength):
@@ -569,11 +575,11 @@ def water(drops, strength):
     distance to it, equalised and embossed, each as in OpenCV."""
     drops = (255 * drops).clamp(0, 255).floor()
     rims = mean3(distance(canny(drops))).floor()
-    emboss = torch.tensor([[-2.0, -1, 0], [-1, 1, 1], [0, 1, 2]], device=drops.device)
+    emboss = constant(((-2.0, -1, 0), (-1, 1, 1), (0, 1, 2)), drops.device)
     rims = F.conv2d(F.pad(equalize(rims), (1,) * 4, "reflect"), emboss[None, None]).clamp(0, 255)
     light = drops * mean3(rims).round()
     light = light / light.amax((2, 3), True).clamp(min=1e-12) * strength
-    return light * torch.tensor([175.0, 238.0, 238.0], device=drops.device).view(3, 1, 1)
+    return light * constant((175.0, 238.0, 238.0), drops.device).view(3, 1, 1)
 
 
 def mean3(x):
@@ -582,8 +588,8 @@ def mean3(x):
 
 def canny(x, low=50, high=150):
     """Edges of x (B, 1, S, S), levels: Sobel gradients, |gx| + |gy|, thinned along the gradient, weak ones kept where
-    they touch strong ones. A GPU's host waits once for each pixel that the edges grow."""
-    sobel = torch.tensor([[-1.0, 0, 1], [-2, 0, 2], [-1, 0, 1]], device=x.device)
+    they touch strong ones. A GPU's host waits once a round of growing."""
+    sobel = constant(((-1.0, 0, 1), (-2, 0, 2), (-1, 0, 1)), x.device)
     gradients = F.conv2d(F.pad(x, (1,) * 4, "replicate"), torch.stack([sobel, sobel.T])[:, None])
     gx, gy = gradients.round().long().split(1, 1)  # (B, 1, S, S) each
     m, S = gx.abs() + gy.abs(), x.shape[-1]
@@ -614,20 +620,22 @@ def canny(x, low=50, high=150):
 
 
 def distance(edges, most=20):
-    """To the nearest edge of (B, 1, S, S), by steps of 1, 1.4 (diagonal) and 2.1969 (a knight's), capped. A GPU's host
-    waits once a round."""
+    """To the nearest edge of (B, 1, S, S), by steps of 1, 1.4 (diagonal) and 2.1969 (a knight's), capped."""
     lengths = {1: 1.0, 2: 1.4, 5: 2.1969}  # by the square of the step
     offsets = [(dy, dx) for dy in range(-2, 3) for dx in range(-2, 3) if dy * dy + dx * dx in lengths]
     S, d = edges.shape[-1], torch.where(edges, 0.0, float(most))
-    while True:
+
+    # No path below the cap has more steps than it. A CPU stops as soon as nothing changes; a GPU's host never waits.
+    for _ in range(most):
         around = F.pad(d, (2,) * 4, value=most)
         nearer = d
         for dy, dx in offsets:
             there = around[..., 2 + dy : 2 + dy + S, 2 + dx : 2 + dx + S]
             nearer = torch.minimum(nearer, there + lengths[dy * dy + dx * dx])
-        if torch.equal(nearer, d):
-            return d
+        if d.device.type == "cpu" and torch.equal(nearer, d):
+            break
         d = nearer
+    return d
 
 
 def equalize(x):

@@ -230,6 +230,14 @@ def test_an_image_s_corruption_depends_on_its_seed_alone(name):
     assert torch.equal(together, other) != drawn
 
 
+def test_distances_to_an_edge_end_at_the_cap():
+    edges = torch.zeros(1, 1, 30, 30, dtype=torch.bool)
+    edges[..., 0, 0] = True
+    d = er.distance(edges)[0, 0]
+    assert d[0].tolist() == [min(k, 20) for k in range(30)]
+    assert d.diagonal().tolist() == pytest.approx([min(1.4 * k, 20) for k in range(30)])
+
+
 # ---- perturbations -----------------------------------------------------------------------------
 
 
