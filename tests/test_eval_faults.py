@@ -94,16 +94,11 @@ def test_R6_one_bad_checkpoint_of_three_costs_its_own_row(main, bad, run, tmp_pa
     torch.save(state, tmp_path / "b" / "checkpoint.pt")
     if bad == "damaged":
         (tmp_path / "b" / "checkpoint.pt").write_bytes((run / "checkpoint.pt").read_bytes()[:-1000])
-    paths, what = (
-        [str(tmp_path / name / "checkpoint.pt") for name in ("run", "b", "c")],
-        ["--tasks", "knn"] if main is eval_probe.main else ["--suite", "augmentations", "--passes", "1"],
-    )
+    paths = [str(tmp_path / name / "checkpoint.pt") for name in ("run", "b", "c")]
+    what = ["--tasks", "knn"] if main is eval_probe.main else ["--suite", "augmentations", "--passes", "1"]
     line, out = ends(1, main, [*paths, *what, *QUICK], capsys)
-    assert (
-        ("damaged" if bad == "damaged" else "gone") in line
-        and len(out.splitlines()) == 2
-        and out.splitlines()[1].split()[:2] == ["run", "2"]
-    )
+    assert ("damaged" if bad == "damaged" else "gone") in line and len(out.splitlines()) == 2
+    assert out.splitlines()[1].split()[:2] == ["run", "2"]
     assert len(records(run)) == len(records(tmp_path / "c")) == 1 and not records(tmp_path / "b")
     line, out = ends(2, main, [paths[1], *what, *QUICK], capsys)  # where it is the only one it is a mistake of the call
     assert not out
@@ -198,11 +193,8 @@ def test_C9_parts_of_encoders_that_do_not_split_are_one_line(main, part, run, ca
 
 def test_R6_a_mean_over_fewer_says_so():
     rows = [("a", dict(knn=1.0, mlp=1.0)), ("a", dict(knn=2.0))]
-    assert (
-        "1.50 ± 0.71" in eval_probe.table(rows)
-        and "1.00 (1 of 2)" in eval_probe.table(rows)
-        and json.loads(eval_probe.table(rows, "json"))["a"]["mlp"]["n"] == 1
-    )
+    assert "1.50 ± 0.71" in eval_probe.table(rows) and "1.00 (1 of 2)" in eval_probe.table(rows)
+    assert json.loads(eval_probe.table(rows, "json"))["a"]["mlp"]["n"] == 1
 
 
 def test_R6_a_suite_that_fails_leaves_the_others(run, capsys, monkeypatch):
@@ -369,21 +361,15 @@ def test_F13_features_that_cannot_be_kept_cost_one_line(error, run, tmp_path, ca
         [str(run / "checkpoint.pt"), "--tasks", "knn", "linear", "--cache-dir", str(tmp_path / "cache"), *QUICK]
     )
     out, err = capsys.readouterr()
-    assert (
-        {"knn", "linear"} == set(results[0][1])
-        and "knn" in out
-        and "--cache-dir" in err
-        and not list((tmp_path / "cache").iterdir())
-    )
+    assert {"knn", "linear"} == set(results[0][1]) and "knn" in out and "--cache-dir" in err
+    assert not list((tmp_path / "cache").iterdir())
 
 
 def test_F14_evaluations_at_once_share_no_temporary_name(run, tmp_path, monkeypatch):
     """While one keeps its features another comes from beginning to end."""
-    argv, replace, again = (
-        [str(run / "checkpoint.pt"), "--tasks", "knn", "--cache-dir", str(tmp_path / "cache"), *QUICK],
-        os.replace,
-        [1],
-    )
+    argv = [str(run / "checkpoint.pt"), "--tasks", "knn", "--cache-dir", str(tmp_path / "cache"), *QUICK]
+    replace = os.replace
+    again = [1]
 
     def late(source, target):
         if again and "features-" in str(target):
@@ -433,11 +419,9 @@ def test_R3_a_checkpoint_is_read_once_and_named_by_what_was_read(run, tmp_path, 
 
 
 def test_R3_kept_features_of_another_length_or_another_version_are_not_taken(run, tmp_path, monkeypatch):
-    argv, encoded, features = (
-        [str(run / "checkpoint.pt"), "--tasks", "knn", "--cache-dir", str(tmp_path / "cache"), *QUICK],
-        [],
-        common.features,
-    )
+    argv = [str(run / "checkpoint.pt"), "--tasks", "knn", "--cache-dir", str(tmp_path / "cache"), *QUICK]
+    encoded = []
+    features = common.features
     monkeypatch.setattr(common, "features", lambda *a, **k: (encoded.append(1), features(*a, **k))[1])
     first = eval_probe.main(argv)
     for path in (tmp_path / "cache").iterdir():
@@ -463,11 +447,7 @@ def test_F3_probes_refuse_images_that_the_checkpoint_has_not_seen(change, words,
             "--data-dir",
             str(root),
             *tiny[tiny.index("--data-dir") + 2 :],
-            "--epochs",
-            "0",
-            "--equi",
-            "none",
-            "--out",
+            *"--epochs 0 --equi none --out".split(),
             str(tmp_path / "run"),
         ]
     )
@@ -523,10 +503,8 @@ def test_R11_weights_for_timm_are_checked_as_ours_are(how, resnet, folder, tmp_p
     from safetensors.torch import save_file
 
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
-    file, nan = (
-        tmp_path / ("w.safetensors" if "safetensors" in how else "w.pt"),
-        resnet | {"fc.weight": torch.ones(1), "conv1.weight": torch.full_like(resnet["conv1.weight"], math.nan)},
-    )
+    file = tmp_path / ("w.safetensors" if "safetensors" in how else "w.pt")
+    nan = resnet | {"fc.weight": torch.ones(1), "conv1.weight": torch.full_like(resnet["conv1.weight"], math.nan)}
     if "NaN" in how:
         save_file(nan, file) if "safetensors" in how else torch.save(nan, file)
     elif "safetensors" in how:
@@ -590,10 +568,10 @@ def test_checkpoints_come_first(run, capsys):
     "where", ["checkpoint", "timm file", "--data-dir", "--cache-dir", "--suite-dir", "--frost-dir", "--save-images"]
 )
 def test_C22_a_name_of_256_characters_is_one_line(where, run, capsys):
-    long, first, main = (
-        "x" * 256,
-        str(run / "checkpoint.pt"),
-        eval_probe.main if where in ("checkpoint", "timm file", "--data-dir", "--cache-dir") else eval_robustness.main,
+    long = "x" * 256
+    first = str(run / "checkpoint.pt")
+    main = (
+        eval_probe.main if where in ("checkpoint", "timm file", "--data-dir", "--cache-dir") else eval_robustness.main
     )
     argv = {"checkpoint": [f"{long}/checkpoint.pt"], "timm file": [f"timm:resnet18@{long}", "--data", "blocks"]}.get(
         where, [first, where, long, *(["--suite", "shifts"] if where == "--suite-dir" else [])]
@@ -654,20 +632,8 @@ def test_V4_an_evaluation_touches_nothing_and_repeats_to_the_bits(run, capsys):
     before, path = (run / "checkpoint.pt").read_bytes(), str(run / "checkpoint.pt")
     argv = [
         path,
-        "--tasks",
-        "knn",
-        "linear",
-        "r2",
-        "--augment",
-        "--r2-targets",
-        "crop",
-        "--r2-epochs",
-        "1",
-        "--linear-epochs",
-        "2",
-        "--device",
-        "cpu",
-        "--workers",
+        *"--tasks knn linear r2 --augment --r2-targets crop --r2-epochs 1 --linear-epochs 2".split(),
+        *"--device cpu --workers".split(),
     ]
     assert eval_probe.main([*argv, "0"]) == eval_probe.main([*argv, "0"]) == eval_probe.main([*argv, "2"])
     assert (run / "checkpoint.pt").read_bytes() == before
@@ -716,11 +682,9 @@ class WhoAreYou:
 
 
 def test_F9_workers_start_once_and_serve_every_pass(folder, monkeypatch):
-    data, started, start = (
-        common.load_data("imagefolder", str(folder), "train", 16),
-        [],
-        torch.utils.data.dataloader._MultiProcessingDataLoaderIter.__init__,
-    )
+    data = common.load_data("imagefolder", str(folder), "train", 16)
+    started = []
+    start = torch.utils.data.dataloader._MultiProcessingDataLoaderIter.__init__
     monkeypatch.setattr(
         torch.utils.data.dataloader._MultiProcessingDataLoaderIter,
         "__init__",
@@ -906,11 +870,7 @@ def test_F6_two_sizes_in_one_call(run, tiny, tmp_path):
             "--img-size",
             "24",
             *tiny[i + 2 :],
-            "--epochs",
-            "0",
-            "--equi",
-            "none",
-            "--out",
+            *"--epochs 0 --equi none --out".split(),
             str(tmp_path / "larger"),
         ]
     )

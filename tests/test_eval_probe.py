@@ -45,15 +45,13 @@ class Maps(torch.nn.Module):
 
     def __init__(self, see):
         super().__init__()
-        self.see, self.img_size, self.mean, self.std, self.dim, self.inv, self.depth = (
-            see,
-            16,
-            (0.5,) * 3,
-            (0.5,) * 3,
-            192,
-            None,
-            1,
-        )
+        self.see = see
+        self.img_size = 16
+        self.mean = (0.5,) * 3
+        self.std = (0.5,) * 3
+        self.dim = 192
+        self.inv = None
+        self.depth = 1
 
     def forward(self, x):
         return F.adaptive_avg_pool2d(x, 8).flatten(1)
@@ -145,10 +143,8 @@ def test_dimensions_that_do_not_vary_are_left_out():
     x = torch.cat([torch.full((100, 1), 0.1), torch.zeros(100, 1), torch.randn(100, 2, generator=g) * 1e-4 + 5], 1)
     first = eval_probe.Standardise(x, slice(None))
     assert torch.equal(first(x + torch.tensor([1.0, 1.0, 0.0, 0.0]))[:, :2], torch.zeros(100, 2))
-    assert (
-        torch.allclose(first(x)[:, 2:].std(0, correction=0), torch.ones(2), atol=1e-3)
-        and first(x)[:, 2:].mean(0).abs().max() < 1e-2
-    )
+    assert torch.allclose(first(x)[:, 2:].std(0, correction=0), torch.ones(2), atol=1e-3)
+    assert first(x)[:, 2:].mean(0).abs().max() < 1e-2
     pairs = torch.stack(
         [x, x + torch.tensor([0.0, 0.0, 1.0, 1.0])], 1
     )  # both views together: what differs between them stays
@@ -174,10 +170,8 @@ def test_equivariance_of_maps_that_turn_with_the_image():
     values, _ = eval_probe.equivariance(smooth)
     assert values["equi scale centred"] > 0.95 > values["equi scale shuffled"] + 0.1
     constant, _ = eval_probe.equivariance(case_of(Maps(lambda x: torch.ones(len(x), 4, 4, 8))))
-    assert (
-        constant["equi rotation"] == constant["equi rotation shuffled"] == pytest.approx(1)
-        and constant["equi rotation centred"] == 0
-    )  # what the control is for
+    assert constant["equi rotation"] == constant["equi rotation shuffled"] == pytest.approx(1)
+    assert constant["equi rotation centred"] == 0  # what the control is for
     noise, _ = eval_probe.equivariance(case_of(Maps(lambda x: torch.randn(len(x), 4, 4, 64, generator=g))))
     assert abs(noise["equi rotation"]) < 0.02 and abs(noise["equi flip centred"]) < 0.02
     fixed = torch.randn(4, 4, 64, generator=g)
@@ -239,11 +233,8 @@ def posed(m, sessions):
 def test_latents_are_read_where_they_are_held_and_not_in_noise():
     (train, x), (test, x_test) = posed(16, (0, 1)), posed(8, (2, 5, 9))
     values, details = eval_probe.latents(train, test, x, x_test, eval_probe.Args())
-    assert (
-        all(values[f"{k}{s}"] > 99 for k in ("object", "session") for s in ("", " lstsq"))
-        and values["view err"] < 2
-        and values["view err lstsq"] < 1e-6
-    )
+    assert all(values[f"{k}{s}"] > 99 for k in ("object", "session") for s in ("", " lstsq"))
+    assert values["view err"] < 2 and values["view err lstsq"] < 1e-6
     assert details["rmse"]["azimuth"] < 20
     blind, _ = eval_probe.latents(
         train, test, torch.randn(x.shape, generator=g), torch.randn(x_test.shape, generator=g), eval_probe.Args()
@@ -273,12 +264,8 @@ def test_the_linear_schedule_is_the_paper_s(monkeypatch):
     x = torch.randn(1024, 3, generator=g) / 3**0.5
     W = torch.randn(3, 3, generator=g)
     out = eval_probe.linear_schedule(x, x @ W + 4, common.rng(0))(x)
-    assert (
-        rates[:40] == [1] * 40
-        and rates[79] == pytest.approx(0.3)
-        and rates[-1] == pytest.approx(1.968e-5, rel=1e-3)
-        and len(rates) == 400
-    )
+    assert rates[:40] == [1] * 40 and rates[79] == pytest.approx(0.3)
+    assert rates[-1] == pytest.approx(1.968e-5, rel=1e-3) and len(rates) == 400
     assert torch.allclose(out, x @ W + 4, atol=1e-2)
 
 
@@ -379,30 +366,10 @@ def test_protocols_set_flags_that_help_shows(protocol, expected, capsys):
 def test_the_clever_protocol_depends_on_the_base(tmp_path, folder, monkeypatch):
     """DDCL's code has another rate than CLeVER's; flags given by hand win for both."""
     shared = [
-        "--data",
-        "imagefolder",
-        "--data-dir",
+        *"--data imagefolder --data-dir".split(),
         str(folder),
-        "--recipe",
-        "cifar10",
-        "--arch",
-        "resnet_pico",
-        "--img-size",
-        "16",
-        "--epochs",
-        "0",
-        "--warmup-epochs",
-        "0",
-        "--batch-size",
-        "12",
-        "--workers",
-        "0",
-        "--device",
-        "cpu",
-        "--head-dim",
-        "8",
-        "--head-dim-equi",
-        "8",
+        *"--recipe cifar10 --arch resnet_pico --img-size 16 --epochs 0 --warmup-epochs 0".split(),
+        *"--batch-size 12 --workers 0 --device cpu --head-dim 8 --head-dim-equi 8".split(),
     ]
     paths = [str(tmp_path / base / "checkpoint.pt") for base in ("dino", "simsiam")]
     clever.main([*shared, "--base", "dino", "--local-size", "8", "--out", str(tmp_path / "dino")])
@@ -423,7 +390,9 @@ def test_the_clever_protocol_depends_on_the_base(tmp_path, folder, monkeypatch):
 def test_cached_features_are_used_and_belong_to_their_checkpoint_and_data(tiny, folder, tmp_path, monkeypatch):
     for seed in "01":
         ser.main([*tiny, "--epochs", "0", "--seed", seed, "--out", str(tmp_path / f"run-s{seed}")])
-    paths, encoded, features = [str(tmp_path / f"run-s{s}" / "checkpoint.pt") for s in "01"], [], common.features
+    paths = [str(tmp_path / f"run-s{s}" / "checkpoint.pt") for s in "01"]
+    encoded = []
+    features = common.features
     monkeypatch.setattr(common, "features", lambda *a, **k: (encoded.append(1), features(*a, **k))[1])
     run = lambda *argv: eval_probe.main(
         [*argv, "--cache-dir", str(tmp_path / "cache"), "--tasks", "knn", "--device", "cpu"]
@@ -448,11 +417,8 @@ def test_formats_of_the_table():
         "| b| | 1 | 10.00 | - |",
     ]
     rows = list(csv.reader(eval_probe.table(results, "csv").splitlines()))
-    assert (
-        rows[0] == ["", "n", "knn", "knn std", "r2 flip", "r2 flip std"]
-        and rows[2] == ["b|", "1", "10.0", "", "", ""]
-        and float(rows[1][3]) == pytest.approx(2**0.5)
-    )
+    assert rows[0] == ["", "n", "knn", "knn std", "r2 flip", "r2 flip std"]
+    assert rows[2] == ["b|", "1", "10.0", "", "", ""] and float(rows[1][3]) == pytest.approx(2**0.5)
     assert json.loads(eval_probe.table(results, "json"))["a"]["r2 flip"]["mean"] == pytest.approx(0.6)
 
 
@@ -465,18 +431,9 @@ def test_a_model_of_timm_in_the_same_table(tiny, folder, tmp_path, capsys):
     run = [
         str(tmp_path / "run" / "checkpoint.pt"),
         baseline,
-        "--data",
-        "imagefolder",
-        "--data-dir",
+        *"--data imagefolder --data-dir".split(),
         str(folder),
-        "--tasks",
-        "knn",
-        "linear",
-        "equivariance",
-        "--linear-epochs",
-        "2",
-        "--device",
-        "cpu",
+        *"--tasks knn linear equivariance --linear-epochs 2 --device cpu".split(),
     ]
     ours, theirs = eval_probe.main(run)
     assert theirs[0] == "timm:vit_small_patch16_224@backbone.safetensors" and theirs[1] == pytest.approx(
@@ -510,24 +467,8 @@ def probed(checkpoint):
     return eval_probe.main(
         [
             checkpoint,
-            "--tasks",
-            "knn",
-            "linear",
-            "fewshot",
-            "r2",
-            "layers",
-            "equivariance",
-            "rotation",
-            "--r2-targets",
-            "flip",
-            "--r2-epochs",
-            "1",
-            "--linear-epochs",
-            "2",
-            "--device",
-            "cpu",
-            "--workers",
-            "0",
+            *"--tasks knn linear fewshot r2 layers equivariance rotation --r2-targets flip --r2-epochs".split(),
+            *"1 --linear-epochs 2 --device cpu --workers 0".split(),
         ]
     )
 
@@ -541,18 +482,7 @@ def test_2_processes_print_what_one_prints(tiny, tmp_path):
 
 
 def tuned(checkpoint):
-    quick = [
-        "--linear-epochs",
-        "2",
-        "--finetune-epochs",
-        "2",
-        "--finetune-lr",
-        "0.1",
-        "--device",
-        "cpu",
-        "--workers",
-        "0",
-    ]
+    quick = "--linear-epochs 2 --finetune-epochs 2 --finetune-lr 0.1 --device cpu --workers 0".split()
     return eval_probe.main([checkpoint, "--tasks", "linear", "finetune", "--augment", *quick]) + eval_probe.main(
         [checkpoint, "--tasks", "linear", "fewshot", "--linear", "lbfgs", *quick]
     )
@@ -843,34 +773,18 @@ def test_parts_are_slices_of_the_last_block(folder, tmp_path, capsys, monkeypatc
     """Of four blocks of a ViT side by side the equivariant part is the last dimensions of the last, the invariant
     part all others; of a single representation its own two parts. Seen in the widths that the probes are given."""
     shared = [
-        "--data",
-        "imagefolder",
-        "--data-dir",
+        *"--data imagefolder --data-dir".split(),
         str(folder),
-        "--recipe",
-        "cifar10",
-        "--arch",
-        "vit_pico",
-        "--img-size",
-        "16",
-        "--patch-size",
-        "4",
-        "--epochs",
-        "0",
-        "--warmup-epochs",
-        "0",
-        "--batch-size",
-        "12",
-        "--workers",
-        "0",
-        "--device",
-        "cpu",
+        *"--recipe cifar10 --arch vit_pico --img-size 16 --patch-size 4 --epochs 0 --warmup-epochs".split(),
+        *"0 --batch-size 12 --workers 0 --device cpu".split(),
     ]
     clever.main(
         [*shared, "--local-size", "8", "--head-dim", "8", "--head-dim-equi", "8", "--out", str(tmp_path / "clever")]
     )
     recon_xattn.main([*shared, "--neck", "16", "--embed-dim", "8", "--out", str(tmp_path / "recon")])
-    seen, linear, standardise = [], eval_probe.LinearProbe.__init__, eval_probe.Standardise.__init__
+    seen = []
+    linear = eval_probe.LinearProbe.__init__
+    standardise = eval_probe.Standardise.__init__
     monkeypatch.setattr(
         eval_probe.LinearProbe, "__init__", lambda self, dim, *a: (seen.append(dim), linear(self, dim, *a))[1]
     )
@@ -882,28 +796,8 @@ def test_parts_are_slices_of_the_last_block(folder, tmp_path, capsys, monkeypatc
     paths = [str(tmp_path / name / "checkpoint.pt") for name in ("clever", "recon")]
     run = [
         *paths,
-        "--tasks",
-        "knn",
-        "linear",
-        "mlp",
-        "fewshot",
-        "r2",
-        "--mlp-epochs",
-        "1",
-        "--part",
-        "all",
-        "inv",
-        "equi",
-        "--known-fraction",
-        "0.5",
-        "--linear-epochs",
-        "1",
-        "--r2-epochs",
-        "1",
-        "--r2-targets",
-        "flip",
-        "--device",
-        "cpu",
+        *"--tasks knn linear mlp fewshot r2 --mlp-epochs 1 --part all inv equi --known-fraction".split(),
+        *"0.5 --linear-epochs 1 --r2-epochs 1 --r2-targets flip --device cpu".split(),
     ]
     results = dict(eval_probe.main(run))
     assert seen == [
@@ -940,36 +834,18 @@ def test_one_call_from_checkpoints_to_table(tiny, folder, tmp_path, capsys):
     results = eval_probe.main(
         [
             *map(str, paths),
-            "--tasks",
-            "knn",
-            "linear",
-            "r2",
-            "--linear-epochs",
-            "2",
-            "--r2-epochs",
-            "1",
-            "--r2-targets",
-            "flip",
-            "--device",
-            "cpu",
+            *"--tasks knn linear r2 --linear-epochs 2 --r2-epochs 1 --r2-targets flip --device cpu".split(),
         ]
     )
     table = capsys.readouterr().out.splitlines()
     assert [name for name, _ in results] == ["run", "run", "untrained"] and [p.read_bytes() for p in paths] == before
-    assert (
-        len(table) == 3
-        and table[1].split()[:2] == ["run", "2"]
-        and "±" in table[1]
-        and table[2].split()[:2] == ["untrained", "1"]
-    )
+    assert len(table) == 3 and table[1].split()[:2] == ["run", "2"] and "±" in table[1]
+    assert table[2].split()[:2] == ["untrained", "1"]
     assert all(0 <= v["knn"] <= 100 and 0 <= v["linear"] <= 100 for _, v in results)
     knn, linear, r2 = records(tmp_path / "run-s0")  # one a task
     assert knn["results"] | linear["results"] | r2["results"] == results[0][1]
-    assert (
-        knn["protocol"]["knn"]["k"] == 20
-        and "linear" not in knn["protocol"]
-        and set(r2["protocol"]["r2"]["both"]["flip"]) == {"flat", "uniform", "train"}
-    )
+    assert knn["protocol"]["knn"]["k"] == 20 and "linear" not in knn["protocol"]
+    assert set(r2["protocol"]["r2"]["both"]["flip"]) == {"flat", "uniform", "train"}
     again = eval_probe.main([str(paths[0]), "--tasks", "knn", "linear", "--linear-epochs", "2", "--device", "cpu"])
     assert again[0][1] == {
         k: v for k, v in results[0][1].items() if not k.startswith("r2")

@@ -302,14 +302,10 @@ def test_flips_and_distances():
     one_hot = lambda *classes: torch.eye(10)[torch.tensor(classes)][None]
     counts = lambda scores, noise: dict(zip(("pairs", "flips", "distance"), er.count_changes(scores, noise).tolist()))
     alternating = one_hot(*[i % 2 for i in range(31)])
-    assert (
-        counts(alternating, False)["flips"] == 30 == counts(alternating, False)["pairs"]
-        and counts(alternating, True)["flips"] == 15
-    )
-    assert (
-        counts(one_hot(*[int(i >= 15) for i in range(31)]), False)["flips"] == 1
-        and counts(one_hot(*[3] * 31), True)["flips"] == 0
-    )
+    assert counts(alternating, False)["flips"] == 30 == counts(alternating, False)["pairs"]
+    assert counts(alternating, True)["flips"] == 15
+    assert counts(one_hot(*[int(i >= 15) for i in range(31)]), False)["flips"] == 1
+    assert counts(one_hot(*[3] * 31), True)["flips"] == 0
     assert er.mean_flip_rate(er.ALEXNET_FLIPS) == pytest.approx(100) and er.mean_flip_rate(
         dict.fromkeys(er.TEST_PERTURBATIONS, 0.05)
     ) == pytest.approx(49.564, abs=1e-3)
@@ -330,10 +326,8 @@ def test_flips_and_distances():
         distance(r1=5, r5=1),
         distance(r1=6, r6=1),
     ] == [0, 2, 1, 0, 8, 5]
-    assert (
-        distance(r1=2, r2=3, r3=4, r4=5, r5=6, r6=1) == 5
-        and distance(**{f"r{i}": (i + 4) % 10 + 1 for i in range(1, 11)}) == 15
-    )
+    assert distance(r1=2, r2=3, r3=4, r4=5, r5=6, r6=1) == 5
+    assert distance(**{f"r{i}": (i + 4) % 10 + 1 for i in range(1, 11)}) == 15
 
 
 def test_counts_ask_nothing_of_a_device(monkeypatch):
@@ -384,17 +378,7 @@ def checkpoints(tiny, tmp_path_factory):
                 *shared,
                 "--equi",
                 equi,
-                "--head-dim",
-                "16",
-                "--head-dim-equi",
-                "16",
-                "--local-size",
-                "8",
-                "--epochs",
-                "0",
-                "--warmup-epochs",
-                "0",
-                "--out",
+                *"--head-dim 16 --head-dim-equi 16 --local-size 8 --epochs 0 --warmup-epochs 0 --out".split(),
                 str(root / equi),
             ]
         )
@@ -408,19 +392,8 @@ def test_every_suite_prints_its_table_and_keeps_the_counts(checkpoints, tmp_path
     tables = er.main(
         [
             *checkpoints,
-            "--suite",
-            "corruptions",
-            "perturbations",
-            "augmentations",
-            "--part",
-            "all",
-            "inv",
-            "equi",
-            "--images-per-class",
-            "2",
-            "--passes",
-            "2",
-            "--save-images",
+            *"--suite corruptions perturbations augmentations --part all inv equi --images-per-class 2".split(),
+            *"--passes 2 --save-images".split(),
             str(tmp_path / "look"),
             *QUICK,
         ]
@@ -438,26 +411,16 @@ def test_every_suite_prints_its_table_and_keeps_the_counts(checkpoints, tmp_path
     record = json.loads(Path(checkpoints[0]).with_name("eval.jsonl").read_text().splitlines()[-3])
     details, values = record["protocol"]["details"][""], record["results"]["all"]
     fog = [details["right"][f"fog {s}"][0] for s in range(1, 6)]
-    assert (
-        record["protocol"]["suite"] == "corruptions"
-        and details["images"] == 4
-        and values["fog"] == pytest.approx(100 * sum(fog) / 20)
-    )
+    assert record["protocol"]["suite"] == "corruptions" and details["images"] == 4
+    assert values["fog"] == pytest.approx(100 * sum(fog) / 20)
 
 
 def small_run(paths):
     return er.main(
         [
             *paths,
-            "--suite",
-            "corruptions",
-            "perturbations",
-            "augmentations",
-            "--types",
-            "gaussian_noise",
-            "snow",
-            "--images-per-class",
-            "4",
+            *"--suite corruptions perturbations augmentations --types gaussian_noise snow".split(),
+            *"--images-per-class 4".split(),
             *QUICK,
         ]
     )
@@ -547,25 +510,15 @@ def test_only_the_classes_of_the_set_compete_when_masked(tmp_path):
     nearest = lambda x: -((127.5 * (x.mean(1, keepdim=True) + 1) - torch.tensor([0.0, 100, 200])) ** 2)
     who.case.__dict__["heads"] = dict(linear=SimpleNamespace(scores=nearest))
     values, details = outcome(er.shifts, who, er.Args(suite_dir=(str(tmp_path / "shifted"),), workers=0))
-    assert (
-        values["clean"] == 100
-        and values["shifted"] == 0
-        and values["shifted (2 classes)"] == 100
-        and details["shifted"]["images"] == 4
-    )
+    assert values["clean"] == 100 and values["shifted"] == 0 and values["shifted (2 classes)"] == 100
+    assert details["shifted"]["images"] == 4
 
 
 def test_more_processes_than_images(checkpoints, tmp_path):
     run = lambda: er.main(
         [
             checkpoints[0],
-            "--suite",
-            "corruptions",
-            "--types",
-            "shot_noise",
-            "jpeg_compression",
-            "--images-per-class",
-            "1",
+            *"--suite corruptions --types shot_noise jpeg_compression --images-per-class 1".split(),
             *QUICK,
         ]
     )
@@ -617,10 +570,8 @@ def test_stand_ins_of_blocks():
         usual["images"][..., 0, 0], painted["images"][..., 0, 0]
     )  # the floor
     seen = common.blocks_views("seen", 8)
-    assert (
-        seen["factors"]["session"].unique().tolist() == [0, 1]
-        and seen["labels"].unique().tolist() == common.blocks_views("test", 8)["labels"].unique().tolist()
-    )
+    assert seen["factors"]["session"].unique().tolist() == [0, 1]
+    assert seen["labels"].unique().tolist() == common.blocks_views("test", 8)["labels"].unique().tolist()
 
 
 def test_mistakes_of_robustness(checkpoints, folder, tmp_path, capsys):
