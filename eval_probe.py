@@ -1521,6 +1521,7 @@ class Evaluation:
 
     def plot(self, path, panels, title):
         """Draw [Panel] into the file of --plot, where it is given and there is anything to see."""
+        panels = [panel for panel in panels if panel.rows]
         if path and panels and common.rank() == 0:
             self.attempt(f"--plot {path}", partial(draw, path, panels, title))
 
@@ -1681,7 +1682,6 @@ UNITS = {  # of metrics that begin so; all others are accuracies
     "rel mCE": "% of AlexNet's added error",
     "top-5 distance": "distance (ranks)",
 }
-SPREAD = "; means over n seeds, error bars: standard deviation"
 
 
 def figure_class():
@@ -1723,7 +1723,11 @@ def make_panels(results, over="block", suffix=""):
     rows, metrics = fold([(name, values) for name, values in results if values])
     panels = {}
     for metric in metrics:
-        title, position = re.fullmatch(r"(.*?)(?: @(\d+))?", metric).groups()
+        title, sign, position = metric.rpartition(" @")
+        if not (sign and position.isdecimal()):
+            title, position = metric, ""
+
+        # A panel for the title, a point or a bar for each row that has the metric.
         unit = next((unit for start, unit in UNITS.items() if metric.startswith(start)), "accuracy (%)")
         panel = panels.setdefault(title, Panel(title + suffix, unit, over if position else "", {}))
         for name, (n, values) in rows.items():
@@ -1735,22 +1739,26 @@ def make_panels(results, over="block", suffix=""):
 
 
 def draw(path, panels, title):
-    """A figure of [Panel], all with the same order and colours of rows, into a file."""
+    """A figure of [Panel], none of them empty, into a file. Rows have one order and one colour in all of them."""
     names = list(dict.fromkeys(name for panel in panels for name in panel.rows))
     shown = {name: f" {name}".replace("$", r"\$") for name in names}  # a leading underscore would hide it, $ is TeX
+    if any(std is not None for panel in panels for points in panel.rows.values() for *_, std in points):
+        title += "; means over n seeds, error bars: standard deviation"
     looks = {name: (COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)]) for i, name in enumerate(names)}
     lines = any(panel.over for panel in panels)
 
-    # Room for the names on the left, for a bar each, and for the legend of the lines below.
+    # In inches: room for the names on the left, for a bar each, for the title and for the legend of the lines.
     columns = min(4, len(panels))
     rows = math.ceil(len(panels) / columns)
     longest = max(map(len, shown.values()))
-    width = 0.08 * longest + 3.1 * columns  # in inches
+    width = 0.08 * longest + 3.1 * columns
+    title_lines = textwrap.wrap(title, int(11 * width))
     height = rows * max(2.4 if lines else 1.5, 0.9 + 0.27 * len(names))
     legend_columns = max(1, int(40 * columns / (longest + 8)))
     legend = 0.25 * math.ceil(len(names) / legend_columns) if lines else 0.0
-    figure = figure_class()(figsize=(width, 0.6 + height + legend), dpi=150, layout="constrained")
-    figure.suptitle("\n".join(textwrap.wrap(title, int(11 * width))), fontsize=11)
+    size = width, 0.4 + 0.2 * len(title_lines) + height + legend
+    figure = figure_class()(figsize=size, dpi=150, layout="constrained")
+    figure.suptitle("\n".join(title_lines), fontsize=11)
 
     # A panel that stands first in its row, or follows on lines, names its bars.
     handles = {}
@@ -1801,6 +1809,7 @@ def draw_bars(axes, panel, shown, looks, named):
     axes.set_yticks(range(len(shown)), shown.values() if named else ["" for _ in shown])
     axes.invert_yaxis()
     axes.margins(x=0.25)
+    axes.locator_params(axis="x", nbins=5)
     axes.set_xlabel(panel.unit, fontsize=8)
 
 
@@ -1876,7 +1885,7 @@ def main(argv=None):
 
         def at_end():
             evaluation.table(rows, args.format)
-            title = f"Probes of frozen features on {', '.join(dict.fromkeys(data))}{SPREAD}"
+            title = f"Probes of frozen features on {', '.join(dict.fromkeys(data))}"
             evaluation.plot(args.plot, make_panels(rows), title)
 
         evaluation.at_end = at_end

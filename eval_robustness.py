@@ -2,7 +2,7 @@
 augmented and shifted ones.
 
     python eval_robustness.py runs/*/checkpoint.pt --suite corruptions  # all made on the device, nothing to download
-    python eval_robustness.py A/checkpoint.pt B/checkpoint.pt --suite perturbations augmentations --images-per-class 20
+    python eval_robustness.py A/checkpoint.pt B/checkpoint.pt --suite perturbations augmentations --plot figure.png
     python eval_robustness.py A/checkpoint.pt --suite corruptions --suite-dir IMAGENET-C  # the published files
     python eval_robustness.py A/checkpoint.pt --suite shifts --suite-dir IMAGENET-V2 IMAGENET-R IMAGENET-SKETCH
 
@@ -1151,7 +1151,7 @@ def corruptions(subjects, data, args):
     star, frost_from = "", "photographs" if photographs else None
     if "frost" in names and not photographs and not args.suite_dir:
         star, frost_from = "*", "procedural"
-        notes.append(FROST_NOTE + " --frost-dir takes photographs")
+        notes.append(f"{FROST_NOTE}; --frost-dir takes photographs")
 
     def row(n):
         """Counts (conditions, 3): images, right, right among five -> results in percent, and the counts for the
@@ -1182,19 +1182,21 @@ def corruptions(subjects, data, args):
         source="files" if args.suite_dir else "made here",
     )
     jobs = clean(subjects, conditions[0]) + jobs
-    return Suite(conditions, jobs, count_right, 3, row, details, notes, partial(over_severity, conditions))
+    return Suite(conditions, jobs, count_right, 3, row, details, notes, partial(over_severity, conditions, star))
 
 
-FROST_NOTE = "* with frost drawn by a procedure, not from photographs: not comparable with published figures;"
+FROST_NOTE = "* with frost drawn by a procedure, not from photographs: not comparable with published figures"
 
 
-def over_severity(conditions, n):
-    """Counts (conditions, 3) of `corruptions` -> {"fog @1": accuracy in percent, ...}; severity 0 is clean."""
+def over_severity(conditions, star, n):
+    """Counts (conditions, 3) of `corruptions` -> {"fog @1": accuracy in percent, ...}; severity 0 is clean, and the
+    star goes to frost."""
     accuracy = dict(zip(conditions, (100 * n[:, 1].double() / n[:, 0]).tolist()))
     curves = {}
     for name, severity in conditions[1:]:
-        curves[f"{name} @0"] = accuracy[conditions[0]]
-        curves[f"{name} @{severity}"] = accuracy[name, severity]
+        title = f"{name}{star}" if name == "frost" else name
+        curves[f"{title} @0"] = accuracy[conditions[0]]
+        curves[f"{title} @{severity}"] = accuracy[name, severity]
     return curves
 
 
@@ -1505,7 +1507,7 @@ def run(name, subjects, data, args, evaluation, protocol, panels):
 def panels_of(suffix, rows, curves):
     """Panels of a suite's table. A metric of which there are curves is drawn over severity and not as bars."""
     drawn = {metric.partition(" @")[0] for _, values in curves for metric in values}
-    bars = [(name, {k: v for k, v in values.items() if k.rstrip("*") not in drawn}) for name, values in rows]
+    bars = [(name, {k: v for k, v in values.items() if k not in drawn}) for name, values in rows]
     panels = eval_probe.make_panels(bars, suffix=suffix)
     return panels + eval_probe.make_panels(curves, "severity (0: clean)", suffix)
 
@@ -1528,9 +1530,9 @@ def main(argv=None):
 
         def at_end():
             title = f"Linear probes of clean features on altered images of {', '.join(dict.fromkeys(data))}"
-            star = any("*" in panel.title for panel in panels)
-            note = f" {FROST_NOTE[:-1]}" if star else ""
-            evaluation.plot(args.plot, panels, title + eval_probe.SPREAD + note)
+            if any("*" in panel.title for panel in panels):
+                title += f"; {FROST_NOTE}"
+            evaluation.plot(args.plot, panels, title)
 
         evaluation.at_end = at_end
         cases = eval_probe.open_all(probing, lambda state: probing, device, evaluation)

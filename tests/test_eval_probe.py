@@ -41,17 +41,12 @@ class Maps(torch.nn.Module):
     """An encoder without weights: `see(x)` (n, h, w, C) is its only map, the mean colours of 8 x 8 cells its
     representation."""
 
-    feature = "mean colours"
+    feature, img_size, dim, depth, inv = "mean colours", 16, 192, 1, None
+    mean = std = (0.5, 0.5, 0.5)
 
     def __init__(self, see):
         super().__init__()
         self.see = see
-        self.img_size = 16
-        self.mean = (0.5,) * 3
-        self.std = (0.5,) * 3
-        self.dim = 192
-        self.inv = None
-        self.depth = 1
 
     def forward(self, x):
         return F.adaptive_avg_pool2d(x, 8).flatten(1)
@@ -329,9 +324,8 @@ def test_augmented_probes_see_other_views_each_epoch_and_all_learn_from_one_pass
     monkeypatch.setattr(common, "features", lambda *a, **k: (passes.append(k.get("name")), features(*a, **k))[1])
     values = eval_probe.linear(case)[0] | eval_probe.fewshot(case)[0]
     assert {"linear", "fewshot 1%", "fewshot 10%"} == set(values)
-    assert (
-        passes.count("augmented") == 10 and len(passes) == 12
-    )  # 10 epochs for all three probes; train and test images once
+    assert passes.count("augmented") == 10  # epochs, for all three probes
+    assert len(passes) == 12  # train and test images once
     a, b = case.augmented(0), case.augmented(1)
     assert torch.equal(a, case.augmented(0)) and not torch.equal(a, b)
 
@@ -467,8 +461,8 @@ def probed(checkpoint):
     return eval_probe.main(
         [
             checkpoint,
-            *"--tasks knn linear fewshot r2 layers equivariance rotation --r2-targets flip --r2-epochs".split(),
-            *"1 --linear-epochs 2 --device cpu --workers 0".split(),
+            *"--tasks knn linear fewshot r2 layers equivariance rotation --r2-targets flip".split(),
+            *"--r2-epochs 1 --linear-epochs 2 --device cpu --workers 0".split(),
         ]
     )
 
@@ -713,9 +707,8 @@ def test_r2_of_poses_is_learnt_from_features_that_hold_them(target, enough, noth
     probe = lambda columns: r2(
         eval_probe.pairs_of_poses, target, Flat(), sets["train"], sets["test"], columns, r2_epochs=30
     )
-    assert (
-        probe(slice(None)) > enough and probe(slice(6)) > enough
-    )  # of 12 features the first 6 hold it all, the others are 0
+    # Of 12 features the first 6 hold it all, the others are 0.
+    assert probe(slice(None)) > enough and probe(slice(6)) > enough
     assert probe(slice(6, None)) < nothing  # what a constant scores, and a little
 
 
@@ -775,8 +768,8 @@ def test_parts_are_slices_of_the_last_block(folder, tmp_path, capsys, monkeypatc
     shared = [
         *"--data imagefolder --data-dir".split(),
         str(folder),
-        *"--recipe cifar10 --arch vit_pico --img-size 16 --patch-size 4 --epochs 0 --warmup-epochs".split(),
-        *"0 --batch-size 12 --workers 0 --device cpu".split(),
+        *"--recipe cifar10 --arch vit_pico --img-size 16 --patch-size 4 --epochs 0".split(),
+        *"--warmup-epochs 0 --batch-size 12 --workers 0 --device cpu".split(),
     ]
     clever.main(
         [*shared, "--local-size", "8", "--head-dim", "8", "--head-dim-equi", "8", "--out", str(tmp_path / "clever")]
@@ -796,26 +789,15 @@ def test_parts_are_slices_of_the_last_block(folder, tmp_path, capsys, monkeypatc
     paths = [str(tmp_path / name / "checkpoint.pt") for name in ("clever", "recon")]
     run = [
         *paths,
-        *"--tasks knn linear mlp fewshot r2 --mlp-epochs 1 --part all inv equi --known-fraction".split(),
-        *"0.5 --linear-epochs 1 --r2-epochs 1 --r2-targets flip --device cpu".split(),
+        *"--tasks knn linear mlp fewshot r2 --mlp-epochs 1 --part all inv equi".split(),
+        *"--known-fraction 0.5 --linear-epochs 1 --r2-epochs 1 --r2-targets flip --device cpu".split(),
     ]
     results = dict(eval_probe.main(run))
-    assert seen == [
-        *[512, 512 - 26, 26] * 4,
-        128,
-        102,
-        26,
-        *[16, 8, 8] * 5,
-    ]  # linear, twice fewshot, mlp; r2: 128 dimensions: 102 + 26
-    assert (
-        {
-            f"{k}{p}"
-            for k in ("knn", "linear", "mlp", "fewshot 1%", "fewshot 10%", "r2 flip")
-            for p in ("", " (inv)", " (equi)")
-        }
-        <= set(results["clever"])
-        == set(results["recon"])
-    )
+    # Linear, twice fewshot, mlp: four blocks of 128; r2: one of 128 = 102 + 26.
+    assert seen == [*[512, 512 - 26, 26] * 4, 128, 102, 26, *[16, 8, 8] * 5]
+    metrics = "knn", "linear", "mlp", "fewshot 1%", "fewshot 10%", "r2 flip"
+    expected = {f"{metric}{part}" for metric in metrics for part in ("", " (inv)", " (equi)")}
+    assert expected <= set(results["clever"]) == set(results["recon"])
     record = records(tmp_path / "clever")[0]
     assert record["protocol"]["train_images"] == 12 and record["protocol"]["known_fraction"] == 0.5
     ser.main([*shared, "--equi", "none", "--out", str(tmp_path / "ser")])

@@ -244,9 +244,8 @@ def test_distances_to_an_edge_end_at_the_cap():
 @pytest.mark.parametrize("name", er.PERTURBATIONS)
 def test_sequences(name):
     frames = er.perturb(photo[:3], name, torch.tensor([1, 2, 3]), 32)
-    assert (
-        frames.shape == (3, dict(motion_blur=21, translate=16).get(name, 31), 3, 32, 32) and frames.dtype == torch.uint8
-    )
+    n = dict(motion_blur=21, translate=16).get(name, 31)
+    assert frames.shape == (3, n, 3, 32, 32) and frames.dtype == torch.uint8
     assert torch.equal(frames[1:2], er.perturb(photo[1:2], name, torch.tensor([2]), 32))
     clean = dict(translate=7, rotate=15, scale=15, shear=15, brightness=15, zoom_blur=0).get(
         name, 0 if name.endswith("noise") else None
@@ -603,7 +602,7 @@ def test_mistakes_of_robustness(checkpoints, folder, tmp_path, capsys):
 def test_corruptions_are_drawn_over_severity(checkpoints, tmp_path):
     conditions = [("clean", 0), *(("fog", s) for s in range(1, 6))]
     n = torch.tensor([[4, 4, 4], *([4, 4 - s // 2, 4] for s in range(1, 5)), [0, 0, 0]])  # 5 was not shown
-    curve = er.over_severity(conditions, n)
+    curve = er.over_severity(conditions, "*", n)
     assert math.isnan(curve.pop("fog @5")) and curve == {f"fog @{s}": 100 - 25 * (s // 2) for s in range(5)}
     bars, lines = er.panels_of(" (corruptions)", [("run", dict(clean=100.0, fog=70.0))], [("run", curve)])
     assert [bars.title, lines.title] == ["clean (corruptions)", "fog (corruptions)"]
