@@ -317,6 +317,8 @@ def load(path):
         content = io.BytesIO(Path(file).read_bytes()) if file else None
     except OSError as e:
         common.die(f"{path}: cannot be read ({e.strerror})")
+
+    # The state of a timm model looks like that of a checkpoint; of a checkpoint's the tensors are dropped.
     if path.startswith("timm:"):
         encoder, own = load_timm(path, name, file, content), dict(data=None, data_dir=None, seed=0, arch=path)
         state = dict(method="timm", step=0, args=own, backbone=dict(arch=name, inv=None), seen=None)
@@ -413,6 +415,7 @@ def same_files(train, test, most=1000):
 
 def open_case(path, encoder, state, args, device):
     """A loaded checkpoint, or timm model, and its data, checked for what the tasks need -> Case."""
+    # The data are those of the checkpoint, unless a flag names others.
     own = state["args"]
     name = args.data or own["data"]
     root = args.data_dir
@@ -605,6 +608,8 @@ class Case:
             digest.update(repr(key).encode(errors="surrogateescape"))
         if data.images is not None:
             digest.update(data.images.cpu().numpy())
+
+        # The 2 is the version of these keys.
         versions = torch.__version__, torchvision.__version__, timm.__version__
         weights = self.state.get("sha256"), self.state.get("backbone")
         key = 2, *weights, encoder.mean, encoder.std, encoder.img_size, self.args.amp, self.device.type, *versions
@@ -893,6 +898,8 @@ def fit(model, sample, epochs, optimizer, generator, scheduler=None, batch_size=
     for epoch in common.progress(range(epochs), desc=desc, unit="epoch"):
         x, target = sample(epoch)
         criterion = F.cross_entropy if target.dtype == torch.int64 else F.mse_loss
+
+        # A GPU gets the order once an epoch, so the host never waits for it.
         order = common.send(torch.randperm(len(x), generator=generator), x.device)
         for batch in order.split(batch_size):
             loss = criterion(model(x[batch]), target[batch])
@@ -1013,6 +1020,8 @@ def mlp(case):
     if common.rank():
         return None
     warn_of_few_steps("--mlp-epochs", args.mlp_epochs, len(x))
+
+    # An MLP a part, evaluated on both splits.
     results, on_train = {}, {}
     for suffix, columns in case.parts(x.shape[1]):
         sample = lambda epoch: (x, labels)
@@ -1093,6 +1102,7 @@ def fine_tune(case, quarters=False, rows=None):
     loader = common.Loader(train, {"1": view}, partial(draw_view, view, batch), run, device)
     steps = loader.total_steps
 
+    # Training, with a rate for every step.
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9, weight_decay=1e-4)
     batches = common.progress(loader.batches(range(steps)), total=steps, desc="fine-tuning", unit="step")
     for step, (views, params, local_rows) in enumerate(batches):
@@ -1204,11 +1214,15 @@ def latents(train, test, x, x_test, args):
             second = every_second_object(test)  # (M,) bool
             known, unseen = test.subset((~second).nonzero()[:, 0]), test.subset(second.nonzero()[:, 0])
             f, f_test = x_test[~second], x_test[second]
+
+        # Targets in units of their deviations; features are divided by one number, which keeps what is linear in them.
         view = known.factors["view"]  # (n, 3)
         mean, std = view.mean(0), view.std(0, correction=0)
         target, centre = ((view - mean) / std).to(f.device), f.mean(0)
-        scale = (f - centre).square().sum(1).mean().sqrt()  # one number keeps what is linear in the features
+        scale = (f - centre).square().sum(1).mean().sqrt()
         a, b = (f - centre) / scale, (f_test - centre) / scale
+
+        # Errors in units of the deviations, and in degrees and lengths.
         readout = linear_schedule(a, target, common.rng(args.seed, "view"))
         for suffix, predicted in (("", readout(b)), (" lstsq", least_squares(a, target, b))):
             error = predicted.cpu() * std + mean - unseen.factors["view"]  # (m, 3)
@@ -1282,6 +1296,8 @@ def pairs_of_images(target, case):
             targets.append(common.family_target(target, params, view.size)[rows].to(y.device))  # (n, K)
     if common.rank():
         return None
+
+    # Test targets are standardised by the training draws too.
     mean, std = targets[0].mean(0), targets[0].std(0).clamp(min=1e-6)
     train_targets, test_targets = ((t - mean) / std for t in targets)
     return lambda epoch: (pairs[0], train_targets), pairs[1], test_targets
@@ -1299,6 +1315,8 @@ def r2(case):
     targets = args.r2_targets or (POSES if "rotation" in train.factors else FAMILIES)
     most = 100_000 if set(targets) <= set(POSES) else args.r2_images
     warn_of_few_steps("--r2-epochs", args.r2_epochs, min(len(train), most))
+
+    # All ranks encode the pairs of a target; rank 0 fits an MLP a part.
     scores = {}
     for target in targets:
         drawn = pairs_of_poses(target, case) if target in POSES else pairs_of_images(target, case)
@@ -1504,6 +1522,8 @@ class Evaluation:
         except Exception as e:
             code = 1
             tqdm.write(f"{Path(sys.argv[0]).name}: error: {what}: {one_line(e)}", file=sys.stderr)
+
+        # Ranks agree on the outcome where they were asked to; otherwise they would wait for each other for ever.
         if common.world_size() > 1 and together:
             code = common.any_rank(code)
         elif common.world_size() > 1 and code not in (0, 2):
@@ -1536,6 +1556,8 @@ def row_names(paths, states):
     run directory without its seed. Different runs of the same name are numbered."""
     names, owner = [], {}  # owner: {what makes a run: its name}
     free = (common.Run.FREE | {"seed"}) - {"data_dir"}
+
+    # A run that was named before keeps its name; another one gets the next free number.
     for path, state in zip(paths, states):
         args = {k: v for k, v in state["args"].items() if k not in free}
         key = json.dumps([state["method"], state["step"], args], sort_keys=True)
@@ -1652,14 +1674,16 @@ def append_record(path, state, args, results, protocol):
         protocol=protocol,
         seed=args.seed,
     )
+
+    # One write: evaluations at the same time do not mix. A line that a full disk broke off stays alone.
     if common.rank() == 0:
         line = json.dumps(finite(record)).encode() + b"\n"
         try:
             with open(file.parent / "eval.jsonl", "ab+", buffering=0) as f:
                 f.seek(max(0, f.seek(0, os.SEEK_END) - 1))
-                if f.read(1) not in (b"", b"\n"):  # a line that a full disk broke off stays alone
+                if f.read(1) not in (b"", b"\n"):
                     line = b"\n" + line
-                f.write(line)  # one write: evaluations at the same time do not mix
+                f.write(line)
         except OSError as e:
             say(f"{file.parent / 'eval.jsonl'}: could not be written ({e.strerror}); only the table holds the results")
 
@@ -1840,6 +1864,7 @@ def run_task(name, case):
 def probe(path, case, evaluation, row):
     """All tasks on one checkpoint: each adds to the `row` of the table, and leaves a record, as soon as it is
     finished."""
+    # What is the same for all tasks.
     backbone, state, args, seconds = case.backbone, case.state, case.args, case.seconds
     protocol = dict(
         protocol=args.protocol,

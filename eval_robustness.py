@@ -344,6 +344,8 @@ def glass_blur(x, draws, sigma, delta, iterations):
 
     # Node p is new(p), node S S + p is old(p).
     old = S * S + torch.arange(S * S, device=x.device).expand(len(x), -1)  # (B, S S)
+
+    # A pass, the pointers followed to their ends, and the colours taken from there.
     for _ in range(iterations):
         dx, dy = draws.integers(-delta, delta, n * n, 2).unbind(2)  # (B, n n) in the order of the visits
         q = p + dy * S + dx
@@ -785,6 +787,8 @@ def warped(move, interpolation="bilinear", opencv=False):
         top, left = round((H - S) / 2), round((W - S) / 2)
         v, u = torch.meshgrid(torch.arange(S) + top, torch.arange(S) + left, indexing="ij")
         pixels = torch.stack([u, v, torch.ones_like(u)], 2).double()  # (S, S, 3)
+
+        # Where each pixel of a frame comes from, in pixels of the source and then from -1 to 1.
         for i in range(n):
             back = pixels @ torch.linalg.inv(move(i, W, H, *constants)).T  # (S, S, 3) homogeneous, in the source
             source = back[..., :2] / back[..., 2:]
@@ -1056,6 +1060,8 @@ def measure(suite, sums, args):
             reader = common.Reader(data, args.workers)
         local_rows = first_of_classes(data, args.images_per_class)[common.rank() :: common.world_size()]
         job.images = len(local_rows)
+
+        # Every condition of a batch is made once, and scored by all subjects.
         for rows, x in reader.batches(job.source, local_rows, batch_size=job.batch_size, name=job.name):
             x = [image.to(device) for image in x] if isinstance(x, list) else common.send(x, device)
             labels = common.send(data.labels[rows], device)
@@ -1160,6 +1166,8 @@ def corruptions(subjects, data, args):
         top1, top5 = (dict(zip(conditions, values)) for values in accuracy)
         over_severities = lambda top, name: [top[name, severity] for severity in range(1, 6)]
         mean = {name: sum(over_severities(top1, name)) / 5 for name in names}
+
+        # Means over the benchmark, where all of it was asked for, stand before the single corruptions.
         values = dict(clean=top1["clean", 0])
         if set(BENCHMARK) <= set(names):
             values[f"mean{star}"] = mean_over(mean, BENCHMARK)
@@ -1172,6 +1180,8 @@ def corruptions(subjects, data, args):
                 errors = {name: [1 - v / 100 for v in over_severities(top1, name)] for name in BENCHMARK}
                 values[f"mCE{star}"] = mean_corruption_error(errors)
                 values[f"rel mCE{star}"] = mean_corruption_error(errors, 1 - values["clean"] / 100)
+
+        # The record counts each severity.
         values |= {name + star if name == "frost" else name: mean[name] for name in names}
         right = {f"{name} {s}".removesuffix(" 0"): counts[1:].tolist() for (name, s), counts in zip(conditions, n)}
         return values, dict(images=n[0, 0].item(), right=right)
@@ -1406,6 +1416,8 @@ def load_frost(folder, size):
         images = [common.open_image(p) for p in common.list_images(folder) if Path(p).stem != "frost6"]
     except OSError as e:
         common.die(f"--frost-dir {folder}: {e}")
+
+    # Crops of the encoder's size must fit into them.
     if size < SMALL:
         images = [fifth(x) for x in images]
     if not images or min(min(x.shape[1:]) for x in images) < size:
@@ -1440,6 +1452,8 @@ def save_sheet(suite, data, size, args):
     first = torch.zeros(1, dtype=torch.long)
     x = Source(size, whole=suite == "perturbations")(data[first], first)  # (1, 3, H, W)
     photographs, rows = load_frost(args.frost_dir, size), {}
+
+    # The clean image and its five severities; or every fifth frame.
     if suite == "corruptions":
         for name in corruption_names(args):
             rows[name] = [x[0]]
