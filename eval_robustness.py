@@ -1,8 +1,8 @@
-"""Robustness of saved encoders: accuracy of a linear probe, trained once on clean images, on corrupted, moving,
-augmented and other ones.
+"""Robustness of saved encoders: accuracy of a linear probe, trained once on clean images, on corrupted, perturbed,
+augmented and shifted ones.
 
     python eval_robustness.py runs/*/checkpoint.pt --suite corruptions  # all made on the device, nothing to download
-    python eval_robustness.py A/checkpoint.pt B/checkpoint.pt --suite perturbations augmentations --images-per-class 20
+    python eval_robustness.py A/checkpoint.pt B/checkpoint.pt --suite perturbations augmentations --plot figure.png
     python eval_robustness.py A/checkpoint.pt --suite corruptions --suite-dir IMAGENET-C  # the published files
     python eval_robustness.py A/checkpoint.pt --suite shifts --suite-dir IMAGENET-V2 IMAGENET-R IMAGENET-SKETCH
 
@@ -11,30 +11,30 @@ altered once and scored by all -> a table a suite. As soon as a suite is finishe
 results are appended to eval.jsonl beside each checkpoint, with counts for each condition.
 
 Suites
-  corruptions    15 corruptions of 5 severities [HD], and 4 more that are kept for validation: mean accuracy over
-                 severities, over all; on ImageNet mCE and relative mCE, errors relative to AlexNet's, in percent. At
-                 224 px images pass through JPEG of quality 85, as the published ones did.
-  perturbations  Sequences of up to 41 frames, 10 types and 4 for validation [HD]: accuracy over all frames of all
-                 types; flips, how often, in percent of pairs of frames, the prediction changes, mean of the 10; mFR,
-                 that relative to AlexNet's, on ImageNet; and how far the first five classes move (AlexNet's are
-                 unpublished, so not relative).
+  corruptions    15 corruptions of 5 severities [HD], and 4 more for validation. `mean` is the accuracy over severities
+                 and the 15. On ImageNet also mCE and relative mCE, errors relative to AlexNet's, in percent. At 224 px
+                 images pass through JPEG of quality 85, as the published ones did.
+  perturbations  Sequences of up to 41 frames, 10 types and 4 for validation [HD]. `top-1` is the accuracy over all
+                 frames of all types. `flips` is the percentage of pairs of frames between which the prediction changes,
+                 mean of the 10; mFR, on ImageNet, is that relative to AlexNet's. `top-5 distance` is how far the first
+                 five classes move; AlexNet's are unpublished, so it is not relative.
   augmentations  CLeVER's: jittered colours, flips, rotations by up to 90 degrees, elastic deformations; mean of
                  several passes.
   shifts         Other photographs or drawings of the same classes: ImageNet-V2, -R (also with only its 200 classes to
                  choose from), -Sketch. On `blocks` a stand-in: the test objects painted in opposite hues; on
                  `blocks-views` the sessions seen in training beside the unseen ones.
 
-Clean images, shifts and finished sets are seen as eval_probe.py sees images, at the encoder's own size; so are
-augmentations. Corruptions and perturbations are made at the size of their constants, for encoders of less than 96 px
-at 32 px as CIFAR-10-C's, for others at 224 px as ImageNet-C's, and resized to the encoder's; a line says so where
-that is another. Randomness has a seed for each image and condition: results depend neither on batches nor on
-processes, but for roundings of single levels; the draws of CPUs and GPUs differ.
+Clean images, shifts, augmentations and finished sets are cropped as in eval_probe.py, at the encoder's own size.
+Corruptions and perturbations are made at the size of their constants and resized to the encoder's: 32 px, as
+CIFAR-10-C's, for encoders of less than 96 px, and 224 px, as ImageNet-C's, for others. A line reports where sizes
+differ. Every image and condition has its own seed. Results do not depend on the batch size or the number of processes,
+except that rounding may change a pixel by one grey level. CPUs and GPUs draw different random numbers.
 
 Sources. [HD] Hendrycks and Dietterich, "Benchmarking Neural Network Robustness to Common Corruptions and
-Perturbations", ICLR 2019 (arXiv 1903.12261), and their code, from which all constants are; CLeVER (arXiv 2406.00262)
-and its code; SER (arXiv 2603.06693) reports mean accuracies of all. What differs: frost is a texture unless
-photographs are given (marked *); videos are never compressed; flip rates are of difficulty 1; the ten types of the
-mean have snow where CIFAR-10-P's code has spatter."""
+Perturbations", ICLR 2019 (arXiv 1903.12261), and their code, the source of all constants; CLeVER (arXiv 2406.00262)
+and its code; SER (arXiv 2603.06693), which reports mean accuracies of all.
+Known differences. Frost is a texture unless photographs are given (marked *); videos are never compressed; flip rates
+are of difficulty 1; the ten types of the mean have snow where CIFAR-10-P's code has spatter."""
 
 import dataclasses
 import functools
@@ -59,6 +59,10 @@ import common
 import eval_probe
 from common import Count, Natural, Positive, Seed
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Arguments
+# ----------------------------------------------------------------------------------------------------------------------
+
 
 @dataclasses.dataclass
 class Args:
@@ -78,10 +82,10 @@ class Args:
     data: str | None = None
     """data set; default: the one the checkpoint was trained on"""
     data_dir: str | None = None
-    """where it lies; default, of the same data set: where it lay then"""
+    """its directory; default, for the same data set: the directory that the checkpoint was trained from"""
     part: tuple[Literal["all", "inv", "equi"], ...] = ("all",)
-    """what the probe looks at: the representation, and of the encoders of recon_xattn.py and clever.py its invariant
-    and equivariant part"""
+    """dimensions that the probe sees: all, or, of the encoders of recon_xattn.py and clever.py, the invariant or the
+    equivariant part"""
     jpeg85: bool = True
     """pass corrupted images of 224 px through JPEG of quality 85, as in the published set"""
     frost_dir: str | None = None
@@ -102,6 +106,9 @@ class Args:
     """its learning rates (sgd), per 256 images"""
     format: Literal["table", "markdown", "csv", "json"] = "table"
     """how tables are printed; csv and json hold all digits"""
+    plot: str | None = None
+    """also draw all tables into this file (.png, .pdf or .svg), a panel a metric, accuracy over severity for
+    corruptions; needs the package matplotlib"""
     seed: Seed = 0
     """seed of the probe and of everything random in the suites"""
     skip_corrupt: bool = False
@@ -112,6 +119,74 @@ class Args:
     """auto takes CUDA, then MPS, then the CPU"""
     amp: Literal["auto", "off"] = "auto"
     """auto is bfloat16 autocast on CUDA and float32 elsewhere"""
+
+
+def check(args):
+    """Refuse what cannot work, before checkpoints are read."""
+    for known in (labelled, load_frost):
+        known.cache_clear()  # images may have changed since another call of this process
+    types = {"corruptions": CORRUPTIONS, "perturbations": PERTURBATIONS}
+    if not args.suite:
+        common.die(f"--suite: is empty; name at least one of {', '.join(SUITES)}")
+    for suite in set(args.suite) & set(types):
+        if odd := [name for name in args.types if name not in types[suite]]:
+            common.die(f"--types {odd[0]}: not one of the {suite}; there are {', '.join(types[suite])}")
+
+    # Flags of some suites only.
+    for flag, value, suites in (
+        ("types", args.types, types),
+        ("save-images", args.save_images, types),
+        ("frost-dir", args.frost_dir, ["corruptions"]),
+    ):
+        if value and not set(suites) & set(args.suite):
+            common.die(f"--{flag}: goes with --suite {' or '.join(suites)}")
+    one_folder = args.suite == ("corruptions",) and len(args.suite_dir) == 1
+    if args.suite_dir and not one_folder and args.suite != ("shifts",):
+        common.die("--suite-dir: goes with --suite corruptions (one folder) or --suite shifts (one or more), alone")
+
+    # Directories that must be there, or that can be made.
+    if len({Path(path).resolve().name for path in args.suite_dir} | {"clean"}) <= len(args.suite_dir):
+        common.die(
+            f"--suite-dir {' '.join(args.suite_dir)}: two folders of one name, or one named clean; rename them, "
+            "their names head the columns"
+        )
+    for flag, folders in (("suite", args.suite_dir), ("frost", (args.frost_dir,) if args.frost_dir else ())):
+        if missing := [folder for folder in folders if not os.path.isdir(folder)]:
+            common.die(f"--{flag}-dir {missing[0]}: no such directory")
+    if args.save_images:
+        try:
+            Path(args.save_images).mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            common.die(f"--save-images {args.save_images}: cannot be made a directory ({e.strerror})")
+
+
+def check_sets(args, classes):
+    """Refuse published sets that do not fit, before probes are trained."""
+    if args.suite == ("shifts",):
+        for path in args.suite_dir:
+            labelled(Path(path), classes)
+    if args.suite == ("corruptions",) and args.suite_dir:
+        root = Path(args.suite_dir[0])
+        for name in corruption_names(args):
+            for severity in range(1, 6):
+                found = find_finished(root, name, severity)
+                if found.suffix == ".npy":
+                    finished(root, name, severity, classes)
+                else:
+                    class_index(found, class_folders(found), classes)
+
+
+def corruption_names(args):
+    """The corruptions that are asked for."""
+    return args.types or tuple(CORRUPTIONS)
+
+
+def side_of(subjects):
+    """Side of the images that corruptions and perturbations are made of: 32 px for small encoders, 224 for others."""
+    return 32 if size_of(subjects[0]) < SMALL else 224
+
+
+SMALL = 96  # px; below it images are small ones, as CIFAR-10's
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -125,8 +200,7 @@ def exact(device):
 
 
 class Draws:
-    """Random numbers for a batch from one generator an image, so that an image's do not depend on what stands beside
-    it."""
+    """Random numbers for a batch from one generator an image, so that they do not depend on the rest of the batch."""
 
     def __init__(self, seeds, device):
         self.device, self.generators = device, [torch.Generator(device).manual_seed(s) for s in seeds.tolist()]
@@ -150,7 +224,14 @@ class Draws:
         return out
 
 
-HAIR = 1e-3  # of a level: what rounding may not cost an image that a filter leaves as it is
+# Added before truncation to uint8, so that a filter that changes nothing does not lose a grey level to rounding.
+EPSILON = 1e-3
+
+
+@functools.lru_cache(maxsize=64)
+def constant(values, device, dtype=None):
+    """A tensor of nested tuples, copied to a device once."""
+    return torch.tensor(values, dtype=dtype, device=device)
 
 
 @functools.lru_cache(maxsize=64)
@@ -160,14 +241,13 @@ def gaussian_matrix(n, sigma, device, truncate=4.0, border="nearest"):
     radius = int(truncate * sigma + 0.5)
     t = torch.arange(-radius, radius + 1)
     taps = torch.exp(-(t.double() ** 2) / (2 * sigma**2)) if radius else torch.ones(1, dtype=torch.float64)
-    at = torch.arange(n)[:, None] + t  # (n, taps)
+    columns = torch.arange(n)[:, None] + t  # (n, taps)
     if border == "nearest":
-        at = at.clamp(0, n - 1)
+        columns = columns.clamp(0, n - 1)
     else:
-        at = torch.minimum(at % (2 * n), 2 * n - 1 - at % (2 * n))
-    return (
-        torch.zeros(n, n, dtype=torch.float64).scatter_add_(1, at, (taps / taps.sum()).expand(n, -1)).float().to(device)
-    )
+        columns = torch.minimum(columns % (2 * n), 2 * n - 1 - columns % (2 * n))
+    matrix = torch.zeros(n, n, dtype=torch.float64)
+    return matrix.scatter_add_(1, columns, (taps / taps.sum()).expand(n, -1)).float().to(device)
 
 
 def blur(x, sigma, **how):
@@ -181,18 +261,17 @@ def correlate(x, kernels, border):
     "replicate"."""
     S, r = x.shape[-1], kernels.shape[-1] // 2
     size = (S + 2 * r + 31) // 32 * 32  # 224 and 32 px come to sizes with small factors
-    y = (
-        F.pad(x, (r,) * 4, border)
-        if border == "replicate" or r < S
-        else F.pad(F.pad(x, (S - 1,) * 4, border), (r - S + 1,) * 4, border)
-    )
+    if border == "reflect" and r >= S:  # one reflection adds S - 1 pixels at most
+        x, r = F.pad(x, (S - 1,) * 4, border), r - S + 1
+    y = F.pad(x, (r,) * 4, border)
     y = torch.fft.rfft2(y, s=(size, size)) * torch.fft.rfft2(kernels, s=(size, size)).conj()
     return torch.fft.irfft2(y, s=(size, size))[..., :S, :S]
 
 
+@functools.lru_cache(maxsize=64)
 def disk(radius, sigma, device):
-    """Kernel of a lens out of focus: a disk whose edge is smoothed a little, as the original does: its borders
-    mirrored, which is why the sum of the largest kernels exceeds 1."""
+    """Kernel of a lens out of focus: a disk whose edge is smoothed a little. As in the original the smoothing mirrors
+    the borders, so the largest kernels sum to more than 1."""
     side = torch.arange(-8, 9) if radius <= 8 else torch.arange(-radius, radius + 1)
     k = (side[:, None] ** 2 + side**2 <= radius**2).double()
     m = 1 if radius <= 8 else 2
@@ -244,7 +323,7 @@ def speckle_noise(x, draws, sigma):
 
 
 def gaussian_blur(x, draws, sigma):
-    return blur(x, sigma) + HAIR
+    return blur(x, sigma) + EPSILON
 
 
 def defocus_blur(x, draws, radius, sigma):
@@ -253,14 +332,20 @@ def defocus_blur(x, draws, radius, sigma):
 
 def glass_blur(x, draws, sigma, delta, iterations):
     """Every pixel, from the last to the first, takes the colour that its neighbour at a random offset has at that
-    moment (the original means to swap the two, but copies). As a graph: new(p) points to new(q) where q came before
-    p, and to old(q) elsewhere; following pointers of pointers until they stand still resolves a pass at once."""
+    moment (the original means to swap the two, but copies).
+
+    As a graph: new(p) points to new(q) where q came before p, and to old(q) elsewhere; following pointers of pointers
+    until they no longer change resolves a pass at once. A GPU's host waits once a round, 4 to 6 rounds a pass."""
     S, n = x.shape[-1], x.shape[-1] - 2 * delta
-    y = (blur(x, sigma) + HAIR).floor().flatten(2)  # (B, 3, S S)
+    y = (blur(x, sigma) + EPSILON).floor().flatten(2)  # (B, 3, S S)
     visited = torch.arange(S - delta, delta, -1, device=x.device)  # (n,) rows and columns in their order
     p = (visited[:, None] * S + visited).flatten()  # (n n,)
-    old = S * S + torch.arange(S * S, device=x.device).expand(len(x), -1)  # new(p) is node p, old(p) is node S S + p
     inside = torch.zeros(S * S, dtype=torch.bool, device=x.device).index_fill_(0, p, True)
+
+    # Node p is new(p), node S S + p is old(p).
+    old = S * S + torch.arange(S * S, device=x.device).expand(len(x), -1)  # (B, S S)
+
+    # A pass, the pointers followed to their ends, and the colours taken from there.
     for _ in range(iterations):
         dx, dy = draws.integers(-delta, delta, n * n, 2).unbind(2)  # (B, n n) in the order of the visits
         q = p + dy * S + dx
@@ -273,7 +358,7 @@ def glass_blur(x, draws, sigma, delta, iterations):
                 break
             new.copy_(further)
         y = y.gather(2, (new - S * S)[:, None].expand(-1, 3, -1))
-    return blur(y.view_as(x), sigma) + HAIR
+    return blur(y.view_as(x), sigma) + EPSILON
 
 
 def motion_blur(x, draws, radius, sigma):
@@ -281,11 +366,12 @@ def motion_blur(x, draws, radius, sigma):
 
 
 def zoom_blur(x, draws, step, count):
-    total = 2 * x  # the first of the zooms is by 1
+    """Mean of the image and `count` magnifications of it, by 1, 1 + step, 1 + 2 step, ..."""
+    total = 2 * x  # the image, and the magnification by 1
+
+    # Zooms as the original's range computes them: (1 + step) - 1 is not step, and one size at 32 px depends on it.
     for i in range(1, count):
-        total += centre_zoom(
-            x, 1 + i * ((1 + step) - 1)
-        )  # floating point as in a range: at 32 px the last one counts on it
+        total += centre_zoom(x, 1 + i * ((1 + step) - 1))
     return total / (count + 1)
 
 
@@ -295,7 +381,7 @@ def snow(x, draws, mean, std, zoom, threshold, radius, sigma, mix):
 
 
 def snow_on(x, flakes, threshold, radius, sigma, degrees, mix):
-    """Flakes (B, 1, S, S) of which those above a threshold fall, (B,) degrees, on an image bleached for winter."""
+    """Flakes (B, 1, S, S), those above a threshold, blurred along their fall at (B,) degrees, on a bleached image."""
     flakes = (255 * flakes.masked_fill(flakes < threshold, 0).clamp(0, 1)).floor()
     flakes = motion(flakes, radius, sigma, degrees)
     winter = torch.maximum(x, 1.5 * common.luma(x) + 127.5)
@@ -303,35 +389,41 @@ def snow_on(x, flakes, threshold, radius, sigma, degrees, mix):
 
 
 def frost(x, draws, scene, ice, photographs=()):
-    """scene x + ice F. F is a random crop of one of the photographs, uint8 (3, H, W), or a texture in their stead:
-    smooth noise of spectrum |k|^-beta with the colours, contrast and beta of one of five (our fit to the original's
-    photographs)."""
-    B, _, S, _ = x.shape
-    if photographs:
-        crops = []
-        for i, (top, left) in zip(draws.integers(0, len(photographs)).tolist(), draws.uniform(0, 1, 2).tolist()):
-            top, left = int(top * (photographs[i].shape[1] - S)), int(left * (photographs[i].shape[2] - S))
-            crops.append(photographs[i][:, top : top + S, left : left + S])
-        texture = torch.stack(crops).to(x)  # (B, 3, S, S)
-    else:
-        table = torch.tensor(FROST, device=x.device)[draws.integers(0, len(FROST))]  # (B, 7)
-        ky, kx = torch.fft.fftfreq(S, device=x.device)[:, None], torch.fft.rfftfreq(S, device=x.device)
-        k = (ky**2 + kx**2).sqrt()
-        amplitude = torch.where(k > 0, k, 1.0) ** (-table[:, 6] / 2)[:, None, None] * (k > 0)  # (B, S, S / 2 + 1)
-        z = torch.fft.rfft2(draws.normal(S, S))
-        f = torch.fft.irfft2(z / z.abs().clamp(min=1e-12) * amplitude, s=(S, S))
-        f = f / f.std((1, 2), correction=0, keepdim=True)
-        texture = (table[:, :3, None, None] + table[:, 3:6, None, None] * f[:, None]).clamp(0, 255).floor()
-    return scene * x + ice * texture
+    """scene x + ice F. F is a random crop of one of the photographs, uint8 (3, H, W), or, without any, a texture."""
+    S = x.shape[-1]
+    if not photographs:
+        return scene * x + ice * frost_texture(draws, S, x.device)
+    crops = []
+    for i, (top, left) in zip(draws.integers(0, len(photographs)).tolist(), draws.uniform(0, 1, 2).tolist()):
+        photograph = photographs[i]
+        top, left = int(top * (photograph.shape[1] - S)), int(left * (photograph.shape[2] - S))
+        crops.append(photograph[:, top : top + S, left : left + S])
+    return scene * x + ice * torch.stack(crops).to(x)
 
 
-FROST = [  # mean of red, green, blue; their deviations; beta
+def frost_texture(draws, S, device):
+    """Smooth noise of spectrum |k|^-beta, (B, 3, S, S), with the colours, contrast and beta of one of FROST."""
+    kinds = constant(FROST, device)[draws.integers(0, len(FROST))]  # (B, 7)
+    mean, std, beta = kinds[:, :3], kinds[:, 3:6], kinds[:, 6]
+    ky, kx = torch.fft.fftfreq(S, device=device)[:, None], torch.fft.rfftfreq(S, device=device)
+    k = (ky**2 + kx**2).sqrt()
+    amplitude = torch.where(k > 0, k, 1.0) ** (-beta / 2)[:, None, None] * (k > 0)  # (B, S, S / 2 + 1)
+
+    # Random phases, then unit variance.
+    z = torch.fft.rfft2(draws.normal(S, S))
+    f = torch.fft.irfft2(z / z.abs().clamp(min=1e-12) * amplitude, s=(S, S))
+    f = f / f.std((1, 2), correction=0, keepdim=True)
+    return (mean[:, :, None, None] + std[:, :, None, None] * f[:, None]).clamp(0, 255).floor()
+
+
+# Our fit to the original's five photographs: mean of red, green, blue; their deviations; beta.
+FROST = (
     (78, 149, 166, 27, 16.5, 15, 1.86),
     (201, 205, 214.5, 21, 22, 22.6, 1.59),
     (201, 205, 214.5, 21, 22, 22.6, 1.59),
     (138, 153, 165, 28.5, 28.5, 30, 1.19),
     (112, 123, 135, 44, 43, 42, 1.81),
-]
+)
 
 
 def plasma(u, decay):
@@ -344,13 +436,12 @@ def plasma(u, decay):
         noise = amplitude**2 * u[:, used : used + 3 * m * m].view(B, 3, m, m)
         right, down = corners.roll(-1, 2), corners.roll(-1, 1)
         middle = (corners + right + down + right.roll(-1, 1)) / 4 + noise[:, 0]
-        row = (corners + right + middle + middle.roll(1, 1)) / 4 + noise[
-            :, 1
-        ]  # between a corner and the one to its right
+
+        # Between a corner and the one to its right, then the one below.
+        row = (corners + right + middle + middle.roll(1, 1)) / 4 + noise[:, 1]
         column = (corners + down + middle + middle.roll(1, 2)) / 4 + noise[:, 2]
-        corners = torch.stack([torch.stack([corners, row], 3), torch.stack([column, middle], 3)], 2).reshape(
-            B, 2 * m, 2 * m
-        )
+        quads = torch.stack([torch.stack([corners, row], 3), torch.stack([column, middle], 3)], 2)
+        corners = quads.reshape(B, 2 * m, 2 * m)
         amplitude, used = amplitude / decay, used + 3 * m * m
     low = corners.amin((1, 2), True)
     return (corners - low) / (corners.amax((1, 2), True) - low)
@@ -392,20 +483,22 @@ def elastic_transform(x, draws, alpha, sigma, amplitude):
     displacements."""
     B, _, S, _ = x.shape
     q, t = S // 2, S // 3
-    points = torch.tensor(
-        [[q + t, q + t], [q + t, q - t], [q - t, q - t]], dtype=exact(x.device), device=x.device
-    )  # (3, 2) x, y
+    corners = (q + t, q + t), (q + t, q - t), (q - t, q - t)
+    points = constant(corners, x.device, exact(x.device))  # (3, 2) x, y
     moved = (points + draws.uniform(-amplitude, amplitude, 3, 2)).float().to(points.dtype)  # (B, 3, 2)
-    back = torch.linalg.solve(
-        F.pad(moved, (0, 1), value=1.0), points.expand(B, 3, 2)
-    )  # (B, 3, 2): [x y 1] back = source
+    back = torch.linalg.solve(F.pad(moved, (0, 1), value=1.0), points.expand(B, 3, 2))  # (B, 3, 2)
+
+    # [x y 1] back is where pixel (x, y) comes from.
     line = torch.arange(S, device=x.device, dtype=points.dtype)
     across = (1024 * back[:, 0, None] * line[:, None]).round()  # (B, S, 2), from the column
     along = (1024 * (back[:, 1, None] * line[:, None] + back[:, 2, None])).round() + 16  # from the row
     source = ((along[:, :, None] + across[:, None]) / 32).floor() / 32  # (B, S, S, 2) x, y in pixels
     x = F.grid_sample(x, (2 * source / (S - 1) - 1).float(), "bilinear", "reflection", align_corners=True)
+
+    # Each pixel then moves by its own smooth displacement.
     if alpha:
-        shift = alpha * blur(draws.uniform(-1, 1, 2, S, S), sigma, truncate=3.0, border="symmetric").permute(0, 2, 3, 1)
+        noise = blur(draws.uniform(-1, 1, 2, S, S), sigma, truncate=3.0, border="symmetric")
+        shift = alpha * noise.permute(0, 2, 3, 1)
         source = torch.stack(torch.meshgrid(line, line, indexing="xy"), 2).float() + shift  # (B, S, S, 2)
         x = F.grid_sample(x, (2 * source + 1) / S - 1, "bilinear", "reflection", align_corners=False)
     return x
@@ -450,24 +543,23 @@ def jpeg_compression(x, draws, quality):
 
 
 def jpeg(x, quality):
-    """uint8 (B, 3, S, S) -> what is left after JPEG, by Pillow on the CPU, one thread a core: exact where GPU
-    encoders are not."""
-
+    """uint8 (B, 3, S, S) compressed and decoded, by Pillow on the CPU, one thread a core: exact where GPU encoders are
+    not."""
     images = torch.stack(x.cpu().unbind(1), 3).numpy()  # (B, S, S, 3)
 
-    def through(i):
+    def compress(i):
         file = io.BytesIO()
         Image.fromarray(images[i]).save(file, "JPEG", quality=quality)
         images[i] = np.frombuffer(Image.open(file).tobytes(), np.uint8).reshape(images[i].shape)
 
     threads = 1 if x.device.type == "cpu" and torch.get_num_threads() == 1 else common.default_workers(None)
-    if threads > 1:
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(through, range(len(images))))
-    else:
+    if threads == 1:
         for i in range(len(images)):
-            through(i)
-    return torch.from_numpy(images).permute(0, 3, 1, 2).to(x.device)
+            compress(i)
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(compress, range(len(images))))
+    return common.send(torch.from_numpy(images).permute(0, 3, 1, 2), x.device)
 
 
 def spatter(x, draws, mean, std, sigma, threshold, strength, mud):
@@ -477,19 +569,19 @@ def spatter(x, draws, mean, std, sigma, threshold, strength, mud):
         return x + water(drops, strength)
     mask = blur((drops > threshold).float(), strength)
     mask = mask.masked_fill(mask < 0.8, 0)
-    return x * (1 - mask) + mask * torch.tensor([63.0, 42.0, 20.0], device=x.device).view(3, 1, 1)
+    return x * (1 - mask) + mask * constant((63.0, 42.0, 20.0), x.device).view(3, 1, 1)
 
 
 def water(drops, strength):
-    """Light that drops (B, 1, S, S) of water add, (B, 3, S, S): brightest along their rims, by an edge map, a
-    distance to it, equalised and embossed, each as OpenCV has it."""
+    """The light, (B, 3, S, S), that drops of water (B, 1, S, S) add, brightest along their rims: an edge map, the
+    distance to it, equalised and embossed, each as in OpenCV."""
     drops = (255 * drops).clamp(0, 255).floor()
     rims = mean3(distance(canny(drops))).floor()
-    emboss = torch.tensor([[-2.0, -1, 0], [-1, 1, 1], [0, 1, 2]], device=drops.device)
+    emboss = constant(((-2.0, -1, 0), (-1, 1, 1), (0, 1, 2)), drops.device)
     rims = F.conv2d(F.pad(equalize(rims), (1,) * 4, "reflect"), emboss[None, None]).clamp(0, 255)
     light = drops * mean3(rims).round()
     light = light / light.amax((2, 3), True).clamp(min=1e-12) * strength
-    return light * torch.tensor([175.0, 238.0, 238.0], device=drops.device).view(3, 1, 1)
+    return light * constant((175.0, 238.0, 238.0), drops.device).view(3, 1, 1)
 
 
 def mean3(x):
@@ -498,29 +590,28 @@ def mean3(x):
 
 def canny(x, low=50, high=150):
     """Edges of x (B, 1, S, S), levels: Sobel gradients, |gx| + |gy|, thinned along the gradient, weak ones kept where
-    they touch strong ones."""
-    sobel = torch.tensor([[-1.0, 0, 1], [-2, 0, 2], [-1, 0, 1]], device=x.device)
-    gx, gy = (
-        F.conv2d(F.pad(x, (1,) * 4, "replicate"), torch.stack([sobel, sobel.T])[:, None]).round().long().split(1, 1)
-    )  # (B, 1, S, S) each
-    m = gx.abs() + gy.abs()
+    they touch strong ones. A GPU's host waits once a round of growing."""
+    sobel = constant(((-1.0, 0, 1), (-2, 0, 2), (-1, 0, 1)), x.device)
+    gradients = F.conv2d(F.pad(x, (1,) * 4, "replicate"), torch.stack([sobel, sobel.T])[:, None])
+    gx, gy = gradients.round().long().split(1, 1)  # (B, 1, S, S) each
+    m, S = gx.abs() + gy.abs(), x.shape[-1]
     around = F.pad(m, (1,) * 4)
-    S = x.shape[-1]
-    at = lambda dy, dx: around[..., 1 + dy : 1 + dy + S, 1 + dx : 1 + dx + S]
-    flat, steep = (
-        (gy.abs() << 15) < gx.abs() * 13573,
-        (gy.abs() << 15) > gx.abs() * (13573 + 2**16),
-    )  # tan 22.5 and 67.5 degrees
+
+    def at(dy, dx):  # magnitudes of the neighbours at this offset
+        return around[..., 1 + dy : 1 + dy + S, 1 + dx : 1 + dx + S]
+
+    # Directions end at 22.5 and 67.5 degrees, whose tangents are these numbers over 2^15.
+    flat = (gy.abs() << 15) < gx.abs() * 13573
+    steep = (gy.abs() << 15) > gx.abs() * (13573 + 2**16)
     falling = (gx ^ gy) >= 0
-    thin = torch.where(
-        flat,
-        (m > at(0, -1)) & (m >= at(0, 1)),
-        torch.where(
-            steep,
-            (m > at(-1, 0)) & (m >= at(1, 0)),
-            torch.where(falling, (m > at(-1, -1)) & (m > at(1, 1)), (m > at(-1, 1)) & (m > at(1, -1))),
-        ),
-    )
+
+    # An edge is a maximum along its gradient.
+    across = (m > at(0, -1)) & (m >= at(0, 1))
+    down = (m > at(-1, 0)) & (m >= at(1, 0))
+    diagonal = torch.where(falling, (m > at(-1, -1)) & (m > at(1, 1)), (m > at(-1, 1)) & (m > at(1, -1)))
+    thin = torch.where(flat, across, torch.where(steep, down, diagonal))
+
+    # Strong edges grow along weak ones until nothing changes.
     weak = thin & (m > low)
     edges = weak & (m > high)
     while True:
@@ -532,32 +623,28 @@ def canny(x, low=50, high=150):
 
 def distance(edges, most=20):
     """To the nearest edge of (B, 1, S, S), by steps of 1, 1.4 (diagonal) and 2.1969 (a knight's), capped."""
-    S, steps = (
-        edges.shape[-1],
-        [
-            (dy, dx, {1: 1.0, 2: 1.4, 5: 2.1969}[dy * dy + dx * dx])
-            for dy in range(-2, 3)
-            for dx in range(-2, 3)
-            if dy * dy + dx * dx in (1, 2, 5)
-        ],
-    )
-    d = torch.where(edges, 0.0, float(most))
-    while True:
+    lengths = {1: 1.0, 2: 1.4, 5: 2.1969}  # by the square of the step
+    offsets = [(dy, dx) for dy in range(-2, 3) for dx in range(-2, 3) if dy * dy + dx * dx in lengths]
+    S, d = edges.shape[-1], torch.where(edges, 0.0, float(most))
+
+    # No path below the cap has more steps than it. A CPU stops as soon as nothing changes; a GPU's host never waits.
+    for _ in range(most):
         around = F.pad(d, (2,) * 4, value=most)
         nearer = d
-        for dy, dx, length in steps:
-            nearer = torch.minimum(nearer, around[..., 2 + dy : 2 + dy + S, 2 + dx : 2 + dx + S] + length)
-        if torch.equal(nearer, d):
-            return d
+        for dy, dx in offsets:
+            there = around[..., 2 + dy : 2 + dy + S, 2 + dx : 2 + dx + S]
+            nearer = torch.minimum(nearer, there + lengths[dy * dy + dx * dx])
+        if d.device.type == "cpu" and torch.equal(nearer, d):
+            break
         d = nearer
+    return d
 
 
 def equalize(x):
     """Levels of x (B, 1, S, S) spread so that their histogram is flat; the lowest becomes 0."""
     level = x.long().flatten(1)  # (B, S S)
-    counts = torch.zeros(len(x), 256, device=x.device).scatter_add_(
-        1, level, torch.ones_like(level, dtype=torch.float32)
-    )
+    ones = torch.ones_like(level, dtype=torch.float32)
+    counts = torch.zeros(len(x), 256, device=x.device).scatter_add_(1, level, ones)
     first = counts.gather(1, level.amin(1, True))  # (B, 1)
     table = ((counts.cumsum(1) - first) * (255 / (level.shape[1] - first).clamp(min=1))).round()
     return table.gather(1, level).view_as(x)
@@ -601,7 +688,8 @@ CORRUPTIONS = {  # name: function, its constants for severities 1 to 5 at 224 px
                  ((.3, 0), (.1, 0), (1.5, 0), (2, .1), (2.5, .2))),
 }
 # fmt: on
-BENCHMARK = tuple(CORRUPTIONS)[:15]
+VALIDATION = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
+BENCHMARK = tuple(name for name in CORRUPTIONS if name not in VALIDATION)
 CODECS = (pixelate, jpeg_compression)  # map uint8 to uint8
 
 
@@ -609,25 +697,24 @@ def corrupt(x, name, severity, seeds, photographs=()):
     """One corruption of ImageNet-C or CIFAR-10-C.
 
     x: uint8 (B, 3, S, S) on any device. name: one of CORRUPTIONS. severity: 1 to 5. seeds: (B,) integers, one an
-    image: what happens to an image depends on nothing else. Sides below 96 px take the constants for 32 px, others
-    those for 224. photographs: of frost, uint8 (3, H, W). Returns uint8 (B, 3, S, S), truncated as the originals are,
-    without the JPEG-85 that ImageNet-C was saved with. Raises KeyError and ValueError for names and severities that
-    there are none of."""
+    image, on which alone its random numbers depend. Sides below 96 px take the constants for 32 px, others those for
+    224. photographs: of frost, uint8 (3, H, W). Returns uint8 (B, 3, S, S), truncated as the originals are, without
+    the JPEG-85 that ImageNet-C was saved with. Raises KeyError for an unknown name, ValueError for a severity."""
     function, large, small = CORRUPTIONS[name]
     if severity not in range(1, 6):
         raise ValueError(f"severity {severity}: there are 1 to 5")
-    constants = (small if x.shape[-1] < 96 else large)[severity - 1]
+    constants = (small if x.shape[-1] < SMALL else large)[severity - 1]
     constants = constants if isinstance(constants, tuple) else (constants,)
     more = dict(photographs=photographs) if name == "frost" else {}
     if function in CODECS:
         return function(x, None, *constants)
-    chunk = 8 if x.device.type == "cpu" and x.shape[-1] >= 96 else len(x)  # what stays in a CPU's caches is faster
-    return torch.cat(
-        [
-            levels(function(part.float(), Draws(s, x.device), *constants, **more))
-            for part, s in zip(x.split(chunk), seeds.split(chunk))
-        ]
-    )
+
+    # What fits into a CPU's caches is faster.
+    chunk = 8 if x.device.type == "cpu" and x.shape[-1] >= SMALL else len(x)
+    parts = []
+    for part, part_seeds in zip(x.split(chunk), seeds.split(chunk)):
+        parts.append(levels(function(part.float(), Draws(part_seeds, x.device), *constants, **more)))
+    return torch.cat(parts)
 
 
 def levels(x):
@@ -676,7 +763,7 @@ def brightness_frames(x, y, draws, step):
 
 def blur_frames(x, y, draws, first, step, truncate):
     for i in range(31):
-        yield blur(y, first + step * i, truncate=truncate) + HAIR
+        yield blur(y, first + step * i, truncate=truncate) + EPSILON
 
 
 def spatter_frames(x, y, draws, mean, std, sigma, threshold, runs):
@@ -690,27 +777,29 @@ def spatter_frames(x, y, draws, mean, std, sigma, threshold, runs):
 
 
 def warped(move, interpolation="bilinear", opencv=False):
-    """The whole image moved by the matrix move(i, W, H, *constants), (3, 3), from source to frame, in pixels, and
-    seen through the centre, with black around it, into which OpenCV blends the border. It looks at steps of 1/32 px
-    and rounds where Pillow truncates."""
+    """Frames that warp the whole image with the 3 x 3 matrix move(i, W, H, *constants), from source to frame in
+    pixels, and crop the centre; outside is black. `opencv=True` imitates OpenCV: coordinates in steps of 1/32 px,
+    borders blended into black, results rounded. Otherwise Pillow: results truncated."""
 
     def frames(x, y, draws, n, *constants):
         """n frames (B, 3, S, S) of x (B, 3, H, W), S the side of y."""
         (H, W), S = x.shape[2:], y.shape[-1]
         top, left = round((H - S) / 2), round((W - S) / 2)
         v, u = torch.meshgrid(torch.arange(S) + top, torch.arange(S) + left, indexing="ij")
-        there = torch.stack([u, v, torch.ones_like(u)], 2).double()  # (S, S, 3)
+        pixels = torch.stack([u, v, torch.ones_like(u)], 2).double()  # (S, S, 3)
+
+        # Where each pixel of a frame comes from, in pixels of the source and then from -1 to 1.
         for i in range(n):
-            back = there @ torch.linalg.inv(move(i, W, H, *constants)).T  # (S, S, 3) homogeneous, in the source
+            back = pixels @ torch.linalg.inv(move(i, W, H, *constants)).T  # (S, S, 3) homogeneous, in the source
             source = back[..., :2] / back[..., 2:]
             source = (32 * source).round() / 32 if opencv else source
-            grid = ((2 * source + 1) / torch.tensor([W, H]) - 1).float().to(x.device).expand(len(x), -1, -1, -1)
+            grid = ((2 * source + 1) / torch.tensor([W, H]) - 1).float()
+            grid = common.send(grid, x.device).expand(len(x), -1, -1, -1)
             if opencv:
                 yield F.grid_sample(x, grid, interpolation, "zeros", align_corners=False).round()
             else:
-                yield (F.grid_sample(x, grid, interpolation, "border", align_corners=False) + HAIR) * (
-                    grid.abs() < 1
-                ).all(3)[:, None]
+                moved = F.grid_sample(x, grid, interpolation, "border", align_corners=False)
+                yield (moved + EPSILON) * (grid.abs() < 1).all(3)[:, None]
 
     return frames
 
@@ -732,7 +821,7 @@ def rotate(i, W, H):
     return about_centre(W, H, [[math.cos(a), -math.sin(a)], [math.sin(a), math.cos(a)]])
 
 
-def scale(i, W, H, first, step):
+def resize(i, W, H, first, step):
     return about_centre(W, H, [[first + step * i, 0], [0, first + step * i]])
 
 
@@ -741,16 +830,16 @@ def shear(i, W, H):
 
 
 def tilt(i, W, H, step):
-    """Turned in space about both axes, seen by a camera f away whose focal length is f, the diagonal; the plane lies
-    at depth 1, as in the original, so the middle frame is a little smaller than the image."""
+    """Turned in space about both axes, seen by a camera at distance f with focal length f, the diagonal. As in the
+    original the plane is at depth 1, so the middle frame is a little smaller than the image."""
     a, f = math.radians(step * (i - 15)), math.hypot(W, H)
     c, s = math.cos(a), math.sin(a)
     matrix = lambda rows: torch.tensor(rows, dtype=torch.float64)
+    to_centre = matrix([[1, 0, -W / 2], [0, 1, -H / 2], [0, 0, 1]])
     about_x, about_y = matrix([[1, 0, 0], [0, c, -s], [0, s, c]]), matrix([[c, 0, -s], [0, 1, 0], [s, 0, c]])
     away = matrix([[0, 0, 0], [0, 0, 0], [0, 0, f]])
-    return matrix([[f, 0, W / 2], [0, f, H / 2], [0, 0, 1]]) @ (
-        about_x @ about_y @ matrix([[1, 0, -W / 2], [0, 1, -H / 2], [0, 0, 1]]) + away
-    )
+    camera = matrix([[f, 0, W / 2], [0, f, H / 2], [0, 0, 1]])
+    return camera @ (about_x @ about_y @ to_centre + away)
 
 
 # fmt: off
@@ -764,37 +853,33 @@ PERTURBATIONS = {  # name: frames, their constants at 224 px, and at 32 px [HD];
     "translate": (warped(translate, "nearest"), (41, 20), (16, 7)),
     "rotate": (warped(rotate), (31,), (31,)),
     "tilt": (warped(tilt, opencv=True), (31, 1), (31, .75)),
-    "scale": (warped(scale), (31, .4, .025), (31, .7, .02)),
+    "scale": (warped(resize), (31, .4, .025), (31, .7, .02)),
     "speckle_noise": (repeated(speckle_noise), (.05,), (.05,)),
     "gaussian_blur": (blur_frames, (.25, .035, 6), (.3, .015, 7)),
     "spatter": (spatter_frames, (.65, .27, 3.7, .69, (.05, .1, .15, .7)), (.6, .265, 1.75, .7, (.2, .8))),
     "shear": (warped(shear), (31,), (31,)),
 }
 # fmt: on
-TEST_PERTURBATIONS = tuple(PERTURBATIONS)[:10]
+VALIDATION_PERTURBATIONS = ("speckle_noise", "gaussian_blur", "spatter", "shear")
+TEST_PERTURBATIONS = tuple(name for name in PERTURBATIONS if name not in VALIDATION_PERTURBATIONS)
 
 
 def perturb(x, name, seeds, size):
     """One sequence of ImageNet-P or CIFAR-10-P.
 
-    x: uint8 (B, 3, H, W), the whole image, its short side 256 px for frames of 224; what moves beyond the frame can
-    come in. name: one of PERTURBATIONS. seeds: (B,) integers, as for `corrupt`. size: S, side of the frames, H and W
-    at most. Returns uint8 (B, n, 3, S, S), n 31, 41 or less, never compressed; of noises the first frame is clean.
-    """
+    x: uint8 (B, 3, H, W), the whole image, its short side 256 px for frames of 224, so that moving frames show what
+    is beside the centre. name: one of PERTURBATIONS. seeds: (B,) integers, as for `corrupt`. size: S, side of the
+    frames, H and W at most. Returns uint8 (B, n, 3, S, S), n 31, 41 or less, never compressed; of noises the first
+    frame is clean."""
     function, large, small = PERTURBATIONS[name]
-    top, left, out = round((x.shape[2] - size) / 2), round((x.shape[3] - size) / 2), []
-    for image, seed in zip(x.split(8), seeds.split(8)):
+    constants = small if size < SMALL else large
+    top, left = round((x.shape[2] - size) / 2), round((x.shape[3] - size) / 2)
+    chunk, out = 8 if x.device.type == "cpu" else 64, []
+    for image, image_seeds in zip(x.split(chunk), seeds.split(chunk)):
         image = image.float()
         y = image[:, :, top : top + size, left : left + size]
-        out.append(
-            torch.stack(
-                [
-                    levels(frame)
-                    for frame in function(image, y, Draws(seed, x.device), *(small if size < 96 else large))
-                ],
-                1,
-            )
-        )
+        frames = function(image, y, Draws(image_seeds, x.device), *constants)
+        out.append(torch.stack([levels(frame) for frame in frames], 1))
     return torch.cat(out)
 
 
@@ -830,12 +915,12 @@ ALEXNET_FLIPS = dict(  # its flip probabilities [assembled-cnn]
 )
 
 
-def mean_corruption_error(errors, clean=None):
+def mean_corruption_error(errors, clean_error=None):
     """errors {corruption: of severities 1 to 5} in [0, 1] -> mCE in percent: those of the 15 corruptions, summed over
-    severities, relative to AlexNet's; with the clean error, relative mCE: what corruption adds to it, relative to
-    what it adds to AlexNet's."""
-    off, of = (0.0, 0.0) if clean is None else (clean, ALEXNET_CLEAN)
-    ratios = [sum(e - off for e in errors[name]) / sum(e - of for e in ALEXNET[name]) for name in BENCHMARK]
+    severities, relative to AlexNet's. With the clean error, relative mCE: the error that corruption adds, relative to
+    the error that it adds to AlexNet's."""
+    ours, alexnet = (0.0, 0.0) if clean_error is None else (clean_error, ALEXNET_CLEAN)
+    ratios = [sum(e - ours for e in errors[name]) / sum(e - alexnet for e in ALEXNET[name]) for name in BENCHMARK]
     return 100 * sum(ratios) / len(ratios)
 
 
@@ -852,9 +937,10 @@ def ranking(scores):
 
 def count_right(condition, scores, labels):
     """Scores (B, C), labels (B,) -> (3,) int64, whatever the condition: images, those right, those with the class
-    among the first five."""
+    among the first five. Nothing here makes a GPU's host wait."""
     right = ranking(scores)[:, :5] == labels[:, None]
-    return torch.stack([torch.tensor(len(labels), device=scores.device), right[:, 0].sum(), right.sum()])
+    images = labels.new_full((), len(labels))
+    return torch.stack([images, right[:, 0].sum(), right.sum()])
 
 
 def count_changes(scores, noise):
@@ -866,42 +952,38 @@ def count_changes(scores, noise):
     order = ranking(scores)  # (B, n, C)
     ranks = order.argsort(-1)  # (B, n, C) of every class, from 0
     before = order[:, :1].expand(-1, scores.shape[1] - 1, -1) if noise else order[:, :-1]  # (B, n - 1, C)
-    there = ranks[:, 1:].gather(2, before[..., :5]).clamp(max=5)  # (B, n - 1, 5)
+    after = ranks[:, 1:].gather(2, before[..., :5]).clamp(max=5)  # (B, n - 1, 5)
+    moved = (after - torch.arange(after.shape[2], device=scores.device)).abs().sum()
     changed = before[..., 0] != order[:, 1:, 0]  # (B, n - 1)
-    return torch.stack(
-        [
-            torch.tensor(changed.numel(), device=scores.device),
-            changed.sum(),
-            (there - torch.arange(there.shape[2], device=scores.device)).abs().sum(),
-        ]
-    )
+    return torch.stack([order.new_full((), changed.numel()), changed.sum(), moved])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Suites: what is shown to whom, what is counted, and how counts become a row of the table
+# Suites: images and conditions, what is counted, and how counts become a row of the table
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 class Source:
     """What a suite starts from, uint8: the centre of the images (n, 3, S, S), short side scaled to 256/224 S before;
     or `whole` images, (n, 3, H, W) or, where their sizes differ, a list of (3, H, W). Below 96 px nothing is cut off;
-    images that are S x S already stay as they are."""
+    images that are S x S already are not changed."""
 
     def __init__(self, size, whole=False, interpolation="bilinear"):
-        self.size, self.whole, self.centre = size, whole, common.CenterCrop(size, interpolation=interpolation)
+        self.size, self.whole = size, whole
+        self.centre = common.CenterCrop(size, interpolation=interpolation)
 
     def __call__(self, images, params=None):
         if not self.whole:
             return self.centre(images)
-        short, out = self.centre.resize, []
-        for x in [images] if isinstance(images, torch.Tensor) else [image[None] for image in images]:
-            H, W = x.shape[2:]
-            out.append(
-                x
-                if min(H, W) == short or H == W == self.size
-                else common.resize(x, (short * H // min(H, W), short * W // min(H, W)), "bilinear")
-            )
+        batches = [images] if isinstance(images, torch.Tensor) else [image[None] for image in images]
+        out = [self.scaled(x) for x in batches]
         return torch.cat(out) if len({x.shape[2:] for x in out}) == 1 else [x[0] for x in out]
+
+    def scaled(self, x):  # (n, 3, H, W) -> the same with the short side as before the crop
+        (H, W), short = x.shape[2:], self.centre.resize
+        if min(H, W) == short or H == W == self.size:
+            return x
+        return common.resize(x, (short * H // min(H, W), short * W // min(H, W)), "bilinear")
 
 
 @dataclasses.dataclass
@@ -919,13 +1001,16 @@ class Subject:
         backbone, side = self.case.backbone, self.case.backbone.img_size
         if x.shape[-1] != side:
             x = common.resize(x, (side, side), "bicubic")
-        out = []
+        normalise, features = common.Normalize(backbone.mean, backbone.std), []
         for chunk in x.split(256):
             with common.autocast(self.case.device, self.case.args.amp):
-                out.append(
-                    backbone.last_blocks(common.Normalize(backbone.mean, backbone.std)(chunk.float() / 255)).float()
-                )
-        return {name.removeprefix("linear"): s for name, s in self.case.read("linear", torch.cat(out)).items()}
+                features.append(backbone.last_blocks(normalise(chunk.float() / 255)).float())
+        scores = self.case.read("linear", torch.cat(features))
+        return {name.removeprefix("linear"): part_scores for name, part_scores in scores.items()}
+
+
+def size_of(subject):
+    return subject.case.backbone.img_size
 
 
 @dataclasses.dataclass
@@ -939,15 +1024,15 @@ class Job:
     subjects: list
     make: Callable = lambda x, rows, condition: x  # uint8 images
     batch_size: int = 256
-    images: int = 0  # how many it is about, and
-    seen: int = 0  # how many were shown
+    images: int = 0  # how many there are,
+    done: int = 0  # and how many have been shown
 
 
 @dataclasses.dataclass
 class Suite:
     """Conditions, and jobs that show them. count(condition, scores, labels) -> (k,) int64. row(counts (conditions,
-    k)) -> (results in percent, counts for the record). What of the protocol is its own; lines that belong beside its
-    table."""
+    k)) -> (results in percent, counts for the record). details: its own part of the protocol; notes: lines that are
+    printed beside its table. curves(counts), where there is one, -> {"NAME @k": percent} for lines of the figure."""
 
     conditions: list
     jobs: list
@@ -956,6 +1041,7 @@ class Suite:
     row: Callable
     details: dict = dataclasses.field(default_factory=dict)
     notes: list = dataclasses.field(default_factory=list)
+    curves: Callable | None = None
 
 
 def zeros(suite, subjects):
@@ -965,30 +1051,33 @@ def zeros(suite, subjects):
 
 
 def measure(suite, sums, args):
-    """Do a suite's jobs, each condition made once for all subjects. What is counted is added to `sums` as it comes, and
-    summed over ranks at the end."""
+    """Do a suite's jobs, each condition made once for all subjects. Counts are added to `sums` as they come, and summed
+    over ranks at the end."""
     reader = None
     for job in suite.jobs:
         data, device = job.read(), job.subjects[0].case.device
-        reader = reader if reader and reader.data is data else common.Reader(data, args.workers)
-        mine = chosen(data, args.images_per_class)[common.rank() :: common.world_size()]
-        job.images = len(mine)
-        for rows, x in reader.batches(job.source, mine, batch_size=job.batch_size, name=job.name):
-            x = [image.to(device) for image in x] if isinstance(x, list) else x.to(device)
-            labels = data.labels[rows].to(device)
+        if reader is None or reader.data is not data:
+            reader = common.Reader(data, args.workers)
+        local_rows = first_of_classes(data, args.images_per_class)[common.rank() :: common.world_size()]
+        job.images = len(local_rows)
+
+        # Every condition of a batch is made once, and scored by all subjects.
+        for rows, x in reader.batches(job.source, local_rows, batch_size=job.batch_size, name=job.name):
+            x = [image.to(device) for image in x] if isinstance(x, list) else common.send(x, device)
+            labels = common.send(data.labels[rows], device)
             for condition in job.conditions:
                 y, c = job.make(x, rows, condition), suite.conditions.index(condition)
                 for subject in job.subjects:
                     for part, scores in subject.scores(y).items():
                         sums[subject.path][part][c] += suite.count(condition, scores, labels)
-            job.seen += len(rows)
+            job.done += len(rows)
     for parts in sums.values():
         for part, n in parts.items():
             parts[part] = common.all_reduce(n)
 
 
 def at_own_size(name, read, condition, subjects):
-    """A job for each size of encoder: images as eval_probe.py sees them. read(subject) -> function that reads them."""
+    """A job for each size of encoder: images cropped as in eval_probe.py. read(subject) -> function that reads them."""
     jobs = []
     for size, group in groupby(sorted(subjects, key=size_of), size_of):
         first, *others = group
@@ -997,23 +1086,21 @@ def at_own_size(name, read, condition, subjects):
     return jobs
 
 
-def size_of(subject):
-    return subject.case.backbone.img_size
-
-
 def clean(subjects, condition):
-    """The jobs that show test images as they are."""
+    """The jobs that show unaltered test images."""
     return at_own_size("clean", lambda subject: lambda: subject.case.test, condition, subjects)
 
 
 def resized(what, size, subjects):
-    """A line for encoders that see what was made at another size."""
+    """A line about encoders of another size than the images are made at, if there are any."""
     others = [f"{subject.name} ({size_of(subject)} px)" for subject in subjects if size_of(subject) != size]
+    if not others:
+        return []
     line = f"{what} are made at {size} px, the size of their constants, and resized for {', '.join(others)}"
-    return [f"{line}; clean images are seen at the encoder's own size"] * bool(others)
+    return [f"{line}; clean images are seen at the encoder's own size"]
 
 
-def chosen(data, most):
+def first_of_classes(data, most):
     """Rows of the first `most` images of each class, or of all."""
     if most is None:
         return torch.arange(len(data))
@@ -1025,20 +1112,36 @@ def seeds_of(data, *key):
     return torch.randint(2**62, (len(data),), generator=common.rng(*key))
 
 
+def mean_over(values, names):
+    """Mean of {name: value} over some names."""
+    return sum(values[name] for name in names) / len(names)
+
+
+def on_imagenet(size, data):
+    """Whether AlexNet's errors are those of these images."""
+    return size >= SMALL and len(data.classes) == 1000
+
+
+def batch_of(size, device, small, large, gpu):
+    """Images a batch. On a CPU what fits into its caches, of small and of large images."""
+    if device.type != "cpu":
+        return gpu
+    return small if size < SMALL else large
+
+
 def corruptions(subjects, data, args):
     """The 15 corruptions and the 4 of validation, 5 severities each."""
-    names, size, photographs = (
-        args.types or tuple(CORRUPTIONS),
-        side_of(subjects),
-        load_frost(args.frost_dir, side_of(subjects)),
-    )
+    names, size = corruption_names(args), side_of(subjects)
+    photographs = load_frost(args.frost_dir, size)
+    jpeg85 = args.jpeg85 and size >= SMALL
     conditions = [("clean", 0), *((name, severity) for name in names for severity in range(1, 6))]
     seeds = {c: seeds_of(data, args.seed, *c) for c in conditions}
 
     def make(x, rows, condition):
         y = corrupt(x, *condition, seeds[condition][rows], photographs)
-        return jpeg(y, 85) if args.jpeg85 and size >= 96 else y
+        return jpeg(y, 85) if jpeg85 else y
 
+    # Published files, each read for itself, or one reading of the clean images, from which all conditions are made.
     if args.suite_dir:
         root = Path(args.suite_dir[0])
         read = lambda c: lambda subject: partial(finished, root, *c, data.classes)
@@ -1046,105 +1149,113 @@ def corruptions(subjects, data, args):
         small = any(find_finished(root, *c).suffix == ".npy" for c in conditions[1:])  # CIFAR-10-C's
         notes = resized(f"the corruptions in {root}", 32, subjects) if small else []
     else:
-        batch = 64 if size >= 96 else 256
+        batch = batch_of(size, subjects[0].case.device, small=256, large=64, gpu=256)
         jobs = [Job("corruptions", lambda: data, Source(size), conditions[1:], subjects, make, batch)]
         notes = resized("corruptions", size, subjects)
-    drawn = "frost" in names and not photographs and not args.suite_dir
-    star = "*" * drawn
-    if drawn:
-        notes.append(
-            "* with frost drawn by a procedure, not from photographs: not comparable with published figures;"
-            " --frost-dir takes photographs"
-        )
+
+    # Results with frost that is not the published one have a star.
+    star, frost_from = "", "photographs" if photographs else None
+    if "frost" in names and not photographs and not args.suite_dir:
+        star, frost_from = "*", "procedural"
+        notes.append(f"{FROST_NOTE}; --frost-dir takes photographs")
 
     def row(n):
         """Counts (conditions, 3): images, right, right among five -> results in percent, and the counts for the
         record."""
-        top1, top5 = ({c: 100 * v for c, v in zip(conditions, (n[:, i].double() / n[:, 0]).tolist())} for i in (1, 2))
-        mean = {name: sum(top1[name, s] for s in range(1, 6)) / 5 for name in names}
+        accuracy = (100 * (n[:, 1:].double() / n[:, :1])).T.tolist()  # top-1, top-5
+        top1, top5 = (dict(zip(conditions, values)) for values in accuracy)
+        over_severities = lambda top, name: [top[name, severity] for severity in range(1, 6)]
+        mean = {name: sum(over_severities(top1, name)) / 5 for name in names}
+
+        # Means over the benchmark, where all of it was asked for, stand before the single corruptions.
         values = dict(clean=top1["clean", 0])
         if set(BENCHMARK) <= set(names):
-            values[f"mean{star}"] = sum(mean[name] for name in BENCHMARK) / 15
+            values[f"mean{star}"] = mean_over(mean, BENCHMARK)
             if len(data.classes) > 5:
-                values[f"mean top-5{star}"] = sum(top5[name, s] for name in BENCHMARK for s in range(1, 6)) / 75
-            if drawn:
-                values["without frost"] = sum(mean[name] for name in BENCHMARK if name != "frost") / 14
-            if size >= 96 and len(data.classes) == 1000:
-                errors = {name: [1 - top1[name, s] / 100 for s in range(1, 6)] for name in BENCHMARK}
-                values |= {
-                    f"mCE{star}": mean_corruption_error(errors),
-                    f"rel mCE{star}": mean_corruption_error(errors, 1 - values["clean"] / 100),
-                }
-        values |= {name + star * (name == "frost"): mean[name] for name in names}
-        return values, dict(
-            images=n[0, 0].item(),
-            right={f"{name} {s}".removesuffix(" 0"): counts[1:].tolist() for (name, s), counts in zip(conditions, n)},
-        )
+                every = [v for name in BENCHMARK for v in over_severities(top5, name)]
+                values[f"mean top-5{star}"] = sum(every) / len(every)
+            if star:
+                values["without frost"] = mean_over(mean, [name for name in BENCHMARK if name != "frost"])
+            if on_imagenet(size, data):
+                errors = {name: [1 - v / 100 for v in over_severities(top1, name)] for name in BENCHMARK}
+                values[f"mCE{star}"] = mean_corruption_error(errors)
+                values[f"rel mCE{star}"] = mean_corruption_error(errors, 1 - values["clean"] / 100)
+
+        # The record counts each severity.
+        values |= {name + star if name == "frost" else name: mean[name] for name in names}
+        right = {f"{name} {s}".removesuffix(" 0"): counts[1:].tolist() for (name, s), counts in zip(conditions, n)}
+        return values, dict(images=n[0, 0].item(), right=right)
 
     details = dict(
-        jpeg85=args.jpeg85 and size >= 96 and not args.suite_dir,
-        frost="procedural" if drawn else "photographs" if photographs else None,
+        jpeg85=jpeg85 and not args.suite_dir,
+        frost=frost_from,
         source="files" if args.suite_dir else "made here",
     )
-    return Suite(conditions, clean(subjects, conditions[0]) + jobs, count_right, 3, row, details, notes)
+    jobs = clean(subjects, conditions[0]) + jobs
+    return Suite(conditions, jobs, count_right, 3, row, details, notes, partial(over_severity, conditions, star))
+
+
+FROST_NOTE = "* with frost drawn by a procedure, not from photographs: not comparable with published figures"
+
+
+def over_severity(conditions, star, n):
+    """Counts (conditions, 3) of `corruptions` -> {"fog @1": accuracy in percent, ...}; severity 0 is clean, and the
+    star goes to frost."""
+    accuracy = dict(zip(conditions, (100 * n[:, 1].double() / n[:, 0]).tolist()))
+    curves = {}
+    for name, severity in conditions[1:]:
+        title = f"{name}{star}" if name == "frost" else name
+        curves[f"{title} @0"] = accuracy[conditions[0]]
+        curves[f"{title} @{severity}"] = accuracy[name, severity]
+    return curves
 
 
 def perturbations(subjects, data, args):
     """The 10 sequences, and the 4 of validation: top-1 accuracy over all frames, how often predictions change, and
-    how far the first five move."""
+    how far the first five classes move."""
     names, size = args.types or tuple(PERTURBATIONS), side_of(subjects)
     seeds = {name: seeds_of(data, args.seed, "sequence", name) for name in names}
 
     def make(x, rows, name):
         whole = [image[None] for image in x] if isinstance(x, list) else [x]
-        frames = torch.cat(
-            [
-                perturb(images, name, s, size)
-                for images, s in zip(whole, seeds[name][rows].split([len(images) for images in whole]))
-            ]
-        )
-        return frames.flatten(0, 1)  # (B n, 3, S, S)
+        frames, part_seeds = [], seeds[name][rows].split([len(images) for images in whole])
+        for images, image_seeds in zip(whole, part_seeds):
+            frames.append(perturb(images, name, image_seeds, size))
+        return torch.cat(frames).flatten(0, 1)  # (B n, 3, S, S)
 
     def count(name, scores, labels):
         n = len(scores) // len(labels)
-        return torch.cat(
-            [
-                count_right(name, scores, labels.repeat_interleave(n)),
-                count_changes(scores.unflatten(0, (-1, n)), name.endswith("noise")),
-            ]
-        )
+        right = count_right(name, scores, labels.repeat_interleave(n))
+        return torch.cat([right, count_changes(scores.unflatten(0, (-1, n)), name.endswith("noise"))])
 
     def row(n):  # (names, 6)
         frames, right, right5, pairs, changes, distances = n.double().T
-        top1, top5, flips, moved = (
-            dict(zip(names, v.tolist()))
-            for v in (100 * right / frames, 100 * right5 / frames, changes / pairs, distances / pairs)
-        )
-        mean = lambda values, over: sum(values[name] for name in over) / len(over)
+        by_name = lambda values: dict(zip(names, values.tolist()))
+        top1, top5 = by_name(100 * right / frames), by_name(100 * right5 / frames)
+        flips, moved = by_name(changes / pairs), by_name(distances / pairs)
+
         summary = {}
         if set(PERTURBATIONS) <= set(names):
-            summary = {"top-1": mean(top1, names), "top-5": mean(top5, names)}
+            summary = {"top-1": mean_over(top1, names), "top-5": mean_over(top5, names)}
         if set(TEST_PERTURBATIONS) <= set(names):
-            summary |= (
-                {"flips": 100 * mean(flips, TEST_PERTURBATIONS)}
-                | (dict(mFR=mean_flip_rate(flips)) if size >= 96 and len(data.classes) == 1000 else {})
-                | {"top-5 distance": mean(moved, TEST_PERTURBATIONS)}
-            )
+            summary["flips"] = 100 * mean_over(flips, TEST_PERTURBATIONS)
+            if on_imagenet(size, data):
+                summary["mFR"] = mean_flip_rate(flips)
+            summary["top-5 distance"] = mean_over(moved, TEST_PERTURBATIONS)
         if len(data.classes) <= 5:
             summary = {k: v for k, v in summary.items() if not k.startswith("top-5")}
-        return summary | top1, dict(
-            frames=n[0, 0].item(), top1=top1, top5=top5, flip_probability=flips, top5_distance=moved
-        )
+        record = dict(frames=n[0, 0].item(), top1=top1, top5=top5, flip_probability=flips, top5_distance=moved)
+        return summary | top1, record
 
-    batch = 8 if size >= 96 else 32
+    batch = batch_of(size, subjects[0].case.device, small=32, large=8, gpu=64)
     jobs = [Job("perturbations", lambda: data, Source(size, whole=True), names, subjects, make, batch)]
     details = dict(codec="none", flips_over=TEST_PERTURBATIONS)
     return Suite(names, jobs, count, 6, row, details, resized("perturbations", size, subjects))
 
 
 def augmentations(subjects, data, args):
-    """CLeVER's test images: as they are; with colours jittered; and flipped, turned by up to 90 degrees, or turned
-    and deformed as well."""
+    """CLeVER's test images: unaltered; with colours jittered; and flipped, turned by up to 90 degrees, or turned and
+    deformed as well."""
     jitter, turn = common.ColorJitter(0.4, 0.4, 0.4, 0.1, p=1), common.Affine(90, interpolation="nearest")
     ops = {
         "Orig": [],
@@ -1155,9 +1266,9 @@ def augmentations(subjects, data, args):
     }
     conditions = [(name, k) for name in ops for k in range(args.passes if ops[name] else 1)]
 
-    def drawn(size):
-        """Parameters for images of one size -> make(x, rows, condition)."""
-        params = {}  # condition: of each op, (N, ...)
+    def drawn():
+        """Parameters for every image and condition -> make(x, rows, condition)."""
+        params = {}  # {condition: [parameters (N, ...) of an op]}
         for condition in conditions:
             g = common.rng(args.seed, "augmentations", *condition)
             params[condition] = [op.sample(len(data), g) for op in ops[condition[0]]]
@@ -1173,62 +1284,69 @@ def augmentations(subjects, data, args):
     def row(n):  # (conditions, 3)
         top1 = [100 * v for v in (n[:, 1].double() / n[:, 0]).tolist()]
         passes = {name: [v for v, c in zip(top1, conditions) if c[0] == name] for name in ops}
-        return {name: sum(each) / len(each) for name, each in passes.items()}, dict(
-            images=n[0, 0].item(), passes=passes
-        )
+        means = {name: sum(values) / len(values) for name, values in passes.items()}
+        return means, dict(images=n[0, 0].item(), passes=passes)
 
     jobs = []
     for job in clean(subjects, conditions[0]):
-        size = job.source.size
-        how = Source(size), conditions[1:], job.subjects, drawn(size), 64 if size >= 96 else 256
+        batch = batch_of(job.source.size, subjects[0].case.device, small=256, large=64, gpu=256)
+        how = Source(job.source.size), conditions[1:], job.subjects, drawn(), batch
         jobs += [job, Job("augmentations", job.read, *how)]
     return Suite(conditions, jobs, count_right, 3, row)
 
 
 def shifts(subjects, data, args):
-    """Other images of the same classes: folders, whose names say the class; of `blocks` rendered stand-ins."""
+    """Other images of the same classes: folders named after the classes; of `blocks` rendered stand-ins."""
+    classes = {"clean": data.labels.unique()}  # of each set
     if args.suite_dir:
         sets = {Path(path).resolve().name: partial(labelled, Path(path), data.classes) for path in args.suite_dir}
         read = lambda name: lambda subject: sets[name]
         jobs = [job for name in sets for job in at_own_size(name, read(name), name, subjects)]
-        there = {name: read().labels.unique() for name, read in sets.items()}
+        classes |= {name: read_set().labels.unique() for name, read_set in sets.items()}
     else:
         data_set = subjects[0].case.state["data"]
         name, split = ("hues (stand-in)", "hues") if data_set == "blocks" else ("sessions seen (stand-in)", "seen")
         read = lambda subject: partial(common.load_data, data_set, None, split, size_of(subject))
         jobs = at_own_size(name, read, name, subjects)
-        there = {name: jobs[0].read().labels.unique()}
-    there = {"clean": data.labels.unique()} | there
+        classes[name] = jobs[0].read().labels.unique()
 
     def count(name, scores, labels):
-        chosen = there[name].to(scores.device)  # the classes of the set; masked, only they compete
-        masked = torch.full_like(scores, -math.inf).index_copy(1, chosen, scores[:, chosen])
+        kept = common.send(classes[name], scores.device)  # masked, only the classes of the set compete
+        masked = torch.full_like(scores, -math.inf).index_copy(1, kept, scores[:, kept])
         return torch.cat([count_right(name, scores, labels), count_right(name, masked, labels)[1:]])
 
     def row(n):  # (sets, 5)
         values, details = {}, {}
-        for name, (images, top1, top5, masked, masked5) in zip(there, n.tolist()):
-            details[name] = dict(
-                images=images, top1=top1, top5=top5, masked=masked, masked_top5=masked5, classes=len(there[name])
-            )
-            percent = lambda right, images=images: 100 * right / images if images else math.nan
-            values[name] = percent(top1)
+        for name, counts in zip(classes, n.tolist()):
+            images, top1, top5, masked, masked5 = counts
+            record = dict(images=images, top1=top1, top5=top5, masked=masked, masked_top5=masked5)
+            details[name] = record | dict(classes=len(classes[name]))
+            percent = [100 * right / images if images else math.nan for right in (top1, top5, masked)]
+            values[name] = percent[0]
             if len(data.classes) > 5:
-                values[f"{name} top-5"] = percent(top5)
-            if len(there[name]) < len(data.classes):
-                values[f"{name} ({len(there[name])} classes)"] = percent(masked)
+                values[f"{name} top-5"] = percent[1]
+            if len(classes[name]) < len(data.classes):
+                values[f"{name} ({len(classes[name])} classes)"] = percent[2]
         return values, details
 
-    return Suite(list(there), clean(subjects, "clean") + jobs, count, 5, row)
+    return Suite(list(classes), clean(subjects, "clean") + jobs, count, 5, row)
 
 
-def side_of(subjects):
-    """Side of the images that corruptions and perturbations are made of: 32 px for small encoders, 224 for others."""
-    return 32 if size_of(subjects[0]) < 96 else 224
+SUITES = dict(corruptions=corruptions, perturbations=perturbations, augmentations=augmentations, shifts=shifts)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files: published sets, photographs of frost, contact sheets
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def class_folders(folder):
+    """Names of the folders of a tree of one folder a class."""
+    return sorted(f.name for f in folder.iterdir() if f.is_dir() and not f.name.startswith("."))
 
 
 def class_index(folder, names, classes):
-    """Class folders -> the classes they stand for: those of the same name, or, as in ImageNet-V2, of that number."""
+    """Class folders -> their classes: those of the same name, or, as in ImageNet-V2, of that number."""
     if len(names) < 2:
         common.die(f"--suite-dir {folder}: holds no class folders; one folder a class is expected")
     numbers = all(name.isdigit() for name in names) and not set(names) <= set(classes)
@@ -1244,7 +1362,7 @@ def class_index(folder, names, classes):
 @functools.lru_cache
 def labelled(folder, classes):
     """A tree of one folder a class, labelled by their names."""
-    class_index(folder, sorted(f.name for f in folder.iterdir() if f.is_dir() and not f.name.startswith(".")), classes)
+    class_index(folder, class_folders(folder), classes)
     data = common.imagefolder(folder, "train")
     return dataclasses.replace(data, labels=class_index(folder, data.classes, classes)[data.labels], classes=classes)
 
@@ -1253,32 +1371,36 @@ def finished(root, name, severity, classes):
     """One condition of a published set: ROOT/[GROUP/]NAME/SEVERITY/CLASS/* of ImageNet-C, or ROOT/NAME.npy of
     CIFAR-10-C."""
     file = find_finished(root, name, severity)
-    if file.suffix == ".npy":
-        try:
-            images, labels = (
-                np.load(file, mmap_mode="r", allow_pickle=False),
-                torch.from_numpy(np.load(root / "labels.npy", allow_pickle=False)).long(),
-            )
-        except (OSError, ValueError) as e:
-            common.die(f"--suite-dir {root}: {name}.npy and labels.npy cannot be read ({e})")
-        n = len(images) // 5
-        labels = labels[(severity - 1) * n : severity * n]
-        if images.shape[1:] != (32, 32, 3) or len(labels) != n or int(labels.max()) >= len(classes):
-            common.die(
-                f"--suite-dir {root}: {name}.npy should hold 5 x N images of 32 x 32 x 3 and labels.npy their "
-                f"classes below {len(classes)}; found {images.shape}"
-            )
-        pixels = torch.from_numpy(images[(severity - 1) * n : severity * n].copy()).permute(0, 3, 1, 2)
-        return common.ImageSet(images=pixels, labels=labels, classes=classes)
-    return labelled(file, classes)
+    if file.suffix != ".npy":
+        return labelled(file, classes)
+    try:
+        images = np.load(file, mmap_mode="r", allow_pickle=False)
+        labels = torch.from_numpy(np.load(root / "labels.npy", allow_pickle=False)).long()
+    except (OSError, ValueError) as e:
+        common.die(f"--suite-dir {root}: {name}.npy and labels.npy cannot be read ({e})")
+
+    # Severities follow one another.
+    n = len(images) // 5
+    part = slice((severity - 1) * n, severity * n)
+    labels = labels[part]
+    if images.shape[1:] != (32, 32, 3) or len(labels) != n or int(labels.max()) >= len(classes):
+        common.die(
+            f"--suite-dir {root}: {name}.npy should hold 5 x N images of 32 x 32 x 3 and labels.npy their "
+            f"classes below {len(classes)}; found {images.shape}"
+        )
+    pixels = torch.from_numpy(images[part].copy()).permute(0, 3, 1, 2)
+    return common.ImageSet(images=pixels, labels=labels, classes=classes)
 
 
 def find_finished(root, name, severity):
-    """Where a condition of a published set lies."""
-    places = (root / name / f"{severity}", *sorted(root.glob(f"*/{name}/{severity}")))
+    """The file or folder of one condition of a published set."""
     array = root / f"{name}.npy"
-    found = array if array.is_file() else next((place for place in places if place.is_dir()), None)
-    return found or common.die(
+    if array.is_file():
+        return array
+    for place in (root / name / f"{severity}", *sorted(root.glob(f"*/{name}/{severity}"))):
+        if place.is_dir():
+            return place
+    common.die(
         f"--suite-dir {root}: has neither {name}/{severity}/ nor {name}.npy; --types names the corruptions that "
         "are there"
     )
@@ -1294,19 +1416,22 @@ def load_frost(folder, size):
         images = [common.open_image(p) for p in common.list_images(folder) if Path(p).stem != "frost6"]
     except OSError as e:
         common.die(f"--frost-dir {folder}: {e}")
-    if size < 96:
-        images = [
-            F.interpolate(x[None].float(), (x.shape[1] // 5, x.shape[2] // 5), mode="bilinear")
-            .round()
-            .to(torch.uint8)[0]
-            for x in images
-        ]  # as OpenCV, no antialiasing
+
+    # Crops of the encoder's size must fit into them.
+    if size < SMALL:
+        images = [fifth(x) for x in images]
     if not images or min(min(x.shape[1:]) for x in images) < size:
         common.die(
-            f"--frost-dir {folder}: photographs of at least {size if size >= 96 else 5 * size} px are needed, "
+            f"--frost-dir {folder}: photographs of at least {size if size >= SMALL else 5 * size} px are needed, "
             f"found {len(images)} images"
         )
     return tuple(images)
+
+
+def fifth(x):
+    """uint8 (3, H, W) -> (3, H / 5, W / 5), without antialiasing, as OpenCV does."""
+    small = F.interpolate(x[None].float(), (x.shape[1] // 5, x.shape[2] // 5), mode="bilinear")
+    return small.round().to(torch.uint8)[0]
 
 
 def contact_sheet(path, rows, side=96):
@@ -1316,94 +1441,44 @@ def contact_sheet(path, rows, side=96):
     for i, (label, images) in enumerate(rows.items()):
         ImageDraw.Draw(sheet).text((4, i * (side + 2) + side // 2 - 6), label, fill="black")
         for j, x in enumerate(images):
-            tile = Image.fromarray(x.permute(1, 2, 0).contiguous().cpu().numpy()).resize(
-                (side, side), Image.NEAREST if x.shape[-1] <= side else Image.BOX
-            )
+            tile = Image.fromarray(x.permute(1, 2, 0).contiguous().cpu().numpy())
+            tile = tile.resize((side, side), Image.NEAREST if x.shape[-1] <= side else Image.BOX)
             sheet.paste(tile, (margin + j * (side + 2), i * (side + 2)))
     sheet.save(path)
 
 
-def save_images(suite, data, size, args):
-    """A contact sheet of what the suite shows, of the first image of the test set."""
+def save_sheet(suite, data, size, args):
+    """A contact sheet of a suite's versions of the first image of the test set."""
     first = torch.zeros(1, dtype=torch.long)
     x = Source(size, whole=suite == "perturbations")(data[first], first)  # (1, 3, H, W)
+    photographs, rows = load_frost(args.frost_dir, size), {}
+
+    # The clean image and its five severities; or every fifth frame.
     if suite == "corruptions":
-        photographs = load_frost(args.frost_dir, size)
-        rows = {
-            name: [
-                x[0],
-                *(corrupt(x, name, s, seeds_of(data, args.seed, name, s)[:1], photographs)[0] for s in range(1, 6)),
-            ]
-            for name in args.types or CORRUPTIONS
-        }
+        for name in corruption_names(args):
+            rows[name] = [x[0]]
+            for severity in range(1, 6):
+                seed = seeds_of(data, args.seed, name, severity)[:1]
+                rows[name].append(corrupt(x, name, severity, seed, photographs)[0])
     else:
-        rows = {
-            name: list(perturb(x, name, seeds_of(data, args.seed, "sequence", name)[:1], size)[0][::5])
-            for name in args.types or PERTURBATIONS
-        }
+        for name in args.types or PERTURBATIONS:
+            frames = perturb(x, name, seeds_of(data, args.seed, "sequence", name)[:1], size)[0]
+            rows[name] = list(frames[::5])
     try:
         contact_sheet(Path(args.save_images) / f"{suite}.png", rows)
     except OSError as e:
         eval_probe.say(f"--save-images {args.save_images}: no picture of {suite} ({e.strerror})")
 
 
-SUITES = dict(corruptions=corruptions, perturbations=perturbations, augmentations=augmentations, shifts=shifts)
+# ----------------------------------------------------------------------------------------------------------------------
+# From checkpoints to the tables
+# ----------------------------------------------------------------------------------------------------------------------
 
 
-def check(args):
-    """Refuse what cannot work, before checkpoints are read."""
-    for known in (labelled, load_frost):
-        known.cache_clear()  # images may have changed since another call of this process
-    types = {"corruptions": CORRUPTIONS, "perturbations": PERTURBATIONS}
-    if not args.suite:
-        common.die(f"--suite: is empty; name at least one of {', '.join(SUITES)}")
-    for suite in set(args.suite) & set(types):
-        if odd := [name for name in args.types if name not in types[suite]]:
-            common.die(f"--types {odd[0]}: not one of the {suite}; there are {', '.join(types[suite])}")
-    for flag, value, suites in (
-        ("types", args.types, types),
-        ("save-images", args.save_images, types),
-        ("frost-dir", args.frost_dir, ["corruptions"]),
-    ):
-        if value and not set(suites) & set(args.suite):
-            common.die(f"--{flag}: goes with --suite {' or '.join(suites)}")
-    if args.suite_dir and (
-        args.suite not in (("corruptions",), ("shifts",)) or args.suite == ("corruptions",) and len(args.suite_dir) > 1
-    ):
-        common.die("--suite-dir: goes with --suite corruptions (one folder) or --suite shifts (one or more), alone")
-    if len({Path(path).resolve().name for path in args.suite_dir} | {"clean"}) <= len(args.suite_dir):
-        common.die(
-            f"--suite-dir {' '.join(args.suite_dir)}: two folders of one name, or one named clean; rename them, "
-            "their names head the columns"
-        )
-    for flag, folders in (("suite", args.suite_dir), ("frost", (args.frost_dir,) if args.frost_dir else ())):
-        if missing := [folder for folder in folders if not os.path.isdir(folder)]:
-            common.die(f"--{flag}-dir {missing[0]}: no such directory")
-    if args.save_images:
-        try:
-            Path(args.save_images).mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            common.die(f"--save-images {args.save_images}: cannot be made a directory ({e.strerror})")
-
-
-def check_sets(args, classes):
-    """Refuse published sets that do not fit, before probes are trained."""
-    for path in args.suite_dir if args.suite == ("shifts",) else ():
-        labelled(Path(path), classes)
-    for name in (args.types or CORRUPTIONS) if args.suite_dir and args.suite == ("corruptions",) else ():
-        for severity in range(1, 6):
-            file = find_finished(Path(args.suite_dir[0]), name, severity)
-            if file.suffix == ".npy":
-                finished(Path(args.suite_dir[0]), name, severity, classes)
-            else:
-                class_index(
-                    file, sorted(f.name for f in file.iterdir() if f.is_dir() and not f.name.startswith(".")), classes
-                )
-
-
-def run(name, subjects, data, args, evaluation, protocol):
-    """A suite -> the rows of its table, which is printed; a record a checkpoint. What breaks off prints what it has."""
-    begin, suite = time.monotonic(), SUITES[name](subjects, data, args)
+def run(name, subjects, data, args, evaluation, protocol, panels):
+    """A suite -> the rows of its table, which is printed, and `panels` of the figure; a record a checkpoint. A suite
+    that breaks off prints what it has counted."""
+    start, suite = time.monotonic(), SUITES[name](subjects, data, args)
     sums = zeros(suite, subjects)
 
     def found(subject):  # {part: (results in percent, counts for the record)}
@@ -1412,21 +1487,27 @@ def run(name, subjects, data, args, evaluation, protocol):
     def show():
         for note in suite.notes:
             eval_probe.say(note)
-        rows = []
+        rows, curves = [], []
         for subject in subjects:
             for part, (values, _) in found(subject).items():
                 rows.append((subject.name + part, {k: v for k, v in values.items() if math.isfinite(v)}))
+                if suite.curves:
+                    curves.append((subject.name + part, suite.curves(sums[subject.path][part].cpu())))
         evaluation.table(rows, args.format)
+        panels.extend(panels_of(f" ({name})", rows, curves))
         return rows
 
     try:
         measure(suite, sums, args)
     except BaseException:
-        seen = ", ".join(f"{j.seen:,} of {j.images:,} ({j.name})" for j in suite.jobs if j.seen < j.images)
+        partial_jobs = [job for job in suite.jobs if job.done < job.images]
+        seen = ", ".join(f"{job.done:,} of {job.images:,} ({job.name})" for job in partial_jobs)
         eval_probe.say(f"{name} broke off; of some conditions the table counts a part of the images: {seen or 'none'}")
         show()
         raise
-    seconds = time.monotonic() - begin
+
+    # A record beside each checkpoint, then the table.
+    seconds = time.monotonic() - start
     for subject in subjects:
         parts = found(subject)
         results = {part or "all": values for part, (values, _) in parts.items()}
@@ -1437,9 +1518,18 @@ def run(name, subjects, data, args, evaluation, protocol):
     return show()
 
 
+def panels_of(suffix, rows, curves):
+    """Panels of a suite's table. A metric of which there are curves is drawn over severity and not as bars."""
+    drawn = {metric.partition(" @")[0] for _, values in curves for metric in values}
+    bars = [(name, {k: v for k, v in values.items() if k not in drawn}) for name, values in rows]
+    panels = eval_probe.make_panels(bars, suffix=suffix)
+    return panels + eval_probe.make_panels(curves, "severity (0: clean)", suffix)
+
+
 def main(argv=None):
     """Run every suite on every checkpoint, append the results to the eval.jsonl beside each, print a table a suite;
     returns {suite: rows}."""
+    panels, data = [], []  # of the figure; names of the sets
     with eval_probe.Evaluation() as evaluation:
         eval_probe.checkpoints_first(argv, Args)
         args = common.parse(Args, lambda first: {}, argv, description=__doc__)
@@ -1449,19 +1539,27 @@ def main(argv=None):
         shared = {k: v for k, v in dataclasses.asdict(args).items() if k in fields}
         probing = eval_probe.Args(tasks=("linear",), **shared)
         eval_probe.check(probing)
-        device, subjects = common.start(args.device), []
-        for path in args.checkpoints:
-            case = eval_probe.begin(path, lambda state: probing, device, evaluation)
-            if case is not None:
-                names = eval_probe.row_names(*zip(*[(s.path, s.case.state) for s in subjects], (path, case.state)))
-                subjects.append(Subject(names[-1], path, case))
-        return evaluate(subjects, args, evaluation) if subjects else {}
+        device = common.start(args.device)
+        torch.set_float32_matmul_precision("highest")  # corruptions need float32; containers may have chosen TF32
+
+        def at_end():
+            title = f"Linear probes of clean features on altered images of {', '.join(dict.fromkeys(data))}"
+            if any("*" in panel.title for panel in panels):
+                title += f"; {FROST_NOTE}"
+            evaluation.plot(args.plot, panels, title)
+
+        evaluation.at_end = at_end
+        cases = eval_probe.open_all(probing, lambda state: probing, device, evaluation)
+        subjects = [Subject(name, path, case) for path, name, case in cases]
+        data += [subject.case.state["data"] for subject in subjects]
+        return evaluate(subjects, args, evaluation, panels) if subjects else {}
 
 
-def evaluate(subjects, args, evaluation):
-    """All suites on all subjects -> {suite: rows of its table}."""
+def evaluate(subjects, args, evaluation, panels):
+    """All suites on all subjects -> {suite: rows of its table}; their panels are added to `panels`."""
     first = subjects[0].case
-    size, name, root = side_of(subjects), first.state["data"], first.state["data_dir"]
+    size, device = side_of(subjects), first.device
+    name, root = first.state["data"], first.state["data_dir"]
     if "shifts" in args.suite and not args.suite_dir and not name.startswith("blocks"):
         common.die(f"--suite-dir: name the folders of the shifted sets, such as ImageNet-V2's; {name} has no stand-in")
     for subject in subjects:
@@ -1471,21 +1569,26 @@ def evaluate(subjects, args, evaluation):
                 f"{subject.path}: was trained on other data, or for images of another size, than {subjects[0].path};"
                 " name --data and --data-dir, or run them apart"
             )
-    data = first.test if not name.startswith("blocks") else common.load_data(name, root, "test", size)
+
+    # Data that are missing or do not fit end the evaluation before probes are trained.
+    data = common.load_data(name, root, "test", size) if name.startswith("blocks") else first.test
     load_frost(args.frost_dir, size)
     check_sets(args, data.classes)
     if args.save_images and common.rank() == 0:
         for suite in set(args.suite) & {"corruptions", "perturbations"}:
-            save_images(suite, data, size, args)
-    for subject in list(subjects):  # probes are trained here, on clean features, once for all suites
-        subject.probe = evaluation.attempt(subject.path, lambda case=subject.case: case.fitting)
+            save_sheet(suite, data, size, args)
+
+    # Probes are trained on clean features, once for all suites; the features are then given back.
+    for subject in list(subjects):
+        subject.probe = evaluation.attempt(subject.path, subject.case.fit_probes)
         if subject.probe is None:
             subjects.remove(subject)
         for large in {"x", "readers"} & set(vars(subject.case)):
             delattr(subject.case, large)
-    protocol, tables = dict(size=size, data=name, data_dir=root, device=first.device.type), {}
+
+    protocol, tables = dict(size=size, data=name, data_dir=root, device=device.type), {}
     for suite in args.suite if subjects else ():
-        rows = evaluation.attempt(suite, partial(run, suite, subjects, data, args, evaluation, protocol))
+        rows = evaluation.attempt(suite, partial(run, suite, subjects, data, args, evaluation, protocol, panels))
         if rows is not None:
             tables[suite] = rows
     return tables

@@ -80,7 +80,7 @@ def main():
     device = torch.device(sys.argv[2] if sys.argv[1:2] == ["--device"] else "cpu")
     torch.set_num_threads(1)
     x = images(16 if device.type == "cpu" else 256).to(device)
-    seeds, wait = torch.arange(len(x)), (lambda: torch.cuda.synchronize()) if device.type == "cuda" else (lambda: None)
+    seeds = torch.arange(len(x))
     pictures = [Image.fromarray(image.permute(1, 2, 0).cpu().numpy()) for image in x[:16]]
     peers = dict(
         gaussian_noise=gaussian_noise,
@@ -89,7 +89,12 @@ def main():
         pixelate=pixelate,
         jpeg_compression=jpeg_compression,
     )
-    ours, theirs = {name: [] for name in eval_robustness.CORRUPTIONS}, {name: [] for name in peers}
+    ours = {name: [] for name in eval_robustness.CORRUPTIONS}
+    theirs = {name: [] for name in peers}
+
+    def wait():
+        if device.type == "cuda":
+            torch.cuda.synchronize()
 
     def timed(run, n):
         wait()
@@ -98,34 +103,35 @@ def main():
         wait()
         return 1e3 * (time.perf_counter() - begin) / n
 
+    # The first round warms up.
     for r in range(6):
         for name in ours:
             t = timed(lambda name=name: eval_robustness.corrupt(x, name, 3, seeds), len(x))
-            ours[name] += [t] * (r > 0)  # the first round warms up
+            if r:
+                ours[name].append(t)
         for name, peer in peers.items():
             t = timed(lambda peer=peer: [peer(p) for p in pictures], len(pictures))
-            theirs[name] += [t] * (r > 0)
+            if r:
+                theirs[name].append(t)
     ours, theirs = ({k: statistics.median(v) for k, v in times.items()} for times in (ours, theirs))
     if device.type != "cpu":
         for name, ms in ours.items():
             print(f"| {name} | {1e3 / ms:,.0f} images/s |")
         return
+
+    # The original's times, rescaled by the median of the peers.
     factors = {name: theirs[name] / ORIGINAL[name] for name in peers}
     factor = statistics.median(factors.values())
-    print(
-        "peers, ms here / there:",
-        ", ".join(f"{name} {theirs[name]:.2f} / {ORIGINAL[name]}" for name in peers),
-        f"; this machine takes {factor:.2f} of the time\n",
-    )
+    pairs = ", ".join(f"{name} {theirs[name]:.2f} / {ORIGINAL[name]}" for name in peers)
+    print(f"peers, ms here / there: {pairs}; this machine takes {factor:.2f} of the time\n")
     print("| | original, ms | ours, ms | ratio |\n|---|---|---|---|")
     scaled = {name: factor * ms for name, ms in ORIGINAL.items()}
     for name, ms in scaled.items():
         print(f"| {name} | {ms:.2f} | {ours[name]:.2f} | {ms / ours[name]:.1f} |")
-    for label, names in (("sum of 15", list(scaled)), ("without glass", [n for n in scaled if n != "glass_blur"])):
-        print(
-            f"| {label} | {sum(scaled[n] for n in names):.0f} | {sum(ours[n] for n in names):.1f} | "
-            f"{sum(scaled[n] for n in names) / sum(ours[n] for n in names):.1f} |"
-        )
+    without_glass = [name for name in scaled if name != "glass_blur"]
+    for label, names in (("sum of 15", list(scaled)), ("without glass", without_glass)):
+        original, here = sum(scaled[name] for name in names), sum(ours[name] for name in names)
+        print(f"| {label} | {original:.0f} | {here:.1f} | {original / here:.1f} |")
 
 
 if __name__ == "__main__":

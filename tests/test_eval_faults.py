@@ -94,16 +94,11 @@ def test_R6_one_bad_checkpoint_of_three_costs_its_own_row(main, bad, run, tmp_pa
     torch.save(state, tmp_path / "b" / "checkpoint.pt")
     if bad == "damaged":
         (tmp_path / "b" / "checkpoint.pt").write_bytes((run / "checkpoint.pt").read_bytes()[:-1000])
-    paths, what = (
-        [str(tmp_path / name / "checkpoint.pt") for name in ("run", "b", "c")],
-        ["--tasks", "knn"] if main is eval_probe.main else ["--suite", "augmentations", "--passes", "1"],
-    )
+    paths = [str(tmp_path / name / "checkpoint.pt") for name in ("run", "b", "c")]
+    what = ["--tasks", "knn"] if main is eval_probe.main else ["--suite", "augmentations", "--passes", "1"]
     line, out = ends(1, main, [*paths, *what, *QUICK], capsys)
-    assert (
-        ("damaged" if bad == "damaged" else "gone") in line
-        and len(out.splitlines()) == 2
-        and out.splitlines()[1].split()[:2] == ["run", "2"]
-    )
+    assert ("damaged" if bad == "damaged" else "gone") in line and len(out.splitlines()) == 2
+    assert out.splitlines()[1].split()[:2] == ["run", "2"]
     assert len(records(run)) == len(records(tmp_path / "c")) == 1 and not records(tmp_path / "b")
     line, out = ends(2, main, [paths[1], *what, *QUICK], capsys)  # where it is the only one it is a mistake of the call
     assert not out
@@ -165,13 +160,41 @@ def on_ranks_but_one(tmp_path, fn, *args):
     return code, os.waitstatus_to_exitcode(os.waitpid(children[1], 0)[1])
 
 
+@pytest.mark.parametrize("main", [eval_probe.main, eval_robustness.main], ids=["R6 eval_probe", "R6 eval_robustness"])
+@pytest.mark.parametrize("bad", ["R6 damaged", "R6 data that are gone"])
+def test_R6_a_bad_checkpoint_is_found_before_anything_is_computed(main, bad, run, tmp_path, capsys, monkeypatch):
+    shutil.copytree(run, tmp_path / "last")
+    path = tmp_path / "last" / "checkpoint.pt"
+    if "damaged" in bad:
+        path.write_bytes(path.read_bytes()[:-1000])
+    else:
+        state = torch.load(path, weights_only=True)
+        state["args"]["data_dir"] = str(tmp_path / "gone")
+        torch.save(state, path)
+    features, errors = common.features, []
+
+    def first_features(*args, **how):
+        errors.append("error:" in capsys.readouterr().err)
+        return features(*args, **how)
+
+    monkeypatch.setattr(common, "features", first_features)
+    what = ["--tasks", "knn"] if main is eval_probe.main else ["--suite", "augmentations", "--passes", "1"]
+    with pytest.raises(SystemExit):
+        main([str(run / "checkpoint.pt"), str(path), *what, *QUICK])
+    assert errors[0] and len(records(run)) == 1
+
+
+@pytest.mark.parametrize("part", [["inv"], ["all", "inv"], ["all", "equi"], ["inv", "equi"]], ids=" ".join)
+@pytest.mark.parametrize("main", [eval_probe.main, eval_robustness.main], ids=["C9 eval_probe", "C9 eval_robustness"])
+def test_C9_parts_of_encoders_that_do_not_split_are_one_line(main, part, run, capsys, monkeypatch):
+    monkeypatch.setattr(common, "features", lambda *a, **k: pytest.fail("something was computed"))
+    expect_mistake(capsys, main, [str(run / "checkpoint.pt"), "--part", *part, *QUICK], f"--part {' '.join(part)}")
+
+
 def test_R6_a_mean_over_fewer_says_so():
     rows = [("a", dict(knn=1.0, mlp=1.0)), ("a", dict(knn=2.0))]
-    assert (
-        "1.50 ± 0.71" in eval_probe.table(rows)
-        and "1.00 (1 of 2)" in eval_probe.table(rows)
-        and json.loads(eval_probe.table(rows, "json"))["a"]["mlp"]["n"] == 1
-    )
+    assert "1.50 ± 0.71" in eval_probe.table(rows) and "1.00 (1 of 2)" in eval_probe.table(rows)
+    assert json.loads(eval_probe.table(rows, "json"))["a"]["mlp"]["n"] == 1
 
 
 def test_R6_a_suite_that_fails_leaves_the_others(run, capsys, monkeypatch):
@@ -231,9 +254,8 @@ def test_R6_a_signal_inside_a_suite_prints_what_it_has_counted(number, run, caps
         capsys,
     )
     assert number.name in line and [r["protocol"]["suite"] for r in records(run)] == ["augmentations"]
-    assert (
-        "CJ+Ro" in out and "defocus_blur" in out and "clean" in out and "fog" not in out
-    )  # what was not shown is not in the table
+    assert "CJ+Ro" in out and "defocus_blur" in out and "clean" in out
+    assert "fog" not in out  # no image of it was shown
 
 
 def test_R6_a_signal_that_nohup_has_switched_off_stays_off(run, monkeypatch):
@@ -251,7 +273,8 @@ def test_R6_a_signal_that_nohup_has_switched_off_stays_off(run, monkeypatch):
     "error, words",
     [
         (MemoryError(), "out of memory"),
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"), "out of memory"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"), "out of memory on the GPU"),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"), "out of memory on the GPU"),
         (
             RuntimeError(
                 "[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you tried to "
@@ -260,7 +283,7 @@ def test_R6_a_signal_that_nohup_has_switched_off_stays_off(run, monkeypatch):
             "out of memory",
         ),
     ],
-    ids=["S13 MemoryError", "S13 GPU", "S13 CPU"],
+    ids=["S13 MemoryError", "S13 GPU", "S13 MPS", "S13 CPU"],
 )
 @pytest.mark.parametrize("main", [eval_probe.main, eval_robustness.main])
 def test_S13_out_of_memory_is_one_line_that_says_what_to_lower(error, words, main, run, capsys, monkeypatch):
@@ -275,7 +298,8 @@ def test_S13_out_of_memory_is_one_line_that_says_what_to_lower(error, words, mai
         ],
         capsys,
     )
-    assert words in line and "--workers" in line and "--device" in line and "--batch-size" not in line
+    assert words in line and "--device" in line and "--batch-size" not in line
+    assert ("--workers" in line) == ("GPU" not in words)
 
 
 @pytest.mark.parametrize("sink", ["R7 a full disk", "R7 a reader that left"])
@@ -302,9 +326,8 @@ def test_V7_a_table_on_an_ascii_terminal_and_json_without_nan(run, capsys, monke
     shutil.copytree(run, run.with_name("other"))
     eval_probe.main([str(p / "checkpoint.pt") for p in (run, run.with_name("other"))] + ["--tasks", "knn", *QUICK])
     line = (run / "eval.jsonl").read_text()
-    assert (
-        json.loads(line, parse_constant=lambda token: pytest.fail(token))["results"] == {"knn": None} and line.isascii()
-    )
+    record = json.loads(line, parse_constant=lambda token: pytest.fail(token))
+    assert record["results"] == {"knn": None} and line.isascii()
 
 
 def test_F10_a_record_begins_on_a_line_of_its_own(run):
@@ -336,21 +359,15 @@ def test_F13_features_that_cannot_be_kept_cost_one_line(error, run, tmp_path, ca
         [str(run / "checkpoint.pt"), "--tasks", "knn", "linear", "--cache-dir", str(tmp_path / "cache"), *QUICK]
     )
     out, err = capsys.readouterr()
-    assert (
-        {"knn", "linear"} == set(results[0][1])
-        and "knn" in out
-        and "--cache-dir" in err
-        and not list((tmp_path / "cache").iterdir())
-    )
+    assert {"knn", "linear"} == set(results[0][1]) and "knn" in out and "--cache-dir" in err
+    assert not list((tmp_path / "cache").iterdir())
 
 
 def test_F14_evaluations_at_once_share_no_temporary_name(run, tmp_path, monkeypatch):
     """While one keeps its features another comes from beginning to end."""
-    argv, replace, again = (
-        [str(run / "checkpoint.pt"), "--tasks", "knn", "--cache-dir", str(tmp_path / "cache"), *QUICK],
-        os.replace,
-        [1],
-    )
+    argv = [str(run / "checkpoint.pt"), "--tasks", "knn", "--cache-dir", str(tmp_path / "cache"), *QUICK]
+    replace = os.replace
+    again = [1]
 
     def late(source, target):
         if again and "features-" in str(target):
@@ -400,11 +417,9 @@ def test_R3_a_checkpoint_is_read_once_and_named_by_what_was_read(run, tmp_path, 
 
 
 def test_R3_kept_features_of_another_length_or_another_version_are_not_taken(run, tmp_path, monkeypatch):
-    argv, encoded, features = (
-        [str(run / "checkpoint.pt"), "--tasks", "knn", "--cache-dir", str(tmp_path / "cache"), *QUICK],
-        [],
-        common.features,
-    )
+    argv = [str(run / "checkpoint.pt"), "--tasks", "knn", "--cache-dir", str(tmp_path / "cache"), *QUICK]
+    encoded = []
+    features = common.features
     monkeypatch.setattr(common, "features", lambda *a, **k: (encoded.append(1), features(*a, **k))[1])
     first = eval_probe.main(argv)
     for path in (tmp_path / "cache").iterdir():
@@ -430,11 +445,7 @@ def test_F3_probes_refuse_images_that_the_checkpoint_has_not_seen(change, words,
             "--data-dir",
             str(root),
             *tiny[tiny.index("--data-dir") + 2 :],
-            "--epochs",
-            "0",
-            "--equi",
-            "none",
-            "--out",
+            *"--epochs 0 --equi none --out".split(),
             str(tmp_path / "run"),
         ]
     )
@@ -490,10 +501,8 @@ def test_R11_weights_for_timm_are_checked_as_ours_are(how, resnet, folder, tmp_p
     from safetensors.torch import save_file
 
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
-    file, nan = (
-        tmp_path / ("w.safetensors" if "safetensors" in how else "w.pt"),
-        resnet | {"fc.weight": torch.ones(1), "conv1.weight": torch.full_like(resnet["conv1.weight"], math.nan)},
-    )
+    file = tmp_path / ("w.safetensors" if "safetensors" in how else "w.pt")
+    nan = resnet | {"fc.weight": torch.ones(1), "conv1.weight": torch.full_like(resnet["conv1.weight"], math.nan)}
     if "NaN" in how:
         save_file(nan, file) if "safetensors" in how else torch.save(nan, file)
     elif "safetensors" in how:
@@ -522,9 +531,8 @@ def test_R11_weights_for_timm_are_checked_as_ours_are(how, resnet, folder, tmp_p
     with pytest.raises(SystemExit):
         eval_probe.main(argv)
     err = capsys.readouterr().err
-    assert (
-        "weights_only" not in err and "unsafe" not in err and "trust" not in err and not (tmp_path / "marker").exists()
-    )
+    assert not any(word in err for word in ("weights_only", "unsafe", "trust"))
+    assert not (tmp_path / "marker").exists()
 
 
 def test_R11_notes_in_a_file_for_timm_name_no_other_file(run, tmp_path, capsys):
@@ -557,10 +565,10 @@ def test_checkpoints_come_first(run, capsys):
     "where", ["checkpoint", "timm file", "--data-dir", "--cache-dir", "--suite-dir", "--frost-dir", "--save-images"]
 )
 def test_C22_a_name_of_256_characters_is_one_line(where, run, capsys):
-    long, first, main = (
-        "x" * 256,
-        str(run / "checkpoint.pt"),
-        eval_probe.main if where in ("checkpoint", "timm file", "--data-dir", "--cache-dir") else eval_robustness.main,
+    long = "x" * 256
+    first = str(run / "checkpoint.pt")
+    main = (
+        eval_probe.main if where in ("checkpoint", "timm file", "--data-dir", "--cache-dir") else eval_robustness.main
     )
     argv = {"checkpoint": [f"{long}/checkpoint.pt"], "timm file": [f"timm:resnet18@{long}", "--data", "blocks"]}.get(
         where, [first, where, long, *(["--suite", "shifts"] if where == "--suite-dir" else [])]
@@ -621,20 +629,8 @@ def test_V4_an_evaluation_touches_nothing_and_repeats_to_the_bits(run, capsys):
     before, path = (run / "checkpoint.pt").read_bytes(), str(run / "checkpoint.pt")
     argv = [
         path,
-        "--tasks",
-        "knn",
-        "linear",
-        "r2",
-        "--augment",
-        "--r2-targets",
-        "crop",
-        "--r2-epochs",
-        "1",
-        "--linear-epochs",
-        "2",
-        "--device",
-        "cpu",
-        "--workers",
+        *"--tasks knn linear r2 --augment --r2-targets crop --r2-epochs 1 --linear-epochs 2".split(),
+        *"--device cpu --workers".split(),
     ]
     assert eval_probe.main([*argv, "0"]) == eval_probe.main([*argv, "0"]) == eval_probe.main([*argv, "2"])
     assert (run / "checkpoint.pt").read_bytes() == before
@@ -683,11 +679,9 @@ class WhoAreYou:
 
 
 def test_F9_workers_start_once_and_serve_every_pass(folder, monkeypatch):
-    data, started, start = (
-        common.load_data("imagefolder", str(folder), "train", 16),
-        [],
-        torch.utils.data.dataloader._MultiProcessingDataLoaderIter.__init__,
-    )
+    data = common.load_data("imagefolder", str(folder), "train", 16)
+    started = []
+    start = torch.utils.data.dataloader._MultiProcessingDataLoaderIter.__init__
     monkeypatch.setattr(
         torch.utils.data.dataloader._MultiProcessingDataLoaderIter,
         "__init__",
@@ -836,9 +830,8 @@ def test_F6_clean_is_what_the_linear_probe_says(run):
     tables = eval_robustness.main(
         [path, "--suite", "corruptions", "augmentations", "--types", "fog", "--passes", "1", *QUICK]
     )
-    assert (
-        tables["corruptions"][0][1]["clean"] == tables["augmentations"][0][1]["Orig"] == pytest.approx(linear, abs=1e-4)
-    )
+    (_, corrupted), (_, augmented) = tables["corruptions"][0], tables["augmentations"][0]
+    assert corrupted["clean"] == augmented["Orig"] == pytest.approx(linear, abs=1e-4)
 
 
 @pytest.mark.parametrize("how", ["V5 absent", "V5 a file for a folder", "V5 severity 6"])
@@ -873,11 +866,7 @@ def test_F6_two_sizes_in_one_call(run, tiny, tmp_path):
             "--img-size",
             "24",
             *tiny[i + 2 :],
-            "--epochs",
-            "0",
-            "--equi",
-            "none",
-            "--out",
+            *"--epochs 0 --equi none --out".split(),
             str(tmp_path / "larger"),
         ]
     )
@@ -885,3 +874,43 @@ def test_F6_two_sizes_in_one_call(run, tiny, tmp_path):
     linear = [values["linear"] for _, values in eval_probe.main([*paths, "--tasks", "linear", *QUICK])]
     tables = eval_robustness.main([*paths, "--suite", "augmentations", "--passes", "1", *QUICK])
     assert [values["Orig"] for _, values in tables["augmentations"]] == pytest.approx(linear, abs=1e-4)
+
+
+# ---- the figure -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "how, word",
+    [
+        ("V8 no matplotlib", "matplotlib"),
+        ("V8 another ending", ".png"),
+        ("V8 no such directory", "No such file"),
+        ("V8 a directory", "Is a directory"),
+        ("C22 256 characters", "too long"),
+    ],
+)
+@pytest.mark.parametrize("main", [eval_probe.main, eval_robustness.main], ids=["eval_probe", "eval_robustness"])
+def test_V8_a_figure_that_cannot_be_drawn_is_one_line_before_anything_is_computed(
+    main, how, word, run, tmp_path, capsys, monkeypatch
+):
+    if "matplotlib" in how:
+        for name in ("matplotlib", "matplotlib.figure"):
+            monkeypatch.setitem(sys.modules, name, None)
+    else:
+        monkeypatch.setattr(eval_probe, "figure_class", lambda: None)
+    monkeypatch.setattr(eval_probe, "load", lambda path: pytest.fail("a checkpoint was read"))
+    (tmp_path / "folder.png").mkdir()
+    names = {
+        "V8 another ending": "figure.txt",
+        "V8 no such directory": "gone/figure.png",
+        "V8 a directory": "folder.png",
+        "C22 256 characters": "x" * 256 + ".png",
+    }
+    expect_mistake(
+        capsys,
+        main,
+        [str(run / "checkpoint.pt"), "--plot", str(tmp_path / names.get(how, "figure.png"))],
+        "--plot",
+        word,
+    )
+    assert not (tmp_path / "figure.png").exists()

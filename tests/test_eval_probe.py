@@ -8,7 +8,9 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from test_distributed import on_ranks
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import clever
 import common
@@ -16,7 +18,13 @@ import eval_probe
 import recon_xattn
 import ser
 
-g = common.rng("eval")
+g = torch.Generator()
+
+
+@pytest.fixture(autouse=True)
+def begin_anew():
+    """Every test draws the same numbers, whichever tests ran before it."""
+    g.manual_seed(common.number_of("eval"))
 
 
 def clusters(n, classes=4, d=8, noise=0.1):
@@ -33,19 +41,12 @@ class Maps(torch.nn.Module):
     """An encoder without weights: `see(x)` (n, h, w, C) is its only map, the mean colours of 8 x 8 cells its
     representation."""
 
-    feature = "mean colours"
+    feature, img_size, dim, depth, inv = "mean colours", 16, 192, 1, None
+    mean = std = (0.5, 0.5, 0.5)
 
     def __init__(self, see):
         super().__init__()
-        self.see, self.img_size, self.mean, self.std, self.dim, self.inv, self.depth = (
-            see,
-            16,
-            (0.5,) * 3,
-            (0.5,) * 3,
-            192,
-            None,
-            1,
-        )
+        self.see = see
 
     def forward(self, x):
         return F.adaptive_avg_pool2d(x, 8).flatten(1)
@@ -137,10 +138,8 @@ def test_dimensions_that_do_not_vary_are_left_out():
     x = torch.cat([torch.full((100, 1), 0.1), torch.zeros(100, 1), torch.randn(100, 2, generator=g) * 1e-4 + 5], 1)
     first = eval_probe.Standardise(x, slice(None))
     assert torch.equal(first(x + torch.tensor([1.0, 1.0, 0.0, 0.0]))[:, :2], torch.zeros(100, 2))
-    assert (
-        torch.allclose(first(x)[:, 2:].std(0, correction=0), torch.ones(2), atol=1e-3)
-        and first(x)[:, 2:].mean(0).abs().max() < 1e-2
-    )
+    assert torch.allclose(first(x)[:, 2:].std(0, correction=0), torch.ones(2), atol=1e-3)
+    assert first(x)[:, 2:].mean(0).abs().max() < 1e-2
     pairs = torch.stack(
         [x, x + torch.tensor([0.0, 0.0, 1.0, 1.0])], 1
     )  # both views together: what differs between them stays
@@ -166,10 +165,8 @@ def test_equivariance_of_maps_that_turn_with_the_image():
     values, _ = eval_probe.equivariance(smooth)
     assert values["equi scale centred"] > 0.95 > values["equi scale shuffled"] + 0.1
     constant, _ = eval_probe.equivariance(case_of(Maps(lambda x: torch.ones(len(x), 4, 4, 8))))
-    assert (
-        constant["equi rotation"] == constant["equi rotation shuffled"] == pytest.approx(1)
-        and constant["equi rotation centred"] == 0
-    )  # what the control is for
+    assert constant["equi rotation"] == constant["equi rotation shuffled"] == pytest.approx(1)
+    assert constant["equi rotation centred"] == 0  # what the control is for
     noise, _ = eval_probe.equivariance(case_of(Maps(lambda x: torch.randn(len(x), 4, 4, 64, generator=g))))
     assert abs(noise["equi rotation"]) < 0.02 and abs(noise["equi flip centred"]) < 0.02
     fixed = torch.randn(4, 4, 64, generator=g)
@@ -231,11 +228,8 @@ def posed(m, sessions):
 def test_latents_are_read_where_they_are_held_and_not_in_noise():
     (train, x), (test, x_test) = posed(16, (0, 1)), posed(8, (2, 5, 9))
     values, details = eval_probe.latents(train, test, x, x_test, eval_probe.Args())
-    assert (
-        all(values[f"{k}{s}"] > 99 for k in ("object", "session") for s in ("", " lstsq"))
-        and values["view err"] < 2
-        and values["view err lstsq"] < 1e-6
-    )
+    assert all(values[f"{k}{s}"] > 99 for k in ("object", "session") for s in ("", " lstsq"))
+    assert values["view err"] < 2 and values["view err lstsq"] < 1e-6
     assert details["rmse"]["azimuth"] < 20
     blind, _ = eval_probe.latents(
         train, test, torch.randn(x.shape, generator=g), torch.randn(x_test.shape, generator=g), eval_probe.Args()
@@ -265,12 +259,8 @@ def test_the_linear_schedule_is_the_paper_s(monkeypatch):
     x = torch.randn(1024, 3, generator=g) / 3**0.5
     W = torch.randn(3, 3, generator=g)
     out = eval_probe.linear_schedule(x, x @ W + 4, common.rng(0))(x)
-    assert (
-        rates[:40] == [1] * 40
-        and rates[79] == pytest.approx(0.3)
-        and rates[-1] == pytest.approx(1.968e-5, rel=1e-3)
-        and len(rates) == 400
-    )
+    assert rates[:40] == [1] * 40 and rates[79] == pytest.approx(0.3)
+    assert rates[-1] == pytest.approx(1.968e-5, rel=1e-3) and len(rates) == 400
     assert torch.allclose(out, x @ W + 4, atol=1e-2)
 
 
@@ -334,9 +324,8 @@ def test_augmented_probes_see_other_views_each_epoch_and_all_learn_from_one_pass
     monkeypatch.setattr(common, "features", lambda *a, **k: (passes.append(k.get("name")), features(*a, **k))[1])
     values = eval_probe.linear(case)[0] | eval_probe.fewshot(case)[0]
     assert {"linear", "fewshot 1%", "fewshot 10%"} == set(values)
-    assert (
-        passes.count("augmented") == 10 and len(passes) == 12
-    )  # 10 epochs for all three probes; train and test images once
+    assert passes.count("augmented") == 10  # epochs, for all three probes
+    assert len(passes) == 12  # train and test images once
     a, b = case.augmented(0), case.augmented(1)
     assert torch.equal(a, case.augmented(0)) and not torch.equal(a, b)
 
@@ -371,30 +360,10 @@ def test_protocols_set_flags_that_help_shows(protocol, expected, capsys):
 def test_the_clever_protocol_depends_on_the_base(tmp_path, folder, monkeypatch):
     """DDCL's code has another rate than CLeVER's; flags given by hand win for both."""
     shared = [
-        "--data",
-        "imagefolder",
-        "--data-dir",
+        *"--data imagefolder --data-dir".split(),
         str(folder),
-        "--recipe",
-        "cifar10",
-        "--arch",
-        "resnet_pico",
-        "--img-size",
-        "16",
-        "--epochs",
-        "0",
-        "--warmup-epochs",
-        "0",
-        "--batch-size",
-        "12",
-        "--workers",
-        "0",
-        "--device",
-        "cpu",
-        "--head-dim",
-        "8",
-        "--head-dim-equi",
-        "8",
+        *"--recipe cifar10 --arch resnet_pico --img-size 16 --epochs 0 --warmup-epochs 0".split(),
+        *"--batch-size 12 --workers 0 --device cpu --head-dim 8 --head-dim-equi 8".split(),
     ]
     paths = [str(tmp_path / base / "checkpoint.pt") for base in ("dino", "simsiam")]
     clever.main([*shared, "--base", "dino", "--local-size", "8", "--out", str(tmp_path / "dino")])
@@ -415,7 +384,9 @@ def test_the_clever_protocol_depends_on_the_base(tmp_path, folder, monkeypatch):
 def test_cached_features_are_used_and_belong_to_their_checkpoint_and_data(tiny, folder, tmp_path, monkeypatch):
     for seed in "01":
         ser.main([*tiny, "--epochs", "0", "--seed", seed, "--out", str(tmp_path / f"run-s{seed}")])
-    paths, encoded, features = [str(tmp_path / f"run-s{s}" / "checkpoint.pt") for s in "01"], [], common.features
+    paths = [str(tmp_path / f"run-s{s}" / "checkpoint.pt") for s in "01"]
+    encoded = []
+    features = common.features
     monkeypatch.setattr(common, "features", lambda *a, **k: (encoded.append(1), features(*a, **k))[1])
     run = lambda *argv: eval_probe.main(
         [*argv, "--cache-dir", str(tmp_path / "cache"), "--tasks", "knn", "--device", "cpu"]
@@ -440,11 +411,8 @@ def test_formats_of_the_table():
         "| b| | 1 | 10.00 | - |",
     ]
     rows = list(csv.reader(eval_probe.table(results, "csv").splitlines()))
-    assert (
-        rows[0] == ["", "n", "knn", "knn std", "r2 flip", "r2 flip std"]
-        and rows[2] == ["b|", "1", "10.0", "", "", ""]
-        and float(rows[1][3]) == pytest.approx(2**0.5)
-    )
+    assert rows[0] == ["", "n", "knn", "knn std", "r2 flip", "r2 flip std"]
+    assert rows[2] == ["b|", "1", "10.0", "", "", ""] and float(rows[1][3]) == pytest.approx(2**0.5)
     assert json.loads(eval_probe.table(results, "json"))["a"]["r2 flip"]["mean"] == pytest.approx(0.6)
 
 
@@ -457,18 +425,9 @@ def test_a_model_of_timm_in_the_same_table(tiny, folder, tmp_path, capsys):
     run = [
         str(tmp_path / "run" / "checkpoint.pt"),
         baseline,
-        "--data",
-        "imagefolder",
-        "--data-dir",
+        *"--data imagefolder --data-dir".split(),
         str(folder),
-        "--tasks",
-        "knn",
-        "linear",
-        "equivariance",
-        "--linear-epochs",
-        "2",
-        "--device",
-        "cpu",
+        *"--tasks knn linear equivariance --linear-epochs 2 --device cpu".split(),
     ]
     ours, theirs = eval_probe.main(run)
     assert theirs[0] == "timm:vit_small_patch16_224@backbone.safetensors" and theirs[1] == pytest.approx(
@@ -502,24 +461,8 @@ def probed(checkpoint):
     return eval_probe.main(
         [
             checkpoint,
-            "--tasks",
-            "knn",
-            "linear",
-            "fewshot",
-            "r2",
-            "layers",
-            "equivariance",
-            "rotation",
-            "--r2-targets",
-            "flip",
-            "--r2-epochs",
-            "1",
-            "--linear-epochs",
-            "2",
-            "--device",
-            "cpu",
-            "--workers",
-            "0",
+            *"--tasks knn linear fewshot r2 layers equivariance rotation --r2-targets flip".split(),
+            *"--r2-epochs 1 --linear-epochs 2 --device cpu --workers 0".split(),
         ]
     )
 
@@ -533,18 +476,7 @@ def test_2_processes_print_what_one_prints(tiny, tmp_path):
 
 
 def tuned(checkpoint):
-    quick = [
-        "--linear-epochs",
-        "2",
-        "--finetune-epochs",
-        "2",
-        "--finetune-lr",
-        "0.1",
-        "--device",
-        "cpu",
-        "--workers",
-        "0",
-    ]
+    quick = "--linear-epochs 2 --finetune-epochs 2 --finetune-lr 0.1 --device cpu --workers 0".split()
     return eval_probe.main([checkpoint, "--tasks", "linear", "finetune", "--augment", *quick]) + eval_probe.main(
         [checkpoint, "--tasks", "linear", "fewshot", "--linear", "lbfgs", *quick]
     )
@@ -619,6 +551,33 @@ def test_the_rate_is_chosen_on_the_held_out_part():
     x, y = clusters(200, noise=0.5)
     for lrs in ((1e-9, 0.3), (0.3, 1e-9)):
         assert eval_probe.linear_probe(x, y, x, 4, lrs, 5, common.rng(0))[1] == 0.3
+
+
+class Copies(TorchDispatchMode):
+    """Counts the copies of CPU tensors to another device, and the numbers read from it."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._to_copy.default:
+            self.count += args[0].device.type == "cpu" and torch.device(kwargs.get("device", "cpu")).type != "cpu"
+        self.count += func is torch.ops.aten._local_scalar_dense.default and args[0].device.type != "cpu"
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_device_is_asked_once_an_epoch_and_not_once_a_batch():
+    device = torch.device("meta")
+    x, labels = torch.empty(100, 8, device=device), torch.empty(100, dtype=torch.int64, device=device)
+    rows = torch.arange(100)
+    head = eval_probe.LinearProbe(8, 4, rows, rows[:1], (0.1, 1.0), 2, common.rng(0), device, batch_size=10)
+    with Copies() as epoch:
+        head.epoch(x, labels)
+    model = torch.nn.Linear(8, 3, device=device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with Copies() as fitting:
+        target = torch.empty(100, 3, device=device)
+        eval_probe.fit(model, lambda epoch: (x, target), 2, optimizer, common.rng(0), batch_size=10)
+    assert epoch.count <= 1 and fitting.count <= 2
 
 
 # ---- R^2 ------------------------------------------------------------------------------------------
@@ -748,9 +707,8 @@ def test_r2_of_poses_is_learnt_from_features_that_hold_them(target, enough, noth
     probe = lambda columns: r2(
         eval_probe.pairs_of_poses, target, Flat(), sets["train"], sets["test"], columns, r2_epochs=30
     )
-    assert (
-        probe(slice(None)) > enough and probe(slice(6)) > enough
-    )  # of 12 features the first 6 hold it all, the others are 0
+    # Of 12 features the first 6 hold it all, the others are 0.
+    assert probe(slice(None)) > enough and probe(slice(6)) > enough
     assert probe(slice(6, None)) < nothing  # what a constant scores, and a little
 
 
@@ -808,34 +766,18 @@ def test_parts_are_slices_of_the_last_block(folder, tmp_path, capsys, monkeypatc
     """Of four blocks of a ViT side by side the equivariant part is the last dimensions of the last, the invariant
     part all others; of a single representation its own two parts. Seen in the widths that the probes are given."""
     shared = [
-        "--data",
-        "imagefolder",
-        "--data-dir",
+        *"--data imagefolder --data-dir".split(),
         str(folder),
-        "--recipe",
-        "cifar10",
-        "--arch",
-        "vit_pico",
-        "--img-size",
-        "16",
-        "--patch-size",
-        "4",
-        "--epochs",
-        "0",
-        "--warmup-epochs",
-        "0",
-        "--batch-size",
-        "12",
-        "--workers",
-        "0",
-        "--device",
-        "cpu",
+        *"--recipe cifar10 --arch vit_pico --img-size 16 --patch-size 4 --epochs 0".split(),
+        *"--warmup-epochs 0 --batch-size 12 --workers 0 --device cpu".split(),
     ]
     clever.main(
         [*shared, "--local-size", "8", "--head-dim", "8", "--head-dim-equi", "8", "--out", str(tmp_path / "clever")]
     )
     recon_xattn.main([*shared, "--neck", "16", "--embed-dim", "8", "--out", str(tmp_path / "recon")])
-    seen, linear, standardise = [], eval_probe.LinearProbe.__init__, eval_probe.Standardise.__init__
+    seen = []
+    linear = eval_probe.LinearProbe.__init__
+    standardise = eval_probe.Standardise.__init__
     monkeypatch.setattr(
         eval_probe.LinearProbe, "__init__", lambda self, dim, *a: (seen.append(dim), linear(self, dim, *a))[1]
     )
@@ -847,46 +789,15 @@ def test_parts_are_slices_of_the_last_block(folder, tmp_path, capsys, monkeypatc
     paths = [str(tmp_path / name / "checkpoint.pt") for name in ("clever", "recon")]
     run = [
         *paths,
-        "--tasks",
-        "knn",
-        "linear",
-        "mlp",
-        "fewshot",
-        "r2",
-        "--mlp-epochs",
-        "1",
-        "--part",
-        "all",
-        "inv",
-        "equi",
-        "--known-fraction",
-        "0.5",
-        "--linear-epochs",
-        "1",
-        "--r2-epochs",
-        "1",
-        "--r2-targets",
-        "flip",
-        "--device",
-        "cpu",
+        *"--tasks knn linear mlp fewshot r2 --mlp-epochs 1 --part all inv equi".split(),
+        *"--known-fraction 0.5 --linear-epochs 1 --r2-epochs 1 --r2-targets flip --device cpu".split(),
     ]
     results = dict(eval_probe.main(run))
-    assert seen == [
-        *[512, 512 - 26, 26] * 4,
-        128,
-        102,
-        26,
-        *[16, 8, 8] * 5,
-    ]  # linear, twice fewshot, mlp; r2: 128 dimensions: 102 + 26
-    assert (
-        {
-            f"{k}{p}"
-            for k in ("knn", "linear", "mlp", "fewshot 1%", "fewshot 10%", "r2 flip")
-            for p in ("", " (inv)", " (equi)")
-        }
-        <= set(results["clever"])
-        == set(results["recon"])
-    )
+    # Linear, twice fewshot, mlp: four blocks of 128; r2: one of 128 = 102 + 26.
+    assert seen == [*[512, 512 - 26, 26] * 4, 128, 102, 26, *[16, 8, 8] * 5]
+    metrics = "knn", "linear", "mlp", "fewshot 1%", "fewshot 10%", "r2 flip"
+    expected = {f"{metric}{part}" for metric in metrics for part in ("", " (inv)", " (equi)")}
+    assert expected <= set(results["clever"]) == set(results["recon"])
     record = records(tmp_path / "clever")[0]
     assert record["protocol"]["train_images"] == 12 and record["protocol"]["known_fraction"] == 0.5
     ser.main([*shared, "--equi", "none", "--out", str(tmp_path / "ser")])
@@ -905,38 +816,60 @@ def test_one_call_from_checkpoints_to_table(tiny, folder, tmp_path, capsys):
     results = eval_probe.main(
         [
             *map(str, paths),
-            "--tasks",
-            "knn",
-            "linear",
-            "r2",
-            "--linear-epochs",
-            "2",
-            "--r2-epochs",
-            "1",
-            "--r2-targets",
-            "flip",
-            "--device",
-            "cpu",
+            *"--tasks knn linear r2 --linear-epochs 2 --r2-epochs 1 --r2-targets flip --device cpu".split(),
         ]
     )
     table = capsys.readouterr().out.splitlines()
     assert [name for name, _ in results] == ["run", "run", "untrained"] and [p.read_bytes() for p in paths] == before
-    assert (
-        len(table) == 3
-        and table[1].split()[:2] == ["run", "2"]
-        and "±" in table[1]
-        and table[2].split()[:2] == ["untrained", "1"]
-    )
+    assert len(table) == 3 and table[1].split()[:2] == ["run", "2"] and "±" in table[1]
+    assert table[2].split()[:2] == ["untrained", "1"]
     assert all(0 <= v["knn"] <= 100 and 0 <= v["linear"] <= 100 for _, v in results)
     knn, linear, r2 = records(tmp_path / "run-s0")  # one a task
     assert knn["results"] | linear["results"] | r2["results"] == results[0][1]
-    assert (
-        knn["protocol"]["knn"]["k"] == 20
-        and "linear" not in knn["protocol"]
-        and set(r2["protocol"]["r2"]["both"]["flip"]) == {"flat", "uniform", "train"}
-    )
+    assert knn["protocol"]["knn"]["k"] == 20 and "linear" not in knn["protocol"]
+    assert set(r2["protocol"]["r2"]["both"]["flip"]) == {"flat", "uniform", "train"}
     again = eval_probe.main([str(paths[0]), "--tasks", "knn", "linear", "--linear-epochs", "2", "--device", "cpu"])
     assert again[0][1] == {
         k: v for k, v in results[0][1].items() if not k.startswith("r2")
     }  # a second run: the same numbers
     assert len(records(tmp_path / "run-s0")) == 5
+
+
+# ---- the figure -------------------------------------------------------------------------------------
+
+FOUND = [
+    ("run", {"knn": 50.0, "r2 flip": 0.5, "rotation @1": 60.0, "rotation @3": 80.0}),
+    ("run", {"knn": 52.0, "r2 flip": 0.7, "rotation @1": 62.0, "rotation @3": 90.0}),
+    ("_other_$run", {"knn": 40.0, "rotation @1": 30.0, "rotation @3": math.nan}),
+]
+
+
+def test_a_panel_a_metric_and_a_line_where_there_are_several_blocks():
+    knn, r2_flip, turns = eval_probe.make_panels(FOUND)
+    assert [p.title for p in (knn, r2_flip, turns)] == ["knn", "r2 flip", "rotation"]
+    assert [p.over for p in (knn, r2_flip, turns)] == ["", "", "block"]
+    assert knn.unit == turns.unit == "accuracy (%)" and r2_flip.unit == "R²"
+    assert knn.rows == {"run (n = 2)": [(0, 51, pytest.approx(2**0.5))], "_other_$run": [(0, 40, None)]}
+    assert list(r2_flip.rows) == ["run (n = 2)"]
+    assert [at for at, *_ in turns.rows["run (n = 2)"]] == [1, 3] and len(turns.rows["_other_$run"]) == 1
+
+
+def test_a_figure_is_a_file_of_plausible_size(tmp_path):
+    pytest.importorskip("matplotlib")
+    many = [(f"a run with a rather long name {i}", {f"metric {k}": float(i) for k in range(5)}) for i in range(12)]
+    for name, results in (("few", FOUND), ("many", many), ("one", FOUND[:1])):
+        eval_probe.draw(str(tmp_path / f"{name}.png"), eval_probe.make_panels(results), "Probes of planted records")
+        with Image.open(tmp_path / f"{name}.png") as picture:
+            assert 600 < picture.width < 4000 and 200 < picture.height < 4000
+            assert len(picture.convert("RGB").getcolors(2**24)) > 50
+    few = eval_probe.make_panels(FOUND)
+    eval_probe.draw(str(tmp_path / "few.svg"), few, "Probes")
+    assert "R²" in (tmp_path / "few.svg").read_text() or (tmp_path / "few.svg").stat().st_size > 10_000
+
+
+def test_a_call_draws_its_table(tiny, tmp_path):
+    pytest.importorskip("matplotlib")
+    ser.main([*tiny, "--epochs", "0", "--equi", "none", "--out", str(tmp_path / "run")])
+    path = str(tmp_path / "run" / "checkpoint.pt")
+    eval_probe.main([path, "--tasks", "knn", "--device", "cpu", "--plot", str(tmp_path / "knn.png")])
+    assert Image.open(tmp_path / "knn.png").width > 300

@@ -14,6 +14,7 @@ import torchvision.transforms.functional as TF
 from PIL import Image
 from test_cli import expect_mistake
 from test_distributed import on_ranks
+from test_eval_probe import Copies
 
 import clever
 import common
@@ -25,6 +26,12 @@ photo = torch.randint(0, 256, (6, 3, 8, 8), dtype=torch.uint8, generator=g)
 photo = (
     torch.nn.functional.interpolate(photo.float(), (32, 32), mode="bicubic").clamp(0, 255).to(torch.uint8)
 )  # smooth enough
+
+
+@pytest.fixture(autouse=True)
+def begin_anew():
+    """Every test draws the same numbers, whichever tests ran before it."""
+    g.manual_seed(common.number_of("test"))
 
 
 def flat(*rgb, size=32, n=1):
@@ -223,15 +230,22 @@ def test_an_image_s_corruption_depends_on_its_seed_alone(name):
     assert torch.equal(together, other) != drawn
 
 
+def test_distances_to_an_edge_end_at_the_cap():
+    edges = torch.zeros(1, 1, 30, 30, dtype=torch.bool)
+    edges[..., 0, 0] = True
+    d = er.distance(edges)[0, 0]
+    assert d[0].tolist() == [min(k, 20) for k in range(30)]
+    assert d.diagonal().tolist() == pytest.approx([min(1.4 * k, 20) for k in range(30)])
+
+
 # ---- perturbations -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", er.PERTURBATIONS)
 def test_sequences(name):
     frames = er.perturb(photo[:3], name, torch.tensor([1, 2, 3]), 32)
-    assert (
-        frames.shape == (3, dict(motion_blur=21, translate=16).get(name, 31), 3, 32, 32) and frames.dtype == torch.uint8
-    )
+    n = dict(motion_blur=21, translate=16).get(name, 31)
+    assert frames.shape == (3, n, 3, 32, 32) and frames.dtype == torch.uint8
     assert torch.equal(frames[1:2], er.perturb(photo[1:2], name, torch.tensor([2]), 32))
     clean = dict(translate=7, rotate=15, scale=15, shear=15, brightness=15, zoom_blur=0).get(
         name, 0 if name.endswith("noise") else None
@@ -287,14 +301,10 @@ def test_flips_and_distances():
     one_hot = lambda *classes: torch.eye(10)[torch.tensor(classes)][None]
     counts = lambda scores, noise: dict(zip(("pairs", "flips", "distance"), er.count_changes(scores, noise).tolist()))
     alternating = one_hot(*[i % 2 for i in range(31)])
-    assert (
-        counts(alternating, False)["flips"] == 30 == counts(alternating, False)["pairs"]
-        and counts(alternating, True)["flips"] == 15
-    )
-    assert (
-        counts(one_hot(*[int(i >= 15) for i in range(31)]), False)["flips"] == 1
-        and counts(one_hot(*[3] * 31), True)["flips"] == 0
-    )
+    assert counts(alternating, False)["flips"] == 30 == counts(alternating, False)["pairs"]
+    assert counts(alternating, True)["flips"] == 15
+    assert counts(one_hot(*[int(i >= 15) for i in range(31)]), False)["flips"] == 1
+    assert counts(one_hot(*[3] * 31), True)["flips"] == 0
     assert er.mean_flip_rate(er.ALEXNET_FLIPS) == pytest.approx(100) and er.mean_flip_rate(
         dict.fromkeys(er.TEST_PERTURBATIONS, 0.05)
     ) == pytest.approx(49.564, abs=1e-3)
@@ -315,10 +325,37 @@ def test_flips_and_distances():
         distance(r1=5, r5=1),
         distance(r1=6, r6=1),
     ] == [0, 2, 1, 0, 8, 5]
-    assert (
-        distance(r1=2, r2=3, r3=4, r4=5, r5=6, r6=1) == 5
-        and distance(**{f"r{i}": (i + 4) % 10 + 1 for i in range(1, 11)}) == 15
-    )
+    assert distance(r1=2, r2=3, r3=4, r4=5, r5=6, r6=1) == 5
+    assert distance(**{f"r{i}": (i + 4) % 10 + 1 for i in range(1, 11)}) == 15
+
+
+def test_counts_ask_nothing_of_a_device(monkeypatch):
+    device = torch.device("meta")
+    scores, labels = torch.empty(6, 5, 10, device=device), torch.empty(6, dtype=torch.int64, device=device)
+    monkeypatch.setattr(torch, "tensor", lambda *a, **k: pytest.fail("a number is copied to the device"))
+    with Copies() as copies:
+        er.count_right("clean", scores[:, 0], labels)
+        er.count_changes(scores, True)
+    assert copies.count == 0
+
+
+def test_sequences_and_corruptions_come_in_larger_batches_on_a_gpu():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    how = dict(small=32, large=8, gpu=64)
+    assert [er.batch_of(size, device, **how) for size in (32, 224) for device in (cpu, gpu)] == [32, 64, 8, 64]
+
+
+def test_matrices_of_corruptions_are_multiplied_in_float32(checkpoints, monkeypatch):
+    """NVIDIA's containers switch TF32 on."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        seen = []
+        monkeypatch.setattr(er, "evaluate", lambda *a: seen.append(torch.get_float32_matmul_precision()))
+        er.main([checkpoints[0], *QUICK])
+        assert seen == ["highest"]
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 # ---- suites ------------------------------------------------------------------------------------
@@ -340,17 +377,7 @@ def checkpoints(tiny, tmp_path_factory):
                 *shared,
                 "--equi",
                 equi,
-                "--head-dim",
-                "16",
-                "--head-dim-equi",
-                "16",
-                "--local-size",
-                "8",
-                "--epochs",
-                "0",
-                "--warmup-epochs",
-                "0",
-                "--out",
+                *"--head-dim 16 --head-dim-equi 16 --local-size 8 --epochs 0 --warmup-epochs 0 --out".split(),
                 str(root / equi),
             ]
         )
@@ -364,19 +391,8 @@ def test_every_suite_prints_its_table_and_keeps_the_counts(checkpoints, tmp_path
     tables = er.main(
         [
             *checkpoints,
-            "--suite",
-            "corruptions",
-            "perturbations",
-            "augmentations",
-            "--part",
-            "all",
-            "inv",
-            "equi",
-            "--images-per-class",
-            "2",
-            "--passes",
-            "2",
-            "--save-images",
+            *"--suite corruptions perturbations augmentations --part all inv equi --images-per-class 2".split(),
+            *"--passes 2 --save-images".split(),
             str(tmp_path / "look"),
             *QUICK,
         ]
@@ -394,26 +410,16 @@ def test_every_suite_prints_its_table_and_keeps_the_counts(checkpoints, tmp_path
     record = json.loads(Path(checkpoints[0]).with_name("eval.jsonl").read_text().splitlines()[-3])
     details, values = record["protocol"]["details"][""], record["results"]["all"]
     fog = [details["right"][f"fog {s}"][0] for s in range(1, 6)]
-    assert (
-        record["protocol"]["suite"] == "corruptions"
-        and details["images"] == 4
-        and values["fog"] == pytest.approx(100 * sum(fog) / 20)
-    )
+    assert record["protocol"]["suite"] == "corruptions" and details["images"] == 4
+    assert values["fog"] == pytest.approx(100 * sum(fog) / 20)
 
 
 def small_run(paths):
     return er.main(
         [
             *paths,
-            "--suite",
-            "corruptions",
-            "perturbations",
-            "augmentations",
-            "--types",
-            "gaussian_noise",
-            "snow",
-            "--images-per-class",
-            "4",
+            *"--suite corruptions perturbations augmentations --types gaussian_noise snow".split(),
+            *"--images-per-class 4".split(),
             *QUICK,
         ]
     )
@@ -503,25 +509,15 @@ def test_only_the_classes_of_the_set_compete_when_masked(tmp_path):
     nearest = lambda x: -((127.5 * (x.mean(1, keepdim=True) + 1) - torch.tensor([0.0, 100, 200])) ** 2)
     who.case.__dict__["heads"] = dict(linear=SimpleNamespace(scores=nearest))
     values, details = outcome(er.shifts, who, er.Args(suite_dir=(str(tmp_path / "shifted"),), workers=0))
-    assert (
-        values["clean"] == 100
-        and values["shifted"] == 0
-        and values["shifted (2 classes)"] == 100
-        and details["shifted"]["images"] == 4
-    )
+    assert values["clean"] == 100 and values["shifted"] == 0 and values["shifted (2 classes)"] == 100
+    assert details["shifted"]["images"] == 4
 
 
 def test_more_processes_than_images(checkpoints, tmp_path):
     run = lambda: er.main(
         [
             checkpoints[0],
-            "--suite",
-            "corruptions",
-            "--types",
-            "shot_noise",
-            "jpeg_compression",
-            "--images-per-class",
-            "1",
+            *"--suite corruptions --types shot_noise jpeg_compression --images-per-class 1".split(),
             *QUICK,
         ]
     )
@@ -573,10 +569,8 @@ def test_stand_ins_of_blocks():
         usual["images"][..., 0, 0], painted["images"][..., 0, 0]
     )  # the floor
     seen = common.blocks_views("seen", 8)
-    assert (
-        seen["factors"]["session"].unique().tolist() == [0, 1]
-        and seen["labels"].unique().tolist() == common.blocks_views("test", 8)["labels"].unique().tolist()
-    )
+    assert seen["factors"]["session"].unique().tolist() == [0, 1]
+    assert seen["labels"].unique().tolist() == common.blocks_views("test", 8)["labels"].unique().tolist()
 
 
 def test_mistakes_of_robustness(checkpoints, folder, tmp_path, capsys):
@@ -603,3 +597,17 @@ def test_mistakes_of_robustness(checkpoints, folder, tmp_path, capsys):
         ([first, "--suite", "shifts", "--suite-dir", str(folder)], ["--suite-dir", "test is no class"]),
     ):
         expect_mistake(capsys, er.main, [*argv, *(QUICK if argv else [])], *words)
+
+
+def test_corruptions_are_drawn_over_severity(checkpoints, tmp_path):
+    conditions = [("clean", 0), *(("fog", s) for s in range(1, 6))]
+    n = torch.tensor([[4, 4, 4], *([4, 4 - s // 2, 4] for s in range(1, 5)), [0, 0, 0]])  # 5 was not shown
+    curve = er.over_severity(conditions, "*", n)
+    assert math.isnan(curve.pop("fog @5")) and curve == {f"fog @{s}": 100 - 25 * (s // 2) for s in range(5)}
+    bars, lines = er.panels_of(" (corruptions)", [("run", dict(clean=100.0, fog=70.0))], [("run", curve)])
+    assert [bars.title, lines.title] == ["clean (corruptions)", "fog (corruptions)"]
+    assert [x for x, *_ in lines.rows["run"]] == [0, 1, 2, 3, 4]
+    pytest.importorskip("matplotlib")
+    argv = [*checkpoints, "--suite", "corruptions", "augmentations", "--types", "fog", "--images-per-class", "1"]
+    er.main([*argv, "--passes", "1", "--plot", str(tmp_path / "figure.png"), *QUICK])
+    assert Image.open(tmp_path / "figure.png").width > 900
