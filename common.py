@@ -232,7 +232,7 @@ def parse(Args, values_in_force, argv=None, description=""):
     for name, value in vars(args).items():
         if value == "":
             die(f"--{name.replace('_', '-')}: is empty (an unset shell variable?); give a value or leave the flag out")
-    if getattr(args, "data_dir", None):
+    if isinstance(getattr(args, "data_dir", None), str):
         args.data_dir = os.path.abspath(
             os.path.expanduser(args.data_dir)
         )  # a checkpoint is probed from other directories
