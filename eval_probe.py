@@ -1136,7 +1136,11 @@ def load_timm(path, name, file, content):
     notes, weights = read_weights(path, file, content) if file else ({}, None)
     try:
         sizes = {k: v for k, v in notes.pop("timm", {}).items() if isinstance(v, (int, float)) and k != "num_classes"}
-        model = timm.create_model(name, pretrained=not file, num_classes=0, **sizes)
+        create = partial(timm.create_model, name, pretrained=not file, num_classes=0, **sizes)
+        try:
+            model = create(dynamic_img_size=True)  # ViTs then take images of any size, as ours do
+        except TypeError:  # other models have no such argument
+            model = create()
         side = notes.pop("img_size", None)
         model.pretrained_cfg |= notes | (dict(input_size=(3, side, side)) if side else {})
         if file:
