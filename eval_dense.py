@@ -59,6 +59,7 @@ import importlib.util
 import inspect
 import io
 import json
+import logging
 import math
 import os
 import re
@@ -113,7 +114,7 @@ class Args:
     """peak learning rate, not scaled; default: the recipe's"""
     images: Count | None = None
     """use the first so many test images or sequences, and four times as many to train on; default: all. Of embedding:
-    points, evenly spaced (default: 13,000, tsne 1,000). Of other figures: columns (default: 8)"""
+    points, evenly spaced; default: 13,000, of tsne 1,000"""
     embedding: Literal["pacmap", "tsne", "pca"] | None = None
     """how features are laid out in the plane: by the packages pacmap or scikit-learn, or pca, which needs none;
     default: pacmap where it is installed, else pca"""
@@ -884,10 +885,11 @@ def dilated(mask):
 
 
 def token_cut(features, shape):
-    """features (h w, D) of a grid of `shape` (h, w) -> the object's patches (h, w) bool, the eigenvector (h, w). In
-    float64 on the CPU: the eigenvalue is of the size of 1e-5."""
+    """features (h w, D) of a grid of `shape` (h, w) -> the object's patches (h, w) bool, the eigenvector (h, w), and
+    whether there is something to cut: where all patches are alike, both are arbitrary. In float64 on the CPU, as the
+    eigenvalue is of the size of 1e-5."""
     f = F.normalize(features.double().cpu(), dim=1)
-    W = torch.where(f @ f.T > ALIKE, 1.0, EDGE).double()  # (N, N)
+    W = (f @ f.T > ALIKE).double().clamp(min=EDGE)  # (N, N)
     root = W.sum(1).rsqrt()  # (N,), D^-1/2
 
     # (D - W) v = lambda D v has the solutions v = D^-1/2 u with u of I - D^-1/2 W D^-1/2.
@@ -900,7 +902,7 @@ def token_cut(features, shape):
     mask, grown = torch.zeros(shape, dtype=torch.bool), torch.arange(len(v)).view(shape) == seed
     while (grown != mask).any():
         mask, grown = grown, dilated(grown) & (foreground | grown)
-    return mask, v.view(shape)
+    return mask, v.view(shape), bool((W < 1).any())
 
 
 def cut_features(encoder, image, shown=None):
@@ -933,17 +935,21 @@ def saliency(encoder, pairs, name, args, save):
     found, rows = {}, in_turn(len(pairs))
     for i, (image, truth) in zip(rows, reading(pairs, rows, args.workers, f"{name} saliency")):
         features, shape, _ = cut_features(encoder, image, shown_side(encoder, image, name))
-        mask = token_cut(features, shape)[0]
+        mask, _, cut = token_cut(features, shape)
         mask = F.interpolate(mask[None, None].float(), truth.shape, mode="nearest")[0, 0]
         if save:
             write_png(save / f"{pairs.name(i)}.png", (255 * mask).to(torch.uint8))
         truth = truth > 0
         accuracy = ((mask > 0) == truth).double().mean()
-        found[i] = torch.stack([torch.tensor(jaccard(mask > 0, truth)).double(), accuracy, *f_curve(mask, truth)])
-    mean = 100 * torch.stack(gathered(found)).mean(0)  # (2 + 255,)
+        values = torch.tensor([cut, jaccard(mask > 0, truth), accuracy], dtype=torch.float64)
+        found[i] = torch.cat([values, f_curve(mask, truth)])  # (3 + 255,)
+    cut, *mean = (100 * torch.stack(gathered(found)).mean(0)).tolist()
+    if cut < 100:
+        share = f"{100 - cut:.0f} % of the images hold patches that are all alike (cosine above {ALIKE})"
+        eval_probe.say(f"{encoder.path}: saliency on {name}: {share}; their masks are arbitrary")
     names = [f"{'saliency ' if name == 'scenes' else ''}{metric}" for metric in ("IoU", "acc", "maxF")]
     feature = "last map" if encoder.attention is None else "keys of the last block"
-    return dict(zip(names, [*mean[:2].tolist(), mean[2:].max().item()])), dict(images=len(pairs), feature=feature)
+    return dict(zip(names, [*mean[:2], max(mean[2:])])), dict(images=len(pairs), feature=feature, cut=cut)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1311,6 +1317,8 @@ def detection(encoder, sets, name, args, save):
 # Figures
 # ----------------------------------------------------------------------------------------------------------------------
 
+N_SHOWN = 8  # images of a figure, evenly spaced
+
 
 def heat(values):
     """(h, w), min to max, -> uint8 (3, h, w), from blue over green to red."""
@@ -1350,6 +1358,7 @@ def laid_out(x, how, seed):
         return torch.from_numpy(TSNE(init="pca", random_state=seed).fit_transform(x.numpy())).double()
     from pacmap import PaCMAP
 
+    logging.getLogger("pacmap").setLevel(logging.ERROR)  # it warns that it will be deterministic
     points = PaCMAP(n_components=2, random_state=seed).fit_transform(x.float().numpy(), init="pca")
     return torch.from_numpy(points).double()
 
@@ -1504,7 +1513,7 @@ def fullgrad(cases, args):
         labels, generator = case.train.labels.to(device), common.rng(args.seed, "object")
         readout = eval_probe.linear_schedule(x_train.to(device), labels, generator)
         model, saliency, shown = nn.Sequential(case.backbone, readout).eval(), [], []
-        chosen = eval_probe.evenly(len(data), 512 if data.masks is not None else args.images or 8)
+        chosen = eval_probe.evenly(len(data), N_SHOWN if data.masks is None else 512)
         for part in chosen.split(64):
             images = common.CenterCrop(case.backbone.img_size, interpolation="bicubic")(data[part])
             saliency.append(fullgrad_map(model, normalise(images.to(device).float() / 255)).cpu())
@@ -1518,7 +1527,7 @@ def fullgrad(cases, args):
             results[-1] = {metric: 100 * value.item() for metric, value in found.items()}
 
         # Show some of the images, evenly spaced.
-        some = eval_probe.evenly(len(chosen), args.images or 8)
+        some = eval_probe.evenly(len(chosen), N_SHOWN)
         rows.setdefault(f"images of {name}", list(shown[some]))
         rows[f"FullGrad of {name}"] = [over(shown[j], heat(saliency[j])) for j in some.tolist()]
         numbers |= {f"{i} name": name, f"{i} saliency": saliency[some], f"{i} images": shown[some]}
@@ -1530,14 +1539,13 @@ def fullgrad(cases, args):
 
 def attention(subjects, pairs, name, args):
     """For some images: attention, eigenvector and mask of each ViT, and the truth. subjects: [(name, Encoder)]."""
-    chosen = eval_probe.evenly(len(pairs), args.images or 8).tolist()
-    items = [pairs[i] for i in chosen]
+    items = [pairs[i] for i in eval_probe.evenly(len(pairs), N_SHOWN).tolist()]
     rows, numbers = {"image": [over(image, image) for image, _ in items]}, {}
     for i, (label, encoder) in enumerate(subjects):
         parts = {"attention": [], "eigenvector": [], "mask": []}
         for j, (image, truth) in enumerate(items):
             features, shape, seen = cut_features(encoder, image, shown_side(encoder, image, name))
-            mask, v = token_cut(features, shape)
+            mask, v, _ = token_cut(features, shape)
             v = v if mask[v == v.max()].any() else -v  # the sign is arbitrary: the object is red
             wide = F.interpolate(mask[None, None].float(), truth.shape, mode="nearest")[0, 0]
             red = torch.tensor([255, 0, 0], dtype=torch.uint8).view(3, 1, 1).expand_as(image)
