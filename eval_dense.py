@@ -206,10 +206,10 @@ def f_beta(precision, recall):
     return torch.where(both > 0, 1.3 * precision * recall / both.clamp(min=1e-12), 0.0)
 
 
-def f_curve(saliency, truth):
-    """F-beta of the map (H, W), in [0, 1], cut at each of the levels k / 255: (255,), k = 0 ... 254; truth (H, W) bool.
-    The mean of these curves over images has its maximum at max F-beta [TokenCut]."""
-    levels = torch.bucketize(saliency.flatten().float().cpu(), torch.arange(255) / 255)  # how many a pixel exceeds
+def f_curve(soft, truth):
+    """F-beta of a soft mask (H, W), in [0, 1], cut at each of the levels k / 255: (255,), k = 0 ... 254; truth (H, W)
+    bool. The mean of these curves over images has its maximum at max F-beta [TokenCut]."""
+    levels = torch.bucketize(soft.flatten().float().cpu(), torch.arange(255) / 255)  # how many a pixel exceeds
     truth = truth.flatten().cpu()
 
     # Count the pixels above each level, all of them and those of the object.
@@ -753,12 +753,12 @@ def gathered(found):
     return [value for _, value in sorted({k: v for part in every for k, v in part.items()}.items())]
 
 
-def write_png(path, values, palette=None):
+def write_png(path, values, colours=None):
     """uint8 (H, W) -> a file, with a palette where one is given."""
     path.parent.mkdir(parents=True, exist_ok=True)
     image = Image.fromarray(values.cpu().numpy())
-    if palette is not None:
-        image.putpalette(palette)
+    if colours is not None:
+        image.putpalette(colours)
     image.save(path)
 
 
@@ -920,8 +920,8 @@ def cut_features(encoder, image, shown=None):
     q, k = (v[0] for v in encoder.attend(x))  # (heads, N, d) each
     before = k.shape[1] - h * w  # [CLS], and registers where there are some
     query = q[:, :1] if before else q
-    attention = (query @ k.mT / k.shape[2] ** 0.5).softmax(2)[..., before:].mean((0, 1))  # (h w,)
-    return k.transpose(0, 1).flatten(1)[before:], (h, w), attention.view(h, w).cpu()
+    seen = (query @ k.mT / k.shape[2] ** 0.5).softmax(2)[..., before:].mean((0, 1))  # (h w,)
+    return k.transpose(0, 1).flatten(1)[before:], (h, w), seen.view(h, w).cpu()
 
 
 def shown_side(encoder, image, name):
@@ -1512,25 +1512,25 @@ def fullgrad(cases, args):
         # The classifier is that of eval_probe.py --tasks latents.
         labels, generator = case.train.labels.to(device), common.rng(args.seed, "object")
         readout = eval_probe.linear_schedule(x_train.to(device), labels, generator)
-        model, saliency, shown = nn.Sequential(case.backbone, readout).eval(), [], []
+        model, maps, shown = nn.Sequential(case.backbone, readout).eval(), [], []
         chosen = eval_probe.evenly(len(data), N_SHOWN if data.masks is None else 512)
         for part in chosen.split(64):
             images = common.CenterCrop(case.backbone.img_size, interpolation="bicubic")(data[part])
-            saliency.append(fullgrad_map(model, normalise(images.to(device).float() / 255)).cpu())
+            maps.append(fullgrad_map(model, normalise(images.to(device).float() / 255)).cpu())
             shown.append(images.cpu())
-        saliency, shown = torch.cat(saliency), torch.cat(shown)  # (n, H, W), (n, 3, H, W)
+        maps, shown = torch.cat(maps), torch.cat(shown)  # (n, H, W), (n, 3, H, W)
         results.append({})
         if data.masks is not None:
             masks = data.masks[chosen].float()
-            share = (saliency * masks).sum((1, 2)) / saliency.sum((1, 2)).clamp(min=1e-12)
+            share = (maps * masks).sum((1, 2)) / maps.sum((1, 2)).clamp(min=1e-12)
             found = {"fullgrad on object": share.mean(), "object area": masks.mean()}
             results[-1] = {metric: 100 * value.item() for metric, value in found.items()}
 
         # Show some of the images, evenly spaced.
         some = eval_probe.evenly(len(chosen), N_SHOWN)
         rows.setdefault(f"images of {name}", list(shown[some]))
-        rows[f"FullGrad of {name}"] = [over(shown[j], heat(saliency[j])) for j in some.tolist()]
-        numbers |= {f"{i} name": name, f"{i} saliency": saliency[some], f"{i} images": shown[some]}
+        rows[f"FullGrad of {name}"] = [over(shown[j], heat(maps[j])) for j in some.tolist()]
+        numbers |= {f"{i} name": name, f"{i} saliency": maps[some], f"{i} images": shown[some]}
     if common.rank():
         return None
     eval_robustness.contact_sheet(keep(args, "fullgrad", numbers), rows)
@@ -1583,7 +1583,7 @@ def installed(use):
     return importlib.util.find_spec(MODULES.get(package, package)) is not None
 
 
-def folders(args):
+def directories(args):
     """{name of a set: its directory, None where it needs none}, of --data."""
     known = sorted({name for names in USES.values() for name in names}) + list(common.DATA)
     for name in args.data:
@@ -1606,7 +1606,7 @@ def folders(args):
 
 def plan(args):
     """What is to be done: ([(task, set, directory)], [(figure, set or None, directory)]). Refuses what cannot work."""
-    places, used = folders(args), set()
+    places, used = directories(args), set()
     named = args.data or ("scenes",)
     tasks = args.tasks
     if tasks is None:
@@ -1714,7 +1714,7 @@ def measure(subject, task, name, root, data, args):
     eval_probe.say(f"{subject.path}: {task} on {name}, {seconds:.1f} s")
 
 
-def draw(figure, name, root, data, subjects, args, device):
+def make_figure(figure, name, root, data, subjects, args, device):
     """One figure of all subjects that it knows; what it measures goes to their rows and records."""
     if figure == "attention":
         common.by_rank_0(lambda: attention([(s.name, s.encoder) for s in subjects], data, name, args))
@@ -1775,7 +1775,7 @@ def main(argv=None):
             for s in subjects:
                 if s not in some:
                     eval_probe.say(f"{s.path}: not in the figure {figure}, which knows no such encoder")
-            part = partial(draw, figure, name, root, sets.get((figure, name)), some, args, device)
+            part = partial(make_figure, figure, name, root, sets.get((figure, name)), some, args, device)
             evaluation.attempt(figure, part)
     return rows()
 

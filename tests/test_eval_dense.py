@@ -112,7 +112,7 @@ def test_f_curve_by_a_loop():
     assert (curve == 1).all()
 
 
-def boxes(*rows):
+def of_coco(*rows):
     """(image, class, x1, y1, x2, y2[, iscrowd or score]) -> dicts of COCO."""
     out = []
     for i, (image, c, x1, y1, x2, y2, *more) in enumerate(rows):
@@ -152,7 +152,7 @@ AP_CASES = {
 def test_average_precision(name):
     pytest.importorskip("pycocotools")
     truths, found, expected = AP_CASES[name]
-    assert np.allclose(list(ap(boxes(*truths), boxes(*found)).values()), expected, atol=1e-6)
+    assert np.allclose(list(ap(of_coco(*truths), of_coco(*found)).values()), expected, atol=1e-6)
 
 
 # ---- scenes --------------------------------------------------------------------------------------
@@ -549,7 +549,7 @@ def test_any_number_of_processes_and_a_frozen_encoder(task, flags, tmp_path):
     data = ed.load(task, "scenes", None, 96, 2 if task == "video" else 4)
     (alone, same, details), *_ = on_ranks(1, tmp_path, frozen, task, data, *flags)
     both = on_ranks(2, tmp_path, frozen, task, data, *flags)
-    assert same and all(frozen for _, frozen, _ in both) and both[0][0] == both[1][0]
+    assert same and all(unchanged for _, unchanged, _ in both) and both[0][0] == both[1][0]
     if task in ("video", "saliency"):
         assert alone == both[0][0] and details == both[0][2]
     elif task == "segmentation" and "upernet" not in flags:  # dropout is drawn by each rank
@@ -728,7 +728,7 @@ def trees(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def small(monkeypatch, tmp_path):
+def quick(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(ed, "CROP", 32)
     monkeypatch.setattr(ed, "LONG", 96)
