@@ -153,7 +153,7 @@ def confusion_matrix(truth, predicted, classes):
 def segmentation_scores(matrix):
     """Confusion matrix (C, C) of a whole set -> (dict(mIoU, mAcc, aAcc), IoU of each class (C,)). A class that is 0/0
     is left out of a mean, and its IoU is NaN."""
-    matrix = matrix.double().cpu()
+    matrix = matrix.cpu().double()
     hits, truth, predicted = matrix.diagonal(), matrix.sum(1), matrix.sum(0)  # (C,) each
     iou, accuracy = hits / (truth + predicted - hits), hits / truth
     means = dict(mIoU=iou.nanmean(), mAcc=accuracy.nanmean(), aAcc=hits.sum() / matrix.sum())
@@ -646,11 +646,12 @@ def pixels_of(ids, values):
 def reading(data, rows, workers, name):
     """Yield the items of some rows (list) in their order, behind a progress bar: from loader processes where they are
     files. A file that does not fit ends the program with one line."""
-    held = isinstance(data, Pairs) and data.kind is None or isinstance(getattr(data, "images", None), torch.Tensor)
-    workers = 0 if held else common.default_workers(workers)
+    workers = 0 if isinstance(data.images, torch.Tensor) else common.default_workers(workers)
     how = dict(num_workers=workers, worker_init_fn=common.detach_worker, timeout=600 if workers else 0)
     loader = torch.utils.data.DataLoader(data, batch_size=None, sampler=rows, **how)
     try:
+        if workers and len(rows):
+            common.check_shared_memory(workers, 1.5 * sum(t.nbytes for t in common.tensors(data[rows[0]])))
         yield from common.progress(loader, total=len(rows), desc=name)
     except OSError as e:  # from a worker the last line is ours, the others are a traceback
         common.die(str(e).splitlines()[-1].removeprefix("OSError: "), alone=True)
@@ -967,8 +968,7 @@ class Steps(torch.utils.data.Dataset):
         self.data, self.view, self.seed, self.batch_size = data, view, seed, batch_size
         self.share = batch_size // common.world_size()
         self.first = common.rank() * self.share  # a loader process does not know its rank
-        self.images = data.images  # files, or a tensor, as `reading` wants to know
-        self.kind = getattr(data, "kind", None)
+        self.images = data.images  # a tensor or files, which makes a difference to `reading`
 
     def __getitem__(self, step):
         begin = step * self.batch_size + self.first
@@ -1605,15 +1605,16 @@ def directories(args):
 
 
 def plan(args):
-    """What is to be done: ([(task, set, directory)], [(figure, set or None, directory)]). Refuses what cannot work."""
-    places, used = directories(args), set()
+    """What is to be done: [(task, set, directory)], [(figure, set or None, directory)], and lines that say what is not.
+    Refuses what cannot work."""
+    places, used, notes = directories(args), set(), []
     named = args.data or ("scenes",)
     tasks = args.tasks
     if tasks is None:
         tasks = [] if args.figures else [task for task in TASKS if set(USES[task]) & set(named)]
         if "detection" in tasks and len(tasks) > 1 and not installed("detection"):
             tasks.remove("detection")
-            eval_probe.say("detection is left out: it needs the package pycocotools (pip install pycocotools)")
+            notes.append("detection is left out: it needs the package pycocotools (pip install pycocotools)")
     if not tasks and not args.figures:
         common.die(f"--data {' '.join(args.data)}: serves figures only; name one by --figures, or a set for a task")
 
@@ -1631,10 +1632,10 @@ def plan(args):
         common.die(f"--data {idle[0]}: nothing that is asked for uses it; --tasks and --figures name what does")
     if "detection" in tasks and not installed("detection"):
         common.die("--tasks detection: needs the package pycocotools (pip install pycocotools)")
-    return jobs, figures
+    return jobs, figures, notes
 
 
-def check(args, jobs):
+def check(args, jobs, notes):
     """Refuse flags that nothing uses or that cannot work, before checkpoints are read; choose the embedding."""
     tasks, trained = {task for task, *_ in jobs}, {"segmentation", "detection"}
     for flag, value, users in (
@@ -1657,7 +1658,7 @@ def check(args, jobs):
     if "embedding" in args.figures and args.embedding is None:
         args.embedding = "pacmap" if installed("pacmap") else "pca"
         if args.embedding == "pca":
-            eval_probe.say("--embedding pca: the package pacmap is not installed (pip install pacmap)")
+            notes.append("--embedding pca: the package pacmap is not installed (pip install pacmap)")
     for flag, folder in (("out", args.out if args.figures else None), ("save", args.save)):
         try:
             if folder:
@@ -1744,8 +1745,8 @@ def main(argv=None):
         eval_probe.checkpoints_first(argv, Args)
         args = common.parse(Args, lambda first: {}, argv, description=__doc__)
         common.check_ranges(args)
-        jobs, figures = plan(args)
-        check(args, jobs)
+        jobs, figures, notes = plan(args)
+        check(args, jobs, notes)
         named = args.data or (("scenes",) if jobs or args.figures == ("attention",) else ())
         eval_probe.check(eval_probe.Args(args.checkpoints, data=named[0] if named else None))
         device = common.start(args.device)
@@ -1766,6 +1767,8 @@ def main(argv=None):
             if part == "attention" and not any(knows(part, s.encoder) for s in subjects):
                 common.die("--figures attention: is for ViTs only, and no checkpoint holds one")
 
+        for line in notes:
+            eval_probe.say(line)
         for subject in subjects:
             for task, name, root in jobs:
                 part = partial(measure, subject, task, name, root, sets[task, name], args)
