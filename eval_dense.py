@@ -1242,14 +1242,11 @@ def detector(encoder, classes, side):
 
     # Small heads, few proposals and few samples keep a step on scenes short.
     how |= dict(min_size=side, max_size=side, rpn_batch_size_per_image=64, box_batch_size_per_image=64)
-    how |= {
-        f"rpn_{when}_nms_top_n_{mode}": n for when, n in (("pre", 300), ("post", 100)) for mode in ("train", "test")
-    }
-    pool = MultiScaleRoIAlign(["0", "1", "2", "3"], 7, 2, canonical_scale=round(224 * scale))
-    heads = dict(
-        box_roi_pool=pool, box_head=TwoMLPHead(64 * 49, 256), box_predictor=FastRCNNPredictor(256, classes + 1)
-    )
-    return FasterRCNN(DetectionNeck(encoder, 64), **heads, **how)
+    for mode in ("train", "test"):
+        how |= {f"rpn_pre_nms_top_n_{mode}": 300, f"rpn_post_nms_top_n_{mode}": 100}
+    how |= dict(box_roi_pool=MultiScaleRoIAlign(["0", "1", "2", "3"], 7, 2, canonical_scale=round(224 * scale)))
+    how |= dict(box_head=TwoMLPHead(64 * 49, 256), box_predictor=FastRCNNPredictor(256, classes + 1))
+    return FasterRCNN(DetectionNeck(encoder, 64), **how)
 
 
 def trainable(boxes):
@@ -1280,6 +1277,8 @@ def detection(encoder, sets, name, args, save):
     steps, batch_size, lr, weight_decay = DETECTION[name]
     steps, batch_size, lr = args.steps or steps, args.batch_size or batch_size, args.lr or lr
     chosen, test, device = trainable(sets["train"]), sets["test"], encoder.device
+    if not len(chosen):
+        common.die(f"--images {args.images}: none of the training images has a box; take more")
     common.seed_everything(args.seed, "detection")
     model = detector(encoder, len(test.categories), test.sizes[0][0] if name == "scenes" else None).to(device)
 
@@ -1338,11 +1337,12 @@ def over(image, layer, where=1.0):
     return F.pad(mixed, (0, side - W, 0, side - H), value=255)
 
 
-def keep(args, figure, numbers):
-    """Write the numbers of a figure beside its picture; returns the path of the picture."""
-    np.savez_compressed(Path(args.out) / f"{figure}.npz", **{k: np.asarray(v) for k, v in numbers.items()})
-    eval_probe.say(f"{Path(args.out) / figure}.png, {figure}.npz")
-    return Path(args.out) / f"{figure}.png"
+def keep(args, figure, name, numbers):
+    """Write the numbers of a figure, of the set `name`, beside its picture; returns the path of the picture."""
+    path = Path(args.out) / (f"{figure}-{name}" if name else figure)
+    np.savez_compressed(f"{path}.npz", **{k: np.asarray(v) for k, v in numbers.items()})
+    eval_probe.say(f"{path}.png, {path}.npz")
+    return f"{path}.png"
 
 
 def laid_out(x, how, seed):
@@ -1399,10 +1399,10 @@ class Corrupted:
         return eval_robustness.corrupt(self.centre(images), self.name, 3, params["seed"])
 
 
-def embedding(cases, args):
-    """Features of test images in the plane, a panel a checkpoint: [(name, Case)] -> [{metric: percent}]."""
+def embedding(cases, name, args):
+    """Features of test images in the plane, a panel a checkpoint: [(label, Case)] -> [{metric: percent}]."""
     how, panels, results, numbers = args.embedding, [], [], {}
-    for i, (name, case) in enumerate(cases):
+    for i, (label, case) in enumerate(cases):
         data, transform = case.test, None
         rows = torch.arange(len(data))
         if args.classes and args.classes > len(data.classes):
@@ -1426,11 +1426,11 @@ def embedding(cases, args):
         points = laid_out(x, how, args.seed)
         labels = torch.zeros(len(rows), dtype=torch.int64) if data.labels is None else data.labels[rows]
         results.append({} if data.labels is None else {"map 10-NN": map_neighbours(points, labels)})
-        panels.append([scatter(points, labels / (labels.max() + 1), f"{name}: class ({how})")])
-        numbers |= {f"{i} points": points, f"{i} labels": labels, f"{i} name": name}
+        panels.append([scatter(points, labels / (labels.max() + 1), f"{label}: class ({how})")])
+        numbers |= {f"{i} points": points, f"{i} labels": labels, f"{i} name": label}
         if "view" in data.factors:
             azimuth = data.factors["view"][rows, 0]
-            panels[-1].append(scatter(points, azimuth / 360 % 1, f"{name}: azimuth ({how})"))
+            panels[-1].append(scatter(points, azimuth / 360 % 1, f"{label}: azimuth ({how})"))
             numbers |= {f"{i} view": data.factors["view"][rows]}
 
     # One column a checkpoint, one row a colouring.
@@ -1441,7 +1441,7 @@ def embedding(cases, args):
     for column, panel in enumerate(panels):
         for row, picture in enumerate(panel):
             sheet.paste(picture, (column * side, row * side))
-    sheet.save(keep(args, "embedding", numbers))
+    sheet.save(keep(args, "embedding", name, numbers))
     return results
 
 
@@ -1498,10 +1498,10 @@ def fullgrad_map(model, x):
     return total
 
 
-def fullgrad(cases, args):
-    """Where a linear classifier of objects looks: [(name, Case)] -> [{metric: percent}]."""
+def fullgrad(cases, name, args):
+    """Where a linear classifier of objects looks: [(label, Case)] -> [{metric: percent}]."""
     rows, results, numbers = {}, [], {}
-    for i, (name, case) in enumerate(cases):
+    for i, (label, case) in enumerate(cases):
         data, device, normalise = case.test, case.device, common.Normalize(case.backbone.mean, case.backbone.std)
         if case.train.labels is None:
             common.die(f"--figures fullgrad: {case.state['data_dir']} has no classes, and it needs a classifier")
@@ -1528,17 +1528,17 @@ def fullgrad(cases, args):
 
         # Show some of the images, evenly spaced.
         some = eval_probe.evenly(len(chosen), N_SHOWN)
-        rows.setdefault(f"images of {name}", list(shown[some]))
-        rows[f"FullGrad of {name}"] = [over(shown[j], heat(maps[j])) for j in some.tolist()]
-        numbers |= {f"{i} name": name, f"{i} saliency": maps[some], f"{i} images": shown[some]}
+        rows.setdefault(f"images of {label}", list(shown[some]))
+        rows[f"FullGrad of {label}"] = [over(shown[j], heat(maps[j])) for j in some.tolist()]
+        numbers |= {f"{i} name": label, f"{i} saliency": maps[some], f"{i} images": shown[some]}
     if common.rank():
         return None
-    eval_robustness.contact_sheet(keep(args, "fullgrad", numbers), rows)
+    eval_robustness.contact_sheet(keep(args, "fullgrad", name, numbers), rows)
     return results
 
 
 def attention(subjects, pairs, name, args):
-    """For some images: attention, eigenvector and mask of each ViT, and the truth. subjects: [(name, Encoder)]."""
+    """For some images: attention, eigenvector and mask of each ViT, and the truth. subjects: [(label, Encoder)]."""
     items = [pairs[i] for i in eval_probe.evenly(len(pairs), N_SHOWN).tolist()]
     rows, numbers = {"image": [over(image, image) for image, _ in items]}, {}
     for i, (label, encoder) in enumerate(subjects):
@@ -1557,8 +1557,7 @@ def attention(subjects, pairs, name, args):
         numbers[f"{i} name"] = label
     red = torch.tensor([255, 0, 0], dtype=torch.uint8).view(3, 1, 1)
     rows["truth"] = [over(image, red.expand_as(image), truth) for image, truth in items]
-    figure = "attention" if name == "scenes" else f"attention {name}"
-    eval_robustness.contact_sheet(keep(args, figure, numbers), rows)
+    eval_robustness.contact_sheet(keep(args, "attention", name, numbers), rows)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1612,7 +1611,7 @@ def plan(args):
     tasks = args.tasks
     if tasks is None:
         tasks = [] if args.figures else [task for task in TASKS if set(USES[task]) & set(named)]
-        if "detection" in tasks and len(tasks) > 1 and not installed("detection"):
+        if "detection" in tasks and "coco" not in named and not installed("detection"):
             tasks.remove("detection")
             notes.append("detection is left out: it needs the package pycocotools (pip install pycocotools)")
     if not tasks and not args.figures:
@@ -1723,8 +1722,10 @@ def make_figure(figure, name, root, data, subjects, args, device):
     flags = dict(seed=args.seed, workers=args.workers, device=args.device, amp=args.amp)
     how = eval_probe.Args(args.checkpoints, ("equivariance",), data=name, data_dir=root, **flags)
     cases = [eval_probe.open_case(s.path, s.encoder.backbone, dict(s.state), how, device) for s in subjects]
-    found = dict(embedding=embedding, fullgrad=fullgrad)[figure](list(zip([s.name for s in subjects], cases)), args)
+    make = embedding if figure == "embedding" else fullgrad
+    found = make(list(zip([s.name for s in subjects], cases)), name, args)
     for subject, case, results in zip(subjects, cases, common.by_rank_0(lambda: found)):
+        results = {f"{name} {metric}" if name else metric: value for metric, value in results.items()}
         protocol = dict(figure=figure, data=case.state["data"], data_dir=case.state["data_dir"], amp=args.amp)
         subject.row |= results
         eval_probe.append_record(subject.path, subject.state, args, results, protocol)
@@ -1759,13 +1760,12 @@ def main(argv=None):
         if len(small) > 1 and any(name == "scenes" for _, name, _ in jobs + figures):
             common.die("scenes are of one size: give checkpoints of images below 96 px and of larger ones apart")
         side, sets = next(iter(small), 96), {}
+        for figure, kind in (("fullgrad", "ResNets"), ("attention", "ViTs")):
+            if subjects and figure in args.figures and not any(knows(figure, s.encoder) for s in subjects):
+                common.die(f"--figures {figure}: is for {kind} only, and no checkpoint holds one")
         for part, name, root in jobs + figures if subjects else ():
             if part in USES:
                 sets[part, name] = load(part, name, root, side, args.images)
-            elif part == "fullgrad" and not any(knows(part, s.encoder) for s in subjects):
-                common.die("--figures fullgrad: is for ResNets only, and no checkpoint holds one")
-            if part == "attention" and not any(knows(part, s.encoder) for s in subjects):
-                common.die("--figures attention: is for ViTs only, and no checkpoint holds one")
 
         for line in notes:
             eval_probe.say(line)
@@ -1775,9 +1775,8 @@ def main(argv=None):
                 evaluation.attempt(f"{subject.path}: {task}", part)
         for figure, name, root in figures if subjects else ():
             some = [s for s in subjects if knows(figure, s.encoder)]
-            for s in subjects:
-                if s not in some:
-                    eval_probe.say(f"{s.path}: not in the figure {figure}, which knows no such encoder")
+            for path in [s.path for s in subjects if not knows(figure, s.encoder)]:
+                eval_probe.say(f"{path}: not in the figure {figure}, which knows no such encoder")
             part = partial(make_figure, figure, name, root, sets.get((figure, name)), some, args, device)
             evaluation.attempt(figure, part)
     return rows()

@@ -806,7 +806,7 @@ def test_figures(runs, trees, tmp_path, capsys):
     assert np.load(tmp_path / "fullgrad.npz")["0 saliency"].shape == (8, 16, 16)
     where = ["--data", "ecssd", "--data-dir", str(trees / "ecssd")]
     ed.main([runs["vit-s0"], *QUICK, "--out", str(tmp_path), "--figures", "attention", *where])
-    assert np.load(tmp_path / "attention ecssd.npz")["0 0 mask"].shape == (2, 3)
+    assert np.load(tmp_path / "attention-ecssd.npz")["0 0 mask"].shape == (2, 3)
     flags += ["--classes", "1", "--corruption", "defocus_blur"]
     ed.main([runs["vit-s0"], *flags, "--figures", "embedding"])
     assert set(np.load(tmp_path / "embedding.npz")["0 labels"]) in ({0}, {1})
@@ -823,7 +823,7 @@ def test_fullgrad_on_the_object(tmp_path):
     case = eval_probe.Case(
         tiny_resnet(), dict(data="x", data_dir=None), data, data, eval_probe.Args(workers=0), torch.device("cpu")
     )
-    (found,) = ed.fullgrad([("net", case)], arguments("--figures", "fullgrad", "--out", str(tmp_path)))
+    (found,) = ed.fullgrad([("net", case)], None, arguments("--figures", "fullgrad", "--out", str(tmp_path)))
     assert found["object area"] == 25 and 0 < found["fullgrad on object"] < 100
 
 
