@@ -13,9 +13,11 @@ from PIL import Image
 from test_cli import expect_mistake
 from test_distributed import on_ranks
 
+import clever
 import common
 import eval_dense as ed
 import eval_probe
+import recon_xattn  # noqa: F401
 
 g = common.rng("dense")
 
@@ -1022,3 +1024,27 @@ def test_models_of_timm(tmp_path, monkeypatch):
     assert torch.allclose(ours.last(x), theirs.last(x), atol=1e-5)
     assert torch.allclose(ours.attend(x)[0], theirs.attend(x)[0], atol=1e-5)
     assert theirs.last(torch.randn(1, 3, 24, 16)).shape == (1, 128, 6, 4)
+
+
+@pytest.mark.parametrize(
+    "how, stride, dim, layers",
+    [
+        (dict(arch="vit_pico", patch_size=8, neck=16), 8, 128, (1, 3, 4, 6)),
+        (dict(arch="vmamba_tiny"), 32, 64, (1, 2, 3, 4)),
+        (dict(arch="resnet_pico", stem="cifar", coords=True), 8, 128, (1, 2, 3, 4)),
+        (dict(arch="resnet_pico"), 32, 128, (1, 2, 3, 4)),
+    ],
+    ids=lambda v: v.get("arch") if isinstance(v, dict) else "",
+)
+def test_encoders_of_all_methods(how, stride, dim, layers, monkeypatch):
+    monkeypatch.setitem(clever.VMAMBAS, "vmamba_tiny", (8, (1, 1, 1, 1)))
+    backbone = common.make_backbone(mean=(0.5,) * 3, std=(0.5,) * 3, img_size=32, **how).eval()
+    encoder = ed.Encoder(backbone, "x", torch.device("cpu"))
+    assert (encoder.stride, encoder.dim, encoder.layers) == (stride, dim, layers)
+    x = torch.randn(1, 3, 96, 64, generator=g)
+    assert encoder.last(x).shape == (1, dim, 96 // stride, 64 // stride)
+    assert [m.shape[1] for m in encoder.maps(x, layers)] == encoder.widths
+    assert [tuple(m.shape[2:]) for m in ed.Neck(encoder, 8)(x)] == [(24, 16), (12, 8), (6, 4), (3, 2)]
+    assert ed.UPerHead(encoder, 5, 8).eval()(x).shape == (1, 5, 24, 16)
+    seen = ed.cut_features(encoder, torch.zeros(3, 64, 96, dtype=torch.uint8))
+    assert seen[1] == (64 // stride, 96 // stride) and (seen[2] is None) == (how["arch"] != "vit_pico")
