@@ -331,6 +331,15 @@ def start(device="auto"):
     return torch.device(device)
 
 
+def send(x, device):
+    """The tensor x on `device`. The host does not wait for a GPU: it leaves the copy in pinned memory and goes on.
+
+    Elsewhere it waits. On MPS a copy that nobody waits for may read memory that is in use again."""
+    if x.device.type != "cpu" or device.type != "cuda":
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)
+
+
 def any_rank(flag):
     """The largest of all ranks' whole numbers `flag`: the one way in which ranks agree on what each has seen for
     itself, such as a signal, a full disk or a file that only one machine has. Every rank must come here, whatever it
@@ -1178,7 +1187,7 @@ class ImageSet:
         """rows (b,) -> uint8 pixels: one (b, 3, H, W) tensor, or a list of (3, H_i, W_i) for a folder."""
         if self.images is None:
             return [open_image(self.paths[i]) for i in rows.tolist()]
-        return self.images[rows.to(self.images.device)]
+        return self.images[send(rows, self.images.device)]
 
     def subset(self, rows):
         """The set of some of its images, rows (n,)."""
@@ -2167,7 +2176,7 @@ class Loader(torch.utils.data.Dataset):
             if isinstance(images, list):
                 images = [images[i] for i in places.tolist()]
             else:
-                images = images[places.to(images.device)]
+                images = images[send(places, images.device)]
             policy = self.policies[view]
             made[view] = (policy.crop if self.crop_only else policy)(images, params), params
         return made, rows
@@ -2205,7 +2214,7 @@ class Loader(torch.utils.data.Dataset):
         """{view: (crops or finished images, params)} -> ({view: float (n, 3, H, W) on the device}, {view: params})."""
         views, params = {}, {}
         for view, (images, params[view]) in made.items():
-            images = images.to(self.device, non_blocking=True)
+            images = send(images, self.device)
             views[view] = self.policies[view].augment(images, params[view]) if self.crop_only else images
         return views, params
 
@@ -2277,12 +2286,12 @@ def uniform(shape, low, high, generator=None):
 
 def column(v, x):
     """Per-sample values (n,) on the CPU -> (n, 1, 1, 1) like x, without waiting for the device."""
-    return v.to(x.device, x.dtype, non_blocking=True).view(-1, 1, 1, 1)  # (n, 1, 1, 1)
+    return send(v.to(x.dtype), x.device).view(-1, 1, 1, 1)  # (n, 1, 1, 1)
 
 
 def change_rows(x, chosen, fn):
     """x[chosen] = fn(x[chosen]) in place. chosen: (n,) bool on the CPU, where counting the rows costs no wait."""
-    rows = chosen.nonzero()[:, 0].to(x.device, non_blocking=True)  # (m,)
+    rows = send(chosen.nonzero()[:, 0], x.device)  # (m,)
     return x.index_copy_(0, rows, fn(x.index_select(0, rows))) if len(rows) else x
 
 
@@ -2328,7 +2337,7 @@ def crop_resize(images, boxes, size, interpolation="bilinear"):
     """
     if isinstance(images, torch.Tensor) and (images.device.type != "cpu" or size <= 40):
         H, W = images.shape[2:]
-        top, left, h, w = boxes.to(images.device, torch.float32, non_blocking=True).unbind(1)  # (n,) each
+        top, left, h, w = send(boxes.float(), images.device).unbind(1)  # (n,) each
         rows = resize_weights(top, h, H, size, interpolation)  # (n, size, H)
         columns = resize_weights(left, w, W, size, interpolation)  # (n, size, W)
         x = (images.float().flatten(1, 2) @ columns.mT).clamp_(0, 255)  # (n, 3 * H, size) as uint8 would overflow
@@ -2484,7 +2493,7 @@ class Affine:
         theta = torch.cat(
             [inverse * half / half[:, None], (-inverse @ shift[..., None]) / half[:, None]], 2
         )  # (n, 2, 3)
-        grid = F.affine_grid(theta.to(x.device, non_blocking=True), x.shape, align_corners=False)  # (n, H, W, 2)
+        grid = F.affine_grid(send(theta, x.device), x.shape, align_corners=False)  # (n, H, W, 2)
         return F.grid_sample(x, grid, self.interpolation, "zeros", align_corners=False)  # (n, 3, H, W)
 
 
@@ -2511,17 +2520,15 @@ class Elastic:
     def warp(self, x, seed):
         """x (m, 3, H, W), seed (m,) -> (m, 3, H, W)."""
         m, _, H, W = x.shape
-        noise = (
-            hash_noise(seed.to(x.device, non_blocking=True), 2 * H * W).view(m, 2, H, W).to(x.dtype) * 2 - 1
-        )  # (m, 2, H, W)
-        shift = self.smooth.blur(noise, torch.full((m,), self.smooth.sigma[0])).permute(
-            0, 2, 3, 1
-        )  # (m, H, W, 2) along x and y
+        noise = hash_noise(send(seed, x.device), 2 * H * W).view(m, 2, H, W).to(x.dtype) * 2 - 1  # (m, 2, H, W)
+        shift = self.smooth.blur(noise, torch.full((m,), self.smooth.sigma[0]))  # (m, 2, H, W) along x and y
+        scale = send((self.alpha / torch.tensor([W, H])).to(shift.dtype), x.device)  # (2,) from pixels to half sides
+
+        # Shift the points at which the pixels of the image itself are sampled.
         eye = torch.eye(2, 3, dtype=x.dtype, device=x.device).expand(m, 2, 3)
         grid = F.affine_grid(eye, x.shape, align_corners=False)  # (m, H, W, 2), from -1 to 1
-        return F.grid_sample(
-            x, grid + shift * (self.alpha / torch.tensor([W, H])).to(shift), "bilinear", "zeros", align_corners=False
-        )
+        grid = grid + shift.permute(0, 2, 3, 1) * scale
+        return F.grid_sample(x, grid, "bilinear", "zeros", align_corners=False)
 
 
 def hash_noise(seed, n):
@@ -2612,7 +2619,7 @@ class ColorJitter:
         rows = turn.argsort()[: ends[4]]  # (m,)
         hue, blends = hue[rows], order[rows][order[rows] != 3].view(-1, 3)  # (m,), (m, 3)
         factor = factor[rows].gather(1, blends)  # (m, 3) in the order of use
-        rows = rows.to(x.device, non_blocking=True)  # (m,)
+        rows = send(rows, x.device)  # (m,)
         y = x.index_select(0, rows)  # (m, 3, S, S)
         for step, (first, end) in enumerate(zip([0, *ends], ends[:4])):
             if first < end:
@@ -2664,10 +2671,11 @@ class GaussianBlur:
         m, C, H, W = x.shape
         ry, rx = min(self.radius, H - 1), min(self.radius, W - 1)
         x = F.pad(x.reshape(1, C * m, H, W), (rx, rx, ry, ry), mode="reflect")  # (1, C * m, H + 2 * ry, W + 2 * rx)
+        sigma = send(sigma, x.device)[:, None]  # (m, 1)
         for radius, taps in ((rx, (1, -1)), (ry, (-1, 1))):
-            t = torch.arange(-radius, radius + 1, dtype=x.dtype) / sigma[:, None]  # (m, 2 * radius + 1)
+            t = torch.arange(-radius, radius + 1, dtype=x.dtype, device=x.device) / sigma  # (m, 2 * radius + 1)
             k = torch.softmax(-0.5 * t**2, 1).repeat_interleave(C, 0).view(C * m, 1, *taps)  # (C * m, 1, 1, taps)
-            x = F.conv2d(x, k.to(x.device, x.dtype, non_blocking=True), groups=C * m)  # without this axis's padding
+            x = F.conv2d(x, k.to(x.dtype), groups=C * m)  # without this axis's padding
         return x.reshape(m, C, H, W)  # (m, C, H, W)
 
 
@@ -3123,7 +3131,7 @@ def features(
     out, begin, training = None, 0, backbone.training
     backbone.eval()
     for _, x in reader.batches(transform, mine, params, batch_size, name):
-        x = normalise(x.to(device, non_blocking=True).float() / 255, {})
+        x = normalise(send(x, device).float() / 255, {})
         with autocast(device, amp):
             y = encode(x).float().cpu().contiguous()  # (b, D)
         parts = [y]

@@ -445,3 +445,21 @@ def test_an_explicit_box_wins():
     assert_close(op(x, op.sample(4, gen()) | box), expected, 1)
     view = A.Compose([op, A.HorizontalFlip(0)])
     assert_close(view(x, view.sample(4, gen()) | box), expected.float() / 255, 1.01 / 255)
+
+
+@pytest.mark.parametrize("kind, pinned, waits", [("cpu", 0, True), ("mps", 0, True), ("cuda", 1, False)])
+def test_only_a_gpu_of_nvidia_is_sent_to_without_waiting(kind, pinned, waits):
+    calls = []
+
+    class Values:
+        device = torch.device("cpu")
+
+        def pin_memory(self):
+            calls.append("pin")
+            return self
+
+        def to(self, device, non_blocking=False):
+            calls.append((device.type, non_blocking))
+
+    A.send(Values(), torch.device(kind))
+    assert calls == ["pin"] * pinned + [(kind, not waits)]
