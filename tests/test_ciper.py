@@ -15,7 +15,7 @@ from test_run import content, same
 import ciper
 import common
 
-COMBINATIONS = [(o, v) for o, views in ciper.VALID.items() for v in views]
+COMBINATIONS = [(o, v) for o, views in ciper.VALID_VIEWS.items() for v in views]
 
 
 def t(*rows):
@@ -179,7 +179,7 @@ def test_parameter_counts():
     count = lambda m: sum(p.numel() for p in m.parameters())
     with torch.device("meta"):
         encoder = lambda coords: common.ResNet("resnet18", 32, "cifar", coords)
-        heads = lambda objective: ciper.Heads(encoder(True), ciper.Args(objective=objective), 10)
+        heads = lambda objective: ciper.Model(encoder(True), ciper.Args(objective=objective), 10)
         assert count(encoder(False)) == 11_168_832 and count(encoder(True)) == 11_169_984
         assert sum(isinstance(m, torch.nn.BatchNorm2d) for m in encoder(True).modules()) == 20
         assert (
