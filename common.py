@@ -834,6 +834,10 @@ class Run:
         """Whether a checkpoint is written after this step."""
         return (step + 1) % self.args.save_every == 0 or step + 1 == self.total
 
+    def logs(self, step):
+        """Whether a step has a line in the log."""
+        return step < 20 or (step + 1) % self.args.log_every == 0
+
     def _wait(self, batches):
         """The next batch. A signal need not wait for a loader that hangs: then None (a group of processes must stay
         in step)."""
@@ -870,7 +874,7 @@ class Run:
         self.pending.append(
             torch.stack([torch.as_tensor(v, device=self.device).detach().float() for v in values.values()])
         )
-        due = step < 20 or (step + 1) % self.args.log_every == 0
+        due = self.logs(step)
         if due or self.device.type == "cpu":
             row = self.flush()
         if due:
