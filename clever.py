@@ -348,8 +348,8 @@ class VMambaBlock(nn.Module):
 
     def __init__(self, dim, drop_path):
         super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.scan, self.drop = SS2D(dim), DropPath(drop_path)
+        self.norm1, self.scan = nn.LayerNorm(dim), SS2D(dim)
+        self.norm2, self.drop = nn.LayerNorm(dim), DropPath(drop_path)
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 
     def forward(self, x):  # (B, H, W, d)
