@@ -1,5 +1,7 @@
 """Backbones: sizes, positions, the late [CLS], strict loading."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -142,13 +144,11 @@ def test_knn_on_a_known_vote():
     wins; with k = 3 and equal weights it would not."""
     at = lambda c: [c, (1 - c * c) ** 0.5]
     train, labels = torch.tensor([at(0.5), at(0.5), at(0.6), at(-0.9)]), torch.tensor([0, 0, 1, 2])
-    scores = common.knn(train, labels, torch.tensor([[1.0, 0.0]]), k=3)
+    vote = partial(common.knn, train, labels, torch.tensor([[1.0, 0.0]]), classes=3)
+    scores = vote(k=3)
     assert scores.argmax() == 1 and scores[0, 2] == 0
-    assert common.knn(train, labels, torch.tensor([[1.0, 0.0]]), k=3, temperature=1.0).argmax() == 0
-    assert torch.equal(
-        common.knn(train, labels, torch.tensor([[1.0, 0.0]]), k=99),
-        common.knn(train, labels, torch.tensor([[1.0, 0.0]]), k=4),
-    )
+    assert vote(k=3, temperature=1.0).argmax() == 0
+    assert torch.equal(vote(k=99), vote(k=4))
     ratio = scores[0, 1] / (scores[0, 0] / 2)
     assert ratio.item() == pytest.approx(4.1727, rel=1e-3)  # exp(0.1 / 0.07)
 
@@ -158,7 +158,8 @@ def test_N15_the_vote_finds_what_is_there_and_nothing_in_noise():
     noise = torch.randn(2000, 16, generator=g)
 
     def right(z, labels):
-        return (common.knn(z[:1000], labels[:1000], z[1000:]).argmax(1) == labels[1000:]).double().mean().item()
+        scores = common.knn(z[:1000], labels[:1000], z[1000:], classes=4)
+        return (scores.argmax(1) == labels[1000:]).double().mean().item()
 
     assert right(F.one_hot(labels, 16) + 0.1 * noise, labels) == 1
     assert abs(right(noise, labels[torch.randperm(2000, generator=g)]) - 0.25) < 3 * (0.25 * 0.75 / 1000) ** 0.5
@@ -173,3 +174,13 @@ def test_N15_features_do_not_depend_on_the_size_of_batches():
     whole, *others = (common.features(vit, data, device, encode=encode, batch_size=b) for b in (13, 5, 1))
     assert vit.training  # and what was computed in float64 is given back as float32
     assert all((other - whole).abs().max() <= 2e-7 * whole.abs().max() for other in others)
+
+
+def test_the_mean_of_a_resnet_is_taken_in_float32_under_autocast():
+    net, x = common.make_backbone("resnet_pico", *common.CIFAR10, img_size=16).eval(), torch.randn(2, 3, 16, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, tapped = net.trace(x, (4,))
+    assert tapped[4].dtype == torch.bfloat16 and y.dtype == torch.float32
+    assert torch.equal(y, tapped[4].float().mean((1, 2)))
+    pooled = net.avgpool(net.trace(x, (4,))[1][4].permute(0, 3, 1, 2)).flatten(1)
+    assert torch.equal(net(x), pooled) and net.double()(x.double()).dtype == torch.float64

@@ -680,7 +680,8 @@ def test_F11_shared_memory_that_is_too_small_is_found_before_workers_start(tiny,
     [
         (KeyboardInterrupt(), "SIGINT"),
         (MemoryError(), "--batch-size"),
-        (torch.OutOfMemoryError("CUDA out of memory"), "--batch-size"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "the GPU is out of memory: lower --batch-size"),
+        (RuntimeError("CUDA error: out of memory"), "the GPU is out of memory: lower --batch-size"),
         (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"), "--batch-size"),
         (
             RuntimeError(

@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import time
+import types
 import zipfile
 
 import pytest
@@ -558,3 +559,101 @@ def test_a_torn_log_does_not_keep_a_run_from_resuming(tiny, tmp_path):
         f.write('{"step": 2, "ep')
     ser.main([*tiny, "--out", str(tmp_path), "--resume", "--max-steps", "3"])
     assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [0, 1, 2]
+
+
+# ---- what a CPU can show of a GPU ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_a_resumed_optimizer_is_fused_where_this_device_fuses(here):
+    """Whatever the checkpoint says: one of a CPU resumed on a GPU would go on tensor by tensor."""
+    model = nn.ModuleDict(dict(backbone=nn.Linear(3, 2), head=nn.Linear(2, 1)))
+    model.evaluated = "backbone"
+    there, own = (torch.optim.AdamW(model.parameters(), fused=fused) for fused in (not here, here))
+    model.head(model.backbone(torch.ones(4, 3))).sum().backward()
+    there.step()
+    heads = {f"head.{k}": v for k, v in model.head.state_dict().items()}
+    saved = dict(
+        backbone_state=model.backbone.state_dict(), train_state=dict(heads=heads, optimizer=there.state_dict())
+    )
+    common.Run._load(types.SimpleNamespace(model=model, optimizer=own, path="checkpoint.pt"), saved)
+    assert all(group["fused"] is here and group["foreach"] is None for group in own.param_groups)
+    own.step()
+    assert all(own.state[p]["step"] == 2 for p in model.parameters())
+
+
+def test_the_limit_of_open_files_is_raised(monkeypatch):
+    limits = []
+    fake = types.SimpleNamespace(RLIMIT_NOFILE=7, getrlimit=lambda what: (1024, 4096))
+    fake.setrlimit = lambda what, pair: limits.append((what, pair))
+    monkeypatch.setattr(common, "resource", fake)
+    assert common.start("cpu").type == "cpu" and limits == [(7, (4096, 4096))]
+    monkeypatch.setattr(common, "resource", None)  # as on Windows
+    assert common.start("cpu").type == "cpu"
+
+
+@pytest.mark.parametrize("cores, local, free, workers", [(64, 1, 99, 16), (64, 2, 99, 8), (4, 2, 99, 2), (64, 1, 9, 4)])
+def test_default_workers(cores, local, free, workers, monkeypatch):
+    """By cores, processes of the machine, and what shared memory has room for (`free` batches)."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(cores), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
+    monkeypatch.setattr(common, "free_shared_memory", lambda: free * 1000)
+    assert common.default_workers(None, 1000) == workers and common.default_workers(3, 1000) == 3
+
+
+def small_loader(data, workers=0, epochs=3):
+    policy = common.Compose([common.CenterCrop(8)])
+    args = types.SimpleNamespace(seed=0, batch_size=4, workers=workers, epochs=epochs)
+    draw = lambda g: {"1": (torch.arange(4), policy.sample(4, g))}
+    return common.Loader(data, {"1": policy}, draw, args, torch.device("cpu"))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_workers_live_as_long_as_the_run(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "detach_worker", lambda _: (tmp_path / str(os.getpid())).touch())
+    loader = small_loader(common.load_data("imagefolder", str(folder), "train", 8), workers=2)
+    assert len(list(loader.batches(range(loader.total_steps)))) == 18
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_batch_does_not_take_the_order_of_its_epoch_along():
+    loader = small_loader(common.ImageSet(images=torch.zeros(100, 3, 8, 8, dtype=torch.uint8)))
+    rows = [loader.rows(step)["1"] for step in range(25)]
+    assert all(r.untyped_storage().nbytes() == 4 * 8 for r in rows)
+    assert torch.equal(torch.cat(rows), torch.randperm(100, generator=common.rng(0, "order", 0)))
+
+
+def test_only_rank_0_computes_the_monitors(monkeypatch):
+    computed, written = [], []
+    run = types.SimpleNamespace(pending=[], device=torch.device("cpu"), flush=dict, logged=0, clock=0.0)
+    run.args, run.loader = types.SimpleNamespace(log_every=1, batch_size=4), types.SimpleNamespace(waited=0.0)
+    run._append, run.bar = written.append, types.SimpleNamespace(set_postfix_str=lambda *a, **k: None)
+    monkeypatch.setattr(common, "collapse_monitors", lambda y: computed.append(1) or dict(effective_rank=1.0))
+    for number in (1, 0):
+        monkeypatch.setattr(common, "rank", lambda number=number: number)
+        common.Run.log(run, 0, features=torch.ones(2, 3), loss=1.0)
+    assert computed == [1] and len(written) == 1 and written[0]["effective_rank"] == 1.0
+
+
+@pytest.mark.parametrize("n", [5, 16, 40])
+def test_features_of_a_gpu_are_collected_16_batches_at_a_time(n, monkeypatch):
+    data = common.ImageSet(images=torch.randint(0, 256, (n, 3, 4, 4), dtype=torch.uint8, generator=common.rng("n")))
+    encoder, joined, cat = nn.Identity(), [], torch.cat
+    encoder.img_size, encoder.mean, encoder.std = 4, (0.0,) * 3, (1.0,) * 3
+    encode = lambda x: x.mean((2, 3))
+    there = common.features(encoder, data, torch.device("cpu"), encode=encode, batch_size=1)
+    monkeypatch.setattr(common, "send", lambda x, device: x)
+    monkeypatch.setattr(torch, "cat", lambda x, *a: cat(x, *a) if len(x) == 1 else joined.append(len(x)) or cat(x, *a))
+    gpu = types.SimpleNamespace(type="cuda")
+    assert torch.equal(common.features(encoder, data, gpu, encode=encode, batch_size=1, amp="off"), there)
+    assert joined == [16] * (n // 16) + [n % 16] * (n % 16 > 0)
+
+
+def test_pictures_of_an_overwritten_run_go_and_those_of_others_stay(tiny, tmp_path):
+    run = [*tiny, "--epochs", "0", "--warmup-epochs", "0", "--out", str(tmp_path)]
+    (tmp_path / "mine.png").touch()
+    ser.main(run)
+    assert (tmp_path / "mine.png").exists()
+    (tmp_path / "reconstruction.png").touch()
+    ser.main([*run, "--overwrite"])
+    assert not (tmp_path / "reconstruction.png").exists()
