@@ -383,7 +383,9 @@ def send(x, device):
     Elsewhere it waits. On MPS a copy that nobody waits for may read memory that is in use again."""
     if x.device.type != "cpu" or device.type != "cuda":
         return x.to(device)
-    return x.pin_memory().to(device, non_blocking=True)
+    if not x.is_pinned():
+        x = torch.empty_like(x, pin_memory=True).copy_(x)
+    return x.to(device, non_blocking=True)
 
 
 def any_rank(number):
@@ -542,9 +544,9 @@ def batchnorm_over_ranks(model, device):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def cosine(t, start, end):
-    """Half a cosine from `start` at t = 0 to `end` at t = 1."""
-    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(max(t, 0.0), 1.0)))
+def cosine(t, first, last):
+    """Half a cosine from `first` at t = 0 to `last` at t = 1."""
+    return last + (first - last) * 0.5 * (1 + math.cos(math.pi * min(max(t, 0.0), 1.0)))
 
 
 def warmup_cosine(epoch, epochs, warmup, peak, end=0.0):
@@ -722,7 +724,8 @@ class Run:
 
     def __init__(self, args, variant, model, optimizer):
         self.script = Path(sys.modules[type(args).__module__].__file__)
-        self.method, self.args, self.model, self.optimizer = self.script.stem, args, model, optimizer
+        self.method = self.script.stem
+        self.args, self.model, self.optimizer = args, model, optimizer
         self.encoder = model.get_submodule(model.evaluated)
         self.device = next(model.parameters()).device
         self.out = Path(args.out or f"runs/{self.method}-{variant}-{args.data}-s{args.seed}")
@@ -882,6 +885,7 @@ class Run:
         self.clock, batches = time.monotonic(), loader.batches(range(begin, total))
         try:
             for step in range(begin, total):
+                # Without a batch a signal has come. The script computes the step at `yield`.
                 batch = self._wait(batches)
                 if batch is None:
                     self._stop(step, self.signal)
@@ -894,6 +898,8 @@ class Run:
                 self._stop_if_asked(step + 1, signal.SIGTERM if orphan else 0)
                 if self.due(step) and step + 1 < total:
                     self.save(step + 1)
+
+            # The end, unless a resumed run was at its end already.
             if begin < total or not self.resumed:
                 self.save(total, last=True)
                 self._stop_if_asked(total)  # a signal came within that save
@@ -1031,8 +1037,8 @@ class Run:
         # Rank 0 alone needs the monitors, whose eigenvalues take long for wide features.
         line = dict(step=step, epoch=round(epoch, 4), **row, lr=lr)
         if features is not None:
-            features = gather(features.detach())  # (B, D)
-            line |= collapse_monitors(features) if rank() == 0 else {}
+            y = gather(features.detach())  # (B, D)
+            line |= collapse_monitors(y) if rank() == 0 else {}
 
         now = time.monotonic()
         done, seconds = step + 1 - self.logged, now - self.clock
@@ -1063,6 +1069,8 @@ class Run:
             dist.all_reduce(values)
             values /= world_size()
         values = values.tolist()
+
+        # The first step that is not finite ends the run.
         for i, row in enumerate(values):
             if not all(map(math.isfinite, row)):
                 what = ", ".join(f"{k} {v:.4g}" for k, v in zip(self.names, row))
@@ -1218,7 +1226,8 @@ class Paths(Sequence):
 
     def subset(self, rows):
         """The names of some rows (n,), in their order."""
-        begin, text, other = F.pad(self.ends[:-1] + 1, (1, 0)), [], copy.copy(self)  # (N,)
+        begin = F.pad(self.ends[:-1] + 1, (1, 0))  # (N,)
+        text, other = [], copy.copy(self)
         for some in rows.cpu().split(1 << 16):
             length = self.ends[some] + 1 - begin[some]  # (m,)
             shift = begin[some] - (length.cumsum(0) - length)  # (m,) from a byte's place there to its place here
@@ -1396,6 +1405,8 @@ def imagefolder(root, split, classes=None):
     root = Path(root)
     if not os.path.isdir(root):
         die(f"--data-dir {root}: no such directory, or none that may be entered; an image folder is {LAYOUT}")
+
+    # The split's folder; the whole tree where there are no splits.
     splits, folders = split_folders(root)
     holds = f"{root} holds {', '.join(f'{printable(f)}/' for f in folders[:8]) or 'no folders'}"
     if splits and "train" not in splits:
@@ -1535,6 +1546,8 @@ def latents_of(folder):
     out = torch.empty(50, 7)
     for v in range(50):
         path = f"{folder}/latent_{v}.npy"
+
+        # What is no latent stays NaN.
         z = np.full(7, np.nan)
         with contextlib.suppress(Exception):  # numpy raises whatever a damaged file makes it raise
             read = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -1573,8 +1586,11 @@ def transfer_set(name, root, split, **_):
     except Exception:  # torchvision raises whatever a missing or damaged list makes it raise
         fetch = f"torchvision.datasets.{kind}({str(root)!r}, download=True)"
         die(f"--data-dir {root}: holds no {name}; {fetch} would fetch it")
-    paths = [str(p) for d in parts for p in (d._images if name == "pets" else d._image_files)]
-    labels = [y for d in parts for y in d._labels]
+
+    # torchvision keeps the file names and labels of each part in lists of its own.
+    files = "_images" if name == "pets" else "_image_files"
+    paths = [str(p) for p in itertools.chain(*(getattr(d, files) for d in parts))]
+    labels = list(itertools.chain(*(d._labels for d in parts)))
 
     # torchvision gives SUN397 whole; the authors' lists say which images train.
     if name == "sun397":
@@ -1601,6 +1617,7 @@ def cub200(root, split, **_):
     root = nested if os.path.isdir(nested) else Path(root)
     lists = ("images", "image_class_labels", "train_test_split", "classes")
     try:
+        # Lines are "<number> <path>", "<number> <class>", "<number> <1: trains>" and "<class> <name>".
         texts = [os.fsdecode((root / f"{name}.txt").read_bytes()) for name in lists]
         images, labels, train, classes = ([line.split() for line in text.splitlines()] for text in texts)
         label, part = dict(labels), dict(train)
@@ -1678,6 +1695,8 @@ def tdw(root, split, skip_corrupt=False, **_):
     degrees, distance in metres."""
     if skip_corrupt:
         die("--skip-corrupt: tdw identifies images by their number, so none can be left out; leave the flag out")
+
+    # The images of the split, in the order of their names.
     nested = Path(root) / "spherical_photoreal_64x64_DoF" / split
     folder = nested if os.path.isdir(nested) and not os.path.isdir(Path(root) / split) else Path(root) / split
     paths = [folder / name for name in sorted(visible(folder)[1])] if os.path.isdir(folder) else []
@@ -1691,6 +1710,7 @@ def tdw(root, split, skip_corrupt=False, **_):
     if len({image.shape for image in images}) > 1:
         die(f"--data-dir {folder}: images of several sizes; tdw's are 64 x 64")
 
+    # The number of an image says what it shows.
     i = torch.arange(12_096)
     view = torch.stack([i % 36 * 10.0, i // 36 % 7 * 10 + 10.0, i // 252 % 4 * 0.1 + 0.3], 1)  # (N, 3)
     objects, images = i // 1008, torch.stack(images)
@@ -1874,11 +1894,11 @@ def render_chunk(boxes, colors, rotation, floor_hue, light_hue, distance, size):
     camera = to_object[..., 2] * distance[:, None]  # (n, 3)
     light = (to_object @ torch.tensor(LIGHT_DIRECTION))[..., None]  # (n, 3, 1)
 
-    # Along each axis, camera + t d is between the box's two faces for t in middle -+ reach. The
+    # Along each axis, camera + t d is between the box's two faces for t in midway -+ reach. The
     # ray hits the box if it enters the last of these three slabs before it leaves the first.
     centre, half = boxes[..., :3] - camera[:, None], boxes[..., 3:] / 2  # (n, K, 3)
-    middle, reach = centre[..., None] / d[:, None], half[..., None] / d.abs()[:, None]  # (n, K, 3, P)
-    enter, leave = (middle - reach).amax(2), (middle + reach).amin(2)  # (n, K, P)
+    midway, reach = centre[..., None] / d[:, None], half[..., None] / d.abs()[:, None]  # (n, K, 3, P)
+    enter, leave = (midway - reach).amax(2), (midway + reach).amin(2)  # (n, K, P)
     t, part = torch.where(enter < leave, enter, torch.inf).min(1, keepdim=True)  # (n, 1, P)
     hit = t < torch.inf
 
@@ -2204,6 +2224,8 @@ class Loader(torch.utils.data.Dataset):
         how = dict(num_workers=workers, worker_init_fn=detach_worker, timeout=600 if workers else 0)
         pin = self.device.type == "cuda" and files
         loader = torch.utils.data.DataLoader(self, batch_size=None, sampler=steps, pin_memory=pin, **how)
+
+        # Note how long the device had nothing else to do.
         batches, self.waited = unbroken(loader), 0.0
         while True:
             begin = time.monotonic()
@@ -2325,17 +2347,19 @@ def resize(x, shape, interpolation):
     return x if x.dtype == torch.uint8 else x.round_().clamp_(0, 255).to(torch.uint8)
 
 
-def resize_weights(start, length, full, size, interpolation):
+def resize_weights(offset, length, full, size, interpolation):
     """Antialiased resize of one axis as one matrix per sample: (n, size, full), rows sum to 1.
 
-    Row i weighs the `full` source pixels for output pixel i when the pixels [start, start + length) become `size`:
-    a triangle, or a cubic (a = -0.5), stretched when shrinking. start, length: (n,) float, in pixels.
+    Row i weighs the `full` source pixels for output pixel i when the pixels [offset, offset + length) become `size`:
+    a triangle, or a cubic (a = -0.5), stretched when shrinking. offset, length: (n,) float, in pixels.
     """
-    start, length = start.view(-1, 1, 1), length.view(-1, 1, 1)  # (n, 1, 1) each
+    offset, length = offset.view(-1, 1, 1), length.view(-1, 1, 1)  # (n, 1, 1) each
     scale = length / size  # source pixels per output pixel
-    centre = (torch.arange(size, device=start.device)[:, None] + 0.5) * scale  # (n, size, 1) counted from start
-    pixel = torch.arange(full, device=start.device) + 0.5 - start  # (n, 1, full)
-    t = (pixel - centre).abs_().div_(scale.clamp(min=1))  # (n, size, full) distance, in units of the filter
+
+    # Positions of output and source pixels from the offset on, and their distance in units of the filter.
+    centre = (torch.arange(size, device=offset.device)[:, None] + 0.5) * scale  # (n, size, 1)
+    pixel = torch.arange(full, device=offset.device) + 0.5 - offset  # (n, 1, full)
+    t = (pixel - centre).abs_().div_(scale.clamp(min=1))  # (n, size, full)
     if interpolation == "bilinear":
         w = (1 - t).clamp_(min=0)
     else:
@@ -2642,6 +2666,8 @@ class ColorJitter:
         factor = factor[rows].gather(1, blends)  # (m, 3)
         rows = send(rows, x.device)
         y = x.index_select(0, rows)  # (m, 3, S, S)
+
+        # Shift the hues that are due, then blend: kind 0 with black, 1 with the mean luma, 2 with the luma.
         for step, (first, end) in enumerate(zip([0, *ends], ends[:4])):
             if first < end:
                 shift_hue_(y[first:end], hue[first:end])
@@ -2839,7 +2865,7 @@ RESNETS = dict(  # block, blocks of each stage, width of the first stage
 
 def check_arch(arch, *families):
     """Refuse an architecture that is not in `families`, such as VITS and RESNETS."""
-    known = [name for family in families for name in family]
+    known = list(itertools.chain(*families))
     if arch not in known:
         die(f"--arch {arch}: not one of {', '.join(known)}")
 
@@ -2972,12 +2998,14 @@ class ResNet(Pyramid, torchvision.models.ResNet):
     def __init__(self, arch="resnet18", img_size=224, stem="imagenet", coords=False):
         block, layers, width = RESNETS[arch]
         super().__init__(block, layers)
-        self.coords, self.dim, self.fc = coords, 8 * width * block.expansion, nn.Identity()
+        self.coords, self.fc = coords, nn.Identity()
+        self.dim = 8 * width * block.expansion
+
+        # Another width and another stem than torchvision's, then its initial values for all.
         if width != 64:
             self.inplanes, self.bn1 = width, nn.BatchNorm2d(width)
             for i, n in enumerate(layers):
                 setattr(self, f"layer{i + 1}", self._make_layer(block, width * 2**i, n, stride=2 if i else 1))
-
         channels = 5 if coords else 3
         if stem == "cifar":
             self.conv1, self.maxpool = nn.Conv2d(channels, width, 3, 1, 1, bias=False), nn.Identity()
@@ -3052,6 +3080,8 @@ def export_backbone(path, backbone):
     d, arguments = backbone.description, backbone.timm_arguments()
     if isinstance(arguments, str):
         return f"{path.name}: not written, {arguments}"
+
+    # Both must give the same features of a random image.
     backbone, twin = copy.deepcopy(backbone).cpu().eval(), timm.create_model(**arguments).eval()
     twin.load_state_dict(backbone.state_dict())
     x = torch.randn(2, 3, d["img_size"], d["img_size"], generator=rng("export"))
@@ -3059,6 +3089,7 @@ def export_backbone(path, backbone):
         error = (twin(x) - backbone(x)).abs().max().item()
     if not error <= 1e-5:
         return f"{path.name}: not written, timm's features differ by {error:.1e}"
+
     metadata = dict(timm=json.dumps(arguments)) | {name: json.dumps(d[name]) for name in ("img_size", "mean", "std")}
     try:
         write(path, save({k: v.contiguous() for k, v in backbone.state_dict().items()}, metadata))
@@ -3143,17 +3174,21 @@ def features(
     (n, 3, S, S), default the centre crop; params: a dict of (N, ...). encode(x) -> (n, D) for normalised x, default the
     backbone. Each of W ranks encodes every W-th row; the backbone runs in eval mode, without gradient.
 
-    Batches go straight to their place on rank 0, on a GPU 16 at a time, because it waits for the copy. 1.28 million
-    images of D = 1,536 on W = 8 ranks are 4 N D = 7.9 GB there; the batches of all ranks are 4 * 256 W D = 13 MB."""
+    Batches go straight to their place on rank 0, where 1.28 million images of D = 1,536 take 4 N D = 7.9 GB. A GPU
+    collects 16 batches first, because it waits for each copy: 16 * 4 * 256 W D = 200 MB on W = 8 ranks."""
     reader = data if isinstance(data, Reader) else Reader(data, workers)
-    centre, normalise = CenterCrop(backbone.img_size, interpolation="bicubic"), Normalize(backbone.mean, backbone.std)
-    transform, encode, world = transform or centre, backbone if encode is None else encode, world_size()
+    transform = transform or CenterCrop(backbone.img_size, interpolation="bicubic")
+    normalise = Normalize(backbone.mean, backbone.std)
+    encode = backbone if encode is None else encode
 
     # Every rank encodes as many rows; what is too much is cut off.
-    rows = torch.arange(len(reader.data)) if rows is None else rows
+    rows, world = torch.arange(len(reader.data)) if rows is None else rows, world_size()
     even = math.ceil(len(rows) / world) * world
     local = rows[torch.arange(even) % len(rows)][rank() :: world]
-    gpu, training, out, begin, encoded = device.type == "cuda", backbone.training, None, 0, []
+
+    # Encode batches, of which `encoded` are not in `out` yet.
+    out, begin, encoded = None, 0, []
+    training, gpu = backbone.training, device.type == "cuda"
     backbone.eval()
     for _, x in reader.batches(transform, local, params, batch_size, name, pin=gpu):
         x = normalise(send(x, device).float() / 255)

@@ -447,19 +447,20 @@ def test_an_explicit_box_wins():
     assert_close(view(x, view.sample(4, gen()) | box), expected.float() / 255, 1.01 / 255)
 
 
-@pytest.mark.parametrize("kind, pinned, waits", [("cpu", 0, True), ("mps", 0, True), ("cuda", 1, False)])
-def test_only_a_gpu_of_nvidia_is_sent_to_without_waiting(kind, pinned, waits):
+@pytest.mark.parametrize("pinned", [True, False])
+@pytest.mark.parametrize("kind", ["cpu", "mps", "cuda"])
+def test_only_cuda_is_sent_to_without_waiting_and_from_pinned_memory(kind, pinned, monkeypatch):
     calls = []
 
     class Values:
         device = torch.device("cpu")
-
-        def pin_memory(self):
-            calls.append("pin")
-            return self
+        is_pinned = lambda self: pinned
+        copy_ = lambda self, other: self
 
         def to(self, device, non_blocking=False):
             calls.append((device.type, non_blocking))
 
+    monkeypatch.setattr(torch, "empty_like", lambda x, pin_memory: calls.append(f"pinned {pin_memory}") or x)
     A.send(Values(), torch.device(kind))
-    assert calls == ["pin"] * pinned + [(kind, not waits)]
+    copied = ["pinned True"] if kind == "cuda" and not pinned else []
+    assert calls == [*copied, (kind, kind == "cuda")]
