@@ -502,7 +502,7 @@ def check(args):
     common.check_run(args, RECIPES, common.RESNETS)
     valid, dropped, sessions = VALID_VIEWS[args.objective], " ".join(args.drop_aug), " ".join(map(str, args.sessions))
 
-    # What goes with which views.
+    # What goes with which objective and which views.
     if args.views not in valid:
         common.die(f"--views {args.views}: {args.objective} goes with {', '.join(valid)}")
     if args.drop_aug and args.views != "image":
@@ -514,6 +514,8 @@ def check(args):
         )
     if args.time_continue != 0.95 and args.views != "time":
         common.die(f"--time-continue {args.time_continue}: goes with --views time")
+    if args.objective == "essl" and args.img_size < 2:
+        common.die(f"--img-size {args.img_size}: essl rotates crops of half the size; take 2 or more")
 
     # Lists name each thing once, and leave something to do.
     if len(set(args.drop_aug)) < len(args.drop_aug) or len(args.drop_aug) == len(PARAMETERS):
@@ -523,16 +525,6 @@ def check(args):
         common.die(f"--sessions {sessions}: {args.data} has none to choose; leave it out")
     if not args.sessions or len(set(args.sessions)) < len(args.sessions):
         common.die(f"--sessions {sessions}: name those to train on, of 1 to 11, each once")
-
-    # Numbers that do not go together.
-    if args.objective == "essl" and args.img_size < 2:
-        common.die(f"--img-size {args.img_size}: essl turns crops of half the size; take 2 or more")
-    if args.epochs and args.warmup_epochs >= args.epochs:
-        common.die(f"--warmup-epochs {args.warmup_epochs} (in force): must be below --epochs {args.epochs}; give both")
-    if args.crop_scale[0] > args.crop_scale[1]:
-        common.die(f"--crop-scale {args.crop_scale[0]} {args.crop_scale[1]}: the lower end comes first")
-    if args.jitter[3] > 0.5:
-        common.die(f"--jitter {' '.join(map(str, args.jitter))}: hue is in turns, at most 0.5")
 
 
 def main(argv=None):

@@ -5,8 +5,8 @@ Paper: "Contrastive Learning Via Equivariant Representation" (Song et al. 2024, 
 
 Idea. The first 80 % of the representation learn what all views of an image share, as usual. The rest is trained the
 other way: two views of an image should differ in it. It is therefore free to represent what the augmentation did,
-without knowing its parameters and however complex it was. Nothing else keeps the head of this part from collapsing, so
-a penalty ties the norm of its weights to that of the invariant head.
+however complex, and needs no parameters of it. Nothing else keeps the head of this part from collapsing, so a penalty
+ties the norm of its weights to that of the invariant head.
 
     o = f(x) = [z_IR, z_EF],  d_IR = 0.8 D                          the invariant and the equivariant part
     dino:    students s_v = h_IR(z_IR) of all crops v, teachers t_i of the two global ones, S_v, T_i those of h_EF(z_EF)
@@ -32,7 +32,7 @@ DDCL):
     One side is the teacher's sharpened and centred output, and only the student has a gradient. `--orth dot` is the
     paper's.
   * as in [DD], the modulus in L_Orth comes after the mean over the batch, so that images of opposite sign cancel. The
-    paper's equations 2 and 3 lack SimSiam's predictor and sg.
+    predictor and sg are SimSiam's; the paper's equations 2 and 3 lack them.
   * DINO has AdamW with lr 5e-4 per 256 images [C]. The appendix says SGD with 0.001, which is that rate at batch 512.
   * SimSiam has SGD, 0.05 per 256 images, and weight decay 1e-4 on everything. The cosine falls from epoch to epoch; the
     predictors keep the peak. 30 epochs of warm-up come before and do not count [DD]. [DD] repeats one data order in
@@ -140,10 +140,12 @@ SIMSIAM |= dict(head_dim=2048, head_dim_equi=2048, bottleneck=512)
 SIMSIAM |= dict(local_crops=0, crop_scale=(0.2, 1.0))
 BASES = dict(dino=dict(batch_size=512, lr=5e-4), simsiam=SIMSIAM)
 
-# What images of 32 px change, and a CPU that has minutes: there a teacher with momentum 0.99 hardly moves in 372 steps.
+# What images of 32 px change.
 SMALL_DINO = dict(arch="vit_tiny", img_size=32, patch_size=4, local_size=16, local_scale=(0.1, 0.4), blur=False)
 SMALL_DINO |= dict(drop_path=0.0, momentum=0.99, freeze_last_epochs=0.0, head_dim=1024, head_dim_equi=1024)
 SMALL_SIMSIAM = dict(arch="resnet18", img_size=32, patch_size=4, blur=False)
+
+# What a run of minutes on a CPU changes: a teacher with momentum 0.99 hardly moves in its 372 steps.
 MINUTES = dict(arch="vit_pico", patch_size=8, epochs=4, batch_size=128, proj_hidden=256)
 MINUTES_DINO = MINUTES | dict(lr=2e-3, momentum=0.9, warmup_epochs=0.5, local_crops=4)
 MINUTES_SIMSIAM = MINUTES | dict(lr=0.1, warmup_epochs=0, head_dim=256, head_dim_equi=256, bottleneck=64)
@@ -474,11 +476,11 @@ class DINO(nn.Module):
 
     def forward(self, views, epoch=0.0, diagnose=True):
         """The losses of a step: views {"1", "2", ...} (b, 3, H, W) -> ({"loss", "L_CL", ...}, representation of view 1
-        (b, D)). Moves the centres. Without `diagnose` the diagnostics are those of an earlier step."""
+        (b, D)). Moves the centres. Without `diagnose` it returns the diagnostics of an earlier step."""
         args, b, out = self.args, len(views["1"]), {}
         student, teacher = self.compiled or (self.backbone, self.teacher["backbone"])
 
-        # The teacher encodes the global crops, the student all crops, those of one size in one pass.
+        # The teacher encodes the global crops, the student all crops. Crops of one size pass together.
         global_crops = torch.cat([views["1"], views["2"]])
         with torch.no_grad():
             o_teacher = teacher(global_crops)  # (2 b, D)
@@ -501,12 +503,13 @@ class DINO(nn.Module):
         return dict(loss=loss) | out | self.diagnosed, o[:b]
 
     def softmaxes(self, name, z_teacher, z, epoch, diagnose):
-        """Parts of the representation -> q (2 b, K) of the teacher and log p (crops b, K) of the student."""
+        """A part of the representation, z_teacher (2 b, d) and z (crops b, d), behind its heads: q (2 b, K) of the
+        teacher and log p (crops b, K) of the student. Moves the centre, and measures the head if asked to."""
         s = upcast(self.heads[name](z))  # (crops b, K)
         with torch.no_grad():
             t = upcast(self.teacher["heads"][name](z_teacher))  # (2 b, K)
-        centre = getattr(self, f"centre_{name}")
         with common.full_precision():
+            centre = getattr(self, f"centre_{name}")  # (K,)
             q = F.softmax((t - centre) / self.teacher_temp(epoch), dim=1)
             log_p = F.log_softmax(s / self.args.temp, dim=1)
             mean = common.all_reduce(t.mean(0)) / common.world_size()  # (K,)
@@ -516,7 +519,7 @@ class DINO(nn.Module):
         return q, log_p
 
     def teacher_temp(self, epoch):
-        """tau_t at a fractional epoch: linear between the two values of `--teacher-temp`."""
+        """tau_t at a fractional epoch: linear from the first value of `--teacher-temp` to the last, then constant."""
         (first, last), epochs = self.args.teacher_temp, self.args.teacher_temp_epochs
         return last if epoch >= epochs else first + (last - first) * epoch / epochs
 
@@ -566,25 +569,26 @@ class SimSiam(nn.Module):
 
     def forward(self, views, epoch=0.0, diagnose=True):
         """The losses of a step: views {"1", "2"} (b, 3, H, W) -> ({"loss", "L_CL", ...}, representation of view 1
-        (b, D)). Without `diagnose` the diagnostics are those of an earlier step."""
+        (b, D)). Without `diagnose` it returns the diagnostics of an earlier step."""
         args, out = self.args, {}
         (student,) = self.compiled or (self.backbone,)
         o1, o2 = student(views["1"]), student(views["2"])  # (b, D) each
 
         # L_CL on the invariant part.
-        out["L_CL"] = -self.cosine("inv", o1[:, : self.inv], o2[:, : self.inv], diagnose)
+        out["L_CL"] = -self.compare("inv", o1[:, : self.inv], o2[:, : self.inv], diagnose)
         loss = args.alpha * out["L_CL"]
 
         # L_Orth on the equivariant part, and L_PReg between projectors and between predictors.
         if args.equi != "none":
-            out["L_Orth"] = self.cosine("equi", o1[:, self.inv :], o2[:, self.inv :], diagnose).abs()
+            out["L_Orth"] = self.compare("equi", o1[:, self.inv :], o2[:, self.inv :], diagnose).abs()
             differences = [squared_norm(h["equi"]) - squared_norm(h["inv"]) for h in (self.projectors, self.predictors)]
             out["L_PReg"] = sum(difference.abs() for difference in differences) / 2
             loss = loss + args.beta * out["L_Orth"] + args.lambda_preg * out["L_PReg"]
         return dict(loss=loss) | out | self.diagnosed, o1
 
-    def cosine(self, name, o1, o2, diagnose):
-        """Parts of the representations of both views -> their cosine behind projector and predictor, a number."""
+    def compare(self, name, o1, o2, diagnose):
+        """A part of the representation of both views, (b, d_part) each -> the cosine behind projector and predictor.
+        Measures the projector if asked to."""
         projector, predictor = self.projectors[name], self.predictors[name]
         z1, z2 = projector(o1), projector(o2)  # (b, d) each
         p1, p2 = predictor(z1), predictor(z2)  # (b, d) each
@@ -659,13 +663,14 @@ def learning_rates(args, step, per_epoch, warmup):
 
 def check(args):
     """Refuse what cannot work, in one line each, before anything is made."""
-    common.check_run(args, RECIPES, common.VITS, common.RESNETS, VMAMBAS)
+    within = args.base == "dino"  # SimSiam's warm-up comes before the epochs
+    common.check_run(args, RECIPES, common.VITS, common.RESNETS, VMAMBAS, warmup_within_epochs=within)
     if args.compile and args.arch in VMAMBAS:
-        common.die(f"--compile: --arch {args.arch} would compile for hours, its scan is unrolled; leave the flag out")
+        common.die(f"--compile: the scan of {args.arch} is unrolled, too long to compile; leave the flag out")
     if args.base == "dino" and args.equi == "ddcl":
         common.die("--equi ddcl: goes with --base simsiam")
-    if args.base == "dino" and args.epochs and args.warmup_epochs >= args.epochs:
-        common.die(f"--warmup-epochs {args.warmup_epochs}: must be below --epochs {args.epochs}")
+    if args.local_crops and args.arch in common.VITS:
+        common.check_patches(args, "local_size")
 
     # SimSiam compares two views by their cosine.
     if args.base == "simsiam" and args.equi == "clever":
@@ -674,13 +679,6 @@ def check(args):
         common.die(f"--orth {args.orth}: is a choice of --base dino; simsiam compares embeddings by their cosine")
     if args.base == "simsiam" and args.local_crops:
         common.die(f"--local-crops {args.local_crops}: simsiam compares two views; leave it out")
-
-    # Crops.
-    for flag, (low, high) in (("--crop-scale", args.crop_scale), ("--local-scale", args.local_scale)):
-        if low > high:
-            common.die(f"{flag} {low} {high}: the lower end comes first")
-    if args.local_crops and args.arch in common.VITS and args.local_size % args.patch_size:
-        common.die(f"--local-size {args.local_size}: not divisible by --patch-size {args.patch_size}")
 
 
 def main(argv=None):
@@ -736,13 +734,15 @@ def main(argv=None):
         if extra and step == extra:
             optimizer.state.clear()
 
-        # Forward and backward. The prototypes learn only after the first epochs.
+        # Forward and backward; the diagnostics are for the log alone.
         with common.autocast(device, args.amp):
             out, o = ddp(views, epoch, diagnose=not model.diagnosed or run.logs(step))
         optimizer.zero_grad(set_to_none=True)
         out["loss"].backward()
         if args.clip is not None:
             common.clip_each_(parameters, args.clip)
+
+        # The prototypes learn only after the first epochs.
         if epoch < args.freeze_last_epochs:
             for p in model.last_layers():
                 p.grad = None

@@ -910,6 +910,10 @@ class Run:
             for s, handler in handlers.items():
                 signal.signal(s, handler)
 
+    def logs(self, step):
+        """Whether a step has a line in the log."""
+        return step < 20 or (step + 1) % self.args.log_every == 0
+
     def due(self, step):
         """Whether a checkpoint is written after this step."""
         return (step + 1) % self.args.save_every == 0 or step + 1 == self.total
@@ -1028,7 +1032,7 @@ class Run:
         """
         self.names = list(values)
         self.pending.append(torch.stack([scalar(v, self.device) for v in values.values()]))  # (names,)
-        due = step < 20 or (step + 1) % self.args.log_every == 0
+        due = self.logs(step)
         if due or self.device.type == "cpu":
             row = self.flush()
         if not due:

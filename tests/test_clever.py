@@ -770,7 +770,7 @@ def test_vmamba_trains(small, tmp_path, capsys):
         (["--base", "simsiam", "--arch", "vit_pico", "--inv-ratio", "0.999"], ("--inv-ratio 0.999", "128 of 128")),
         (["--base", "simsiam", "--orth", "dot"], ("--orth dot", "dino")),
         (["--arch", "vmamba_small"], ("--arch vmamba_small", "vmamba_tiny")),
-        (["--arch", "vmamba_tiny", "--compile"], ("--compile", "--arch vmamba_tiny", "leave the flag out")),
+        (["--arch", "vmamba_tiny", "--compile"], ("--compile", "vmamba_tiny", "leave the flag out")),
         (["--recipe", "tdw"], ("--recipe tdw", "cifar10")),
     ],
 )
