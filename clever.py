@@ -736,7 +736,7 @@ def main(argv=None):
 
         # Forward and backward; the diagnostics are for the log alone.
         with common.autocast(device, args.amp):
-            out, o = ddp(views, epoch, diagnose=not model.diagnosed or run.logs(step))
+            out, o = ddp(views, epoch, diagnose=not model.diagnosed or common.is_logged(args, step))
         optimizer.zero_grad(set_to_none=True)
         out["loss"].backward()
         if args.clip is not None:

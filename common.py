@@ -910,10 +910,6 @@ class Run:
             for s, handler in handlers.items():
                 signal.signal(s, handler)
 
-    def logs(self, step):
-        """Whether a step has a line in the log."""
-        return step < 20 or (step + 1) % self.args.log_every == 0
-
     def due(self, step):
         """Whether a checkpoint is written after this step."""
         return (step + 1) % self.args.save_every == 0 or step + 1 == self.total
@@ -1032,7 +1028,7 @@ class Run:
         """
         self.names = list(values)
         self.pending.append(torch.stack([scalar(v, self.device) for v in values.values()]))  # (names,)
-        due = self.logs(step)
+        due = is_logged(self.args, step)
         if due or self.device.type == "cpu":
             row = self.flush()
         if not due:
@@ -1124,6 +1120,11 @@ def difference(a, b):
         odd = sorted(set(a["classes"]) ^ set(b["classes"]))
         return f"other classes: {odd[0]}" if odd else "classes in another order"
     return "other file names or labels"
+
+
+def is_logged(args, step):
+    """Whether a step has a line in log.jsonl."""
+    return step < 20 or (step + 1) % args.log_every == 0
 
 
 def scalar(v, device):
