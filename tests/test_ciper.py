@@ -15,7 +15,7 @@ from test_run import content, same
 import ciper
 import common
 
-COMBINATIONS = [(o, v) for o, views in ciper.VALID.items() for v in views]
+COMBINATIONS = [(o, v) for o, views in ciper.VALID_VIEWS.items() for v in views]
 
 
 def t(*rows):
@@ -158,6 +158,16 @@ def test_gradients_reach_the_encoder_through_the_anchor_too():
     assert all(views[v].grad.abs().max() > 0 for v in "012")
 
 
+def test_differences_of_bfloat16_representations_are_taken_in_float32():
+    args, model, views, r, _ = step("predictive")
+    model, views, r = model.float(), {k: v.float() for k, v in views.items()}, r.float()
+    h, seen = [torch.randn(8, model.backbone.dim).bfloat16() for _ in range(3)], []
+    model.compiled = (lambda view: h[next(int(k) for k, v in views.items() if v is view)],)
+    model.predictor.register_forward_hook(lambda m, inputs, _: seen.append(inputs[0]))
+    model(views, r)
+    assert torch.equal(seen[0], torch.cat([h[0].float() - h[1].float(), h[0].float() - h[2].float()]))
+
+
 def test_rotations_are_predicted_from_half_sized_views():
     args, model, views, *_ = step("essl")
     assert views["3"].shape == (8, 3, 8, 8) and set(views) == {"1", "2", "3"}
@@ -179,7 +189,7 @@ def test_parameter_counts():
     count = lambda m: sum(p.numel() for p in m.parameters())
     with torch.device("meta"):
         encoder = lambda coords: common.ResNet("resnet18", 32, "cifar", coords)
-        heads = lambda objective: ciper.Heads(encoder(True), ciper.Args(objective=objective), 10)
+        heads = lambda objective: ciper.Model(encoder(True), ciper.Args(objective=objective), 10)
         assert count(encoder(False)) == 11_168_832 and count(encoder(True)) == 11_169_984
         assert sum(isinstance(m, torch.nn.BatchNorm2d) for m in encoder(True).modules()) == 20
         assert (

@@ -67,25 +67,25 @@ def one_hot(*classes, K):
 
 
 @pytest.mark.parametrize("K, entropy", [(65536, 11.0903548890), (4096, 8.3177661667)])
-def test_N13_alike_and_entropy_of_uniform_outputs(K, entropy):
+def test_N13_similarity_and_entropy_of_uniform_outputs(K, entropy):
     u, e = uniform(K), one_hot(0, 5, K=K)
     assert clever.cross_entropy(e, u.log()).item() == pytest.approx(entropy) and clever.cross_entropy(
         u, u.log()
     ).item() == pytest.approx(entropy)
-    assert clever.alike(u, u.log(), "cos").item() == pytest.approx(1) and clever.alike(
+    assert clever.similarity(u, u.log(), "cos").item() == pytest.approx(1) and clever.similarity(
         u, u.log(), "dot"
     ).item() == pytest.approx(1 / K)
-    assert clever.alike(e, u.log(), "cos").item() == pytest.approx(K**-0.5) and clever.alike(
+    assert clever.similarity(e, u.log(), "cos").item() == pytest.approx(K**-0.5) and clever.similarity(
         e, u.log(), "dot"
     ).item() == pytest.approx(1 / K)
-    assert clever.alike(e, e.log(), "cos").item() == clever.alike(e, e.log(), "dot").item() == 1
-    assert clever.alike(e, one_hot(1, 4, K=K).log(), "cos").item() == 0
+    assert clever.similarity(e, e.log(), "cos").item() == clever.similarity(e, e.log(), "dot").item() == 1
+    assert clever.similarity(e, one_hot(1, 4, K=K).log(), "cos").item() == 0
 
 
 def test_N13_three_classes():
     q, p = F.softmax(t([0.04, 0, 0]) / 0.04, 1), F.log_softmax(t([0, 0.1, 0]) / 0.1, 1)
     assert q[0].tolist() == pytest.approx([0.5761169, 0.2119416, 0.2119416])
-    values = clever.cross_entropy(q, p), clever.alike(q, p, "cos"), clever.alike(q, p, "dot")
+    values = clever.cross_entropy(q, p), clever.similarity(q, p, "cos"), clever.similarity(q, p, "dot")
     assert [v.item() for v in values] == pytest.approx([1.3395032, 0.6855389, 0.2891254])
 
 
@@ -117,11 +117,11 @@ def test_the_penalty_on_a_toy():
     for h, w, b in ((h_I, 2, 1), (h_V, 1, 0)):
         torch.nn.init.constant_(h.weight, w)
         torch.nn.init.constant_(h.bias, b)
-    loss = (clever.size(h_V) - clever.size(h_I)).abs()
+    loss = (clever.squared_norm(h_V) - clever.squared_norm(h_I)).abs()
     loss.backward()
     assert loss.item() == 24 and h_I.weight.grad.unique().tolist() == [4] and h_I.bias.grad.unique().tolist() == [2]
     assert h_V.weight.grad.unique().tolist() == [-2] and h_V.bias.grad.unique().tolist() == [0]
-    same = (clever.size(h_I) - clever.size(h_I)).abs()
+    same = (clever.squared_norm(h_I) - clever.squared_norm(h_I)).abs()
     assert same.item() == 0
 
 
@@ -388,11 +388,11 @@ def test_parameter_counts_and_sizes_at_the_start():
     torch.manual_seed(0)
     K = 4096
     head = clever.DINOHead(307, clever.Args(), K)
-    assert clever.size(head).item() == pytest.approx(K / 3 + 0.8192 * 307 + 1887.44, rel=0.01)
+    assert clever.squared_norm(head).item() == pytest.approx(K / 3 + 0.8192 * 307 + 1887.44, rel=0.01)
     model = clever.SimSiam(type("Encoder", (torch.nn.Identity,), dict(dim=80))(), args, 64)  # equi="ddcl"
-    assert clever.size(model.projectors["equi"]).log10().item() == pytest.approx(3.788, abs=0.002) and clever.size(
-        model.predictors["inv"]
-    ).log10().item() == pytest.approx(3.136, abs=0.005)
+    assert clever.squared_norm(model.projectors["equi"]).log10().item() == pytest.approx(
+        3.788, abs=0.002
+    ) and clever.squared_norm(model.predictors["inv"]).log10().item() == pytest.approx(3.136, abs=0.005)
 
 
 def test_the_first_values_of_clever():
@@ -404,7 +404,10 @@ def test_the_first_values_of_clever():
     with torch.no_grad():
         for other, CL, Orth in ((student, (10.2, 10.5), (0.55, 0.75)), (teacher, (11.1, 11.45), (0.2, 0.3))):
             q, log_p = F.softmax(other(z) / 0.04, 1), F.log_softmax(student(z) / 0.1, 1)
-            assert CL[0] < clever.cross_entropy(q, log_p) < CL[1] and Orth[0] < clever.alike(q, log_p, "cos") < Orth[1]
+            assert (
+                CL[0] < clever.cross_entropy(q, log_p) < CL[1]
+                and Orth[0] < clever.similarity(q, log_p, "cos") < Orth[1]
+            )
 
 
 # ---- schedules ---------------------------------------------------------------------------------------------
@@ -695,6 +698,22 @@ def test_N7_every_variant_trains_and_resumes_to_the_same_bits(base, equi, arch, 
     assert "k-NN accuracy" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("base", ["dino", "simsiam"])
+def test_diagnostics_are_computed_for_the_log_alone(base, small, tmp_path, monkeypatch):
+    """Steps without a line in the log have none; the lines that are there are those of a log of every step."""
+    calls, diagnostics, lines = [], clever.diagnostics, {}
+    monkeypatch.setattr(clever, "diagnostics", lambda *args: calls.append(args[0]) or diagnostics(*args))
+    run = [*small, "--base", base, "--arch", "vit_pico", "--local-crops", "0", "--warmup-epochs", "0"]
+    for name, logged in (("all", [0, 1, 2, 3]), ("some", [0, 3])):
+        calls.clear()
+        monkeypatch.setattr(common, "is_logged", lambda _, step, logged=logged: step in logged)
+        clever.main([*run, "--out", str(tmp_path / name)])
+        log = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        lines[name] = {line["step"]: {k: v for k, v in line.items() if "log_" in k or k == "loss"} for line in log}
+        assert list(lines[name]) == logged and len(calls) == 2 * len(logged)
+    assert len(lines["some"][3]) == 5 and all(lines["all"][step] == line for step, line in lines["some"].items())
+
+
 def test_frozen_prototypes_stay_where_they_are(small, tmp_path):
     for epochs, moved in (("1", True), ("2", False)):
         clever.main(
@@ -751,6 +770,7 @@ def test_vmamba_trains(small, tmp_path, capsys):
         (["--base", "simsiam", "--arch", "vit_pico", "--inv-ratio", "0.999"], ("--inv-ratio 0.999", "128 of 128")),
         (["--base", "simsiam", "--orth", "dot"], ("--orth dot", "dino")),
         (["--arch", "vmamba_small"], ("--arch vmamba_small", "vmamba_tiny")),
+        (["--arch", "vmamba_tiny", "--compile"], ("--compile", "vmamba_tiny", "leave the flag out")),
         (["--recipe", "tdw"], ("--recipe tdw", "cifar10")),
     ],
 )

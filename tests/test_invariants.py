@@ -67,7 +67,9 @@ LOSSES = {
     "ciper info_nce": Loss(lambda a, b: ciper.info_nce(a, b, 0.5), scale_free=True),
     "ciper standardise": Loss(lambda a, b: F.mse_loss(a, ciper.standardise(b)), symmetric=False),
     "clever cross_entropy": Loss(lambda a, b: clever.over_pairs(clever.cross_entropy, *soft(a, b)), coupled=False),
-    "clever alike": Loss(lambda a, b: clever.over_pairs(partial(clever.alike, form="cos"), *soft(a, b)), coupled=False),
+    "clever similarity": Loss(
+        lambda a, b: clever.over_pairs(partial(clever.similarity, form="cos"), *soft(a, b)), coupled=False
+    ),
     "clever cosines": Loss(lambda a, b: clever.cosines(a, b, a, b), scale_free=True, coupled=False),
 }
 each_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES.keys())
