@@ -66,12 +66,12 @@ import math
 from functools import partial
 from typing import Annotated, Literal
 
+import common
+from common import Count, Natural, NonNegative, Plural, Positive, Share, ShareAbove0, ShareBelow1, upcast
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-
-import common
-from common import Count, Natural, NonNegative, Plural, Positive, Share, ShareAbove0, ShareBelow1, upcast
 
 
 @dataclasses.dataclass

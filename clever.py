@@ -57,15 +57,15 @@ import math
 from functools import partial
 from typing import Annotated, Literal
 
+import common
+from common import Count, Natural, NonNegative, Plural, Positive, Share, ShareAbove0, ShareBelow1, upcast
+
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import DropPath
 from torchvision.models.resnet import BasicBlock, Bottleneck
-
-import common
-from common import Count, Natural, NonNegative, Plural, Positive, Share, ShareAbove0, ShareBelow1, upcast
 
 
 @dataclasses.dataclass

@@ -25,12 +25,14 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import re
 import shlex
 import shutil
 import signal
 import sys
+import threading
 import time
 import types
 import zipfile
@@ -40,6 +42,19 @@ from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Annotated, Literal, get_args, get_origin, get_type_hints
+
+
+def stopped_while_importing(*_):
+    """Say in one line that Ctrl-C arrived while the libraries below were loading; `command` takes over from there."""
+    if multiprocessing.parent_process() is None:  # a loader process leaves the line to the process that started it
+        print(f"{Path(sys.argv[0]).name}: error: stopped by SIGINT", file=sys.stderr)
+    raise SystemExit(130)
+
+
+# The libraries take seconds to load. Scripts import this file before them, so that Ctrl-C is already answered.
+interruptible = threading.current_thread() is threading.main_thread()
+if interruptible:
+    interrupt_handler = signal.signal(signal.SIGINT, stopped_while_importing)
 
 import numpy as np
 import torch
@@ -59,6 +74,9 @@ try:
     import resource
 except ImportError:  # Windows
     resource = None
+
+if interruptible:
+    signal.signal(signal.SIGINT, interrupt_handler)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Run: arguments
@@ -1032,7 +1050,7 @@ class Run:
         """
         self.names = list(values)
         self.pending.append(torch.stack([scalar(v, self.device) for v in values.values()]))  # (names,)
-        due = step < 20 or (step + 1) % self.args.log_every == 0
+        due = is_logged(self.args, step)
         if due or self.device.type == "cpu":
             row = self.flush()
         if not due:
@@ -1090,16 +1108,20 @@ class Run:
     def finish(self, untrained, train, test):
         """After the last step: export the encoder for timm, score it by k-NN beside the untrained one, say what is
         next."""
+        encoders = self.encoder, untrained.get_submodule(untrained.evaluated)
         if rank() == 0:
             self.say(export_backbone(self.out / "backbone.safetensors", self.encoder))
         if test is None or train.labels is None or train.classes != test.classes:
             notes = [data.note for data in (train, test) if data is not None and data.note]
             self.say(f"no k-NN score: {'; '.join(notes) or 'the data has no test split with the same classes'}")
         else:
-            encoders = self.encoder, untrained.get_submodule(untrained.evaluated)
             trained, before = (knn_accuracy(encoder, train, test, self.device, self.args) for encoder in encoders)
             others = f"the untrained encoder: {before:.3f}; chance: {1 / len(train.classes):.3f}"
             self.say(f"k-NN accuracy on test images: {trained:.3f} ({others})")
+
+        data = train if test is None else test
+        trained, before = (turn_equivariance(encoder, data, self.device, self.args) for encoder in encoders)
+        self.say(f"equivariance of the last map, a quarter turn: {trained:.3f} (the untrained encoder: {before:.3f})")
         self.say(f"next: python eval_probe.py {shlex.quote(str(self.path))}")
         self._unlock()
 
@@ -1124,6 +1146,11 @@ def difference(a, b):
         odd = sorted(set(a["classes"]) ^ set(b["classes"]))
         return f"other classes: {odd[0]}" if odd else "classes in another order"
     return "other file names or labels"
+
+
+def is_logged(args, step):
+    """Whether a step has a line in log.jsonl."""
+    return step < 20 or (step + 1) % args.log_every == 0
 
 
 def scalar(v, device):
@@ -3243,3 +3270,29 @@ def knn_accuracy(backbone, train, test, device, args, most=(8_000, 2_000)):
         return (scores.argmax(1) == test.labels[rows[1]]).float().mean().item()
 
     return by_rank_0(accuracy)
+
+
+def turn_equivariance(backbone, data, device, args, most=400):
+    """The second score at the end of a run: does the last map turn with the image?
+
+    Mean cosine between f(x) turned by 90 degrees and f(x turned by 90 degrees), where f gives the tokens after the
+    last block and the final norm, less their mean. 1: the map turns with the image; 0: the two maps are unrelated.
+    `eval_probe.py --tasks equivariance` measures the same over more images, angles and groups."""
+    norm, shape = getattr(backbone, "norm", nn.Identity()), []
+    rows = torch.arange(min(most, len(data))) * len(data) // min(most, len(data))
+
+    def maps_of(x):
+        """Both maps of each image, from one pass over the set: (n, 2 h w D)."""
+        maps = [norm(backbone.tokens(v, backbone.depth)) for v in (x, torch.rot90(x, 1, (2, 3)))]  # (n, h, w, D) each
+        shape[:] = maps[0].shape[1:]
+        return torch.stack(maps, 1).flatten(1)
+
+    how = dict(amp=args.amp, workers=args.workers, name="equivariance")
+    maps = features(backbone, data, device, encode=maps_of, rows=rows, **how).unflatten(1, (2, *shape))
+
+    def cosine():
+        moved, there = torch.rot90(maps[:, 0], 1, (1, 2)), maps[:, 1]
+        centred = (z - z.mean((0, 1, 2)) for z in (moved, there))
+        return F.cosine_similarity(*centred, dim=3).mean().item()
+
+    return by_rank_0(cosine)

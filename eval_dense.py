@@ -70,6 +70,11 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import common
+import eval_probe
+import eval_robustness
+from common import Count, Natural, Plural, Positive, Seed
+
 import numpy as np
 import timm
 import torch
@@ -77,11 +82,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 import tyro
 from PIL import Image, ImageDraw
-
-import common
-import eval_probe
-import eval_robustness
-from common import Count, Natural, Plural, Positive, Seed
 
 IGNORE = 255  # label of pixels that count nowhere
 

@@ -86,16 +86,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
-import safetensors.torch
-import timm
-import torch
-import torch.nn as nn
-import torch.nn.functional as F
-import torchvision
-import tyro
-from timm.layers import DropPath
-from tqdm import tqdm
-
 import common
 from common import (
     FAMILIES,
@@ -114,6 +104,16 @@ from common import (
     Seed,
     ShareAbove0,
 )
+
+import safetensors.torch
+import timm
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import torchvision
+import tyro
+from timm.layers import DropPath
+from tqdm import tqdm
 
 POSES = ("pose", "hues")
 SHARES = (0.01, 0.1)  # of the labels, for fewshot

@@ -49,15 +49,15 @@ from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
+import common
+import eval_probe
+from common import Count, Natural, Positive, Seed
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
 from PIL import Image, ImageDraw
-
-import common
-import eval_probe
-from common import Count, Natural, Positive, Seed
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Arguments

@@ -60,13 +60,13 @@ import math
 from functools import partial
 from typing import Annotated, Literal
 
+import common
+from common import FAMILIES, Count, NonNegative, Plural, ShareAbove0, upcast
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.models.vision_transformer import Block
-
-import common
-from common import FAMILIES, Count, NonNegative, Plural, ShareAbove0, upcast
 
 
 @dataclasses.dataclass

@@ -77,14 +77,14 @@ import math
 from functools import partial
 from typing import Literal
 
+import common
+from common import Count, Natural, NonNegative, Plural, Positive, Share, ShareAbove0, ShareBelow1, upcast
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import DropPath
 from torch.utils.checkpoint import checkpoint
-
-import common
-from common import Count, Natural, NonNegative, Plural, Positive, Share, ShareAbove0, ShareBelow1, upcast
 
 
 @dataclasses.dataclass

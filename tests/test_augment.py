@@ -4,6 +4,8 @@ import itertools
 import math
 import types
 
+import common as A
+
 import pytest
 import torch
 import torchvision.transforms as T
@@ -11,8 +13,6 @@ import torchvision.transforms._functional_tensor as FT
 import torchvision.transforms.functional as TF
 import torchvision.transforms.v2.functional as V2
 from torchvision.transforms import InterpolationMode
-
-import common as A
 
 TOL = 1e-4  # the contract allows 1 / 255 + 1e-4
 MODES = {"bilinear": InterpolationMode.BILINEAR, "bicubic": InterpolationMode.BICUBIC}

@@ -2,12 +2,12 @@
 
 from functools import partial
 
+import common
+
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-
-import common
 
 
 def count(m):

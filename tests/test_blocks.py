@@ -4,10 +4,10 @@ import colorsys
 import itertools
 import math
 
+import common as B
+
 import numpy as np
 import torch
-
-import common as B
 
 torch.set_num_threads(1)
 

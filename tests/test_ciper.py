@@ -4,6 +4,9 @@ data sets."""
 import math
 import os
 
+import ciper
+import common
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,9 +14,6 @@ import torchvision.transforms.functional as TF
 from PIL import Image
 from test_distributed import on_ranks
 from test_run import content, same
-
-import ciper
-import common
 
 COMBINATIONS = [(o, v) for o, views in ciper.VALID_VIEWS.items() for v in views]
 

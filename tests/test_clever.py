@@ -4,6 +4,9 @@ deformations."""
 import json
 import math
 
+import clever
+import common
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,9 +14,6 @@ import torchvision.transforms as T
 import torchvision.transforms.functional as TF
 from test_distributed import on_ranks
 from test_run import content, same
-
-import clever
-import common
 
 VARIANTS = [("dino", "clever"), ("dino", "none"), ("simsiam", "ddcl"), ("simsiam", "none")]
 

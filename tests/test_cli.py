@@ -7,10 +7,6 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import pytest
-import torch
-from test_run import refused
-
 import ciper
 import clever
 import common
@@ -18,6 +14,10 @@ import eval_probe
 import eval_robustness
 import recon_xattn
 import ser
+
+import pytest
+import torch
+from test_run import refused
 
 ROOT = Path(__file__).resolve().parents[1]
 

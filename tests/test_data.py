@@ -9,15 +9,15 @@ import struct
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
+import common
+import eval_probe
+import ser
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from test_distributed import on_ranks
-
-import common
-import eval_probe
-import ser
 
 
 def touch(path, size=(6, 4)):

@@ -9,14 +9,14 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import common
+import ser
+
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-
-import common
-import ser
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -4,6 +4,12 @@ import json
 import math
 import shutil
 
+import clever
+import common
+import eval_dense as ed
+import eval_probe
+import recon_xattn  # noqa: F401
+
 import numpy as np
 import pytest
 import torch
@@ -12,12 +18,6 @@ import torch.nn.functional as F
 from PIL import Image
 from test_cli import expect_mistake
 from test_distributed import on_ranks
-
-import clever
-import common
-import eval_dense as ed
-import eval_probe
-import recon_xattn  # noqa: F401
 
 g = common.rng("dense")
 

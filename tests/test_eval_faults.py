@@ -13,16 +13,16 @@ import sys
 import zipfile
 from pathlib import Path
 
+import common
+import eval_probe
+import eval_robustness
+import ser
+
 import pytest
 import torch
 from PIL import Image
 from test_cli import expect_mistake
 from test_distributed import on_ranks
-
-import common
-import eval_probe
-import eval_robustness
-import ser
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = ["--linear-epochs", "2", "--device", "cpu", "--workers", "0"]

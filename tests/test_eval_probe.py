@@ -5,18 +5,18 @@ import json
 import math
 import shutil
 
+import clever
+import common
+import eval_probe
+import recon_xattn
+import ser
+
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from test_distributed import on_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
-
-import clever
-import common
-import eval_probe
-import recon_xattn
-import ser
 
 g = torch.Generator()
 

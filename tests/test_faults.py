@@ -16,18 +16,18 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
-import torch
-from test_distributed import on_ranks
-from test_run import content, refused, same, state
-from torch.optim.optimizer import register_optimizer_step_pre_hook
-
 import ciper
 import clever
 import common
 import eval_probe
 import recon_xattn
 import ser
+
+import pytest
+import torch
+from test_distributed import on_ranks
+from test_run import content, refused, same, state
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -1073,3 +1073,16 @@ def test_C7_loading_a_checkpoint_imports_none_but_the_four_methods(name, saved, 
     common.save_checkpoint(tmp_path / "checkpoint.pt", c | dict(method="clever"))
     common.load_backbone(tmp_path / "checkpoint.pt")
     assert imported == ["clever"]
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, "eval_probe", "eval_robustness"])
+def test_ctrl_c_while_libraries_load_ends_in_one_line(script, tmp_path):
+    # a torch that sends SIGINT to the process that imports it
+    (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(30)\n")
+    run = subprocess.run(
+        [sys.executable, ROOT / f"{script}.py"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    )
+    assert run.returncode == 130 and run.stderr == f"{script}.py: error: stopped by SIGINT\n"

@@ -8,16 +8,16 @@ import re
 from functools import partial
 from pathlib import Path
 
-import pytest
-import torch
-import torch.nn.functional as F
-from test_run import content
-
 import ciper
 import clever
 import common
 import recon_xattn
 import ser
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_run import content
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = {"ser": ser, "recon_xattn": recon_xattn, "ciper": ciper, "clever": clever}

@@ -4,6 +4,9 @@ latents."""
 import itertools
 import math
 
+import common
+import recon_xattn as rx
+
 import numpy as np
 import pytest
 import torch
@@ -11,9 +14,6 @@ import torch.nn.functional as F
 from test_distributed import on_ranks
 from test_run import content, same
 from test_ser import no_copies  # noqa: F401
-
-import common
-import recon_xattn as rx
 
 OBJECTIVES = ("recon", "sie", "vicreg", "supervised")
 

@@ -7,6 +7,11 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import clever
+import common
+import eval_probe
+import eval_robustness as er
+
 import numpy as np
 import pytest
 import torch
@@ -15,11 +20,6 @@ from PIL import Image
 from test_cli import expect_mistake
 from test_distributed import on_ranks
 from test_eval_probe import Copies
-
-import clever
-import common
-import eval_probe
-import eval_robustness as er
 
 g = common.rng("robustness")
 photo = torch.randint(0, 256, (6, 3, 8, 8), dtype=torch.uint8, generator=g)

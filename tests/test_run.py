@@ -5,17 +5,18 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import time
 import types
 import zipfile
 
+import common
+import ser
+
 import pytest
 import torch
 import torch.nn as nn
-
-import common
-import ser
 
 
 def state(value=0.0, n=1000):
@@ -409,6 +410,7 @@ def test_what_a_run_leaves_behind(tiny, tmp_path, capsys):
     }
     assert json.loads((tmp_path / "args.json").read_text())["recipe"] == "cifar10"
     out = capsys.readouterr().out
+    assert "equivariance of the last map, a quarter turn: " in out
     assert "k-NN accuracy" in out and f"python eval_probe.py {tmp_path}/checkpoint.pt" in out
 
 
@@ -663,3 +665,58 @@ def test_pictures_of_an_overwritten_run_go_and_those_of_others_stay(tiny, tmp_pa
     (tmp_path / "reconstruction.png").touch()
     ser.main([*run, "--overwrite"])
     assert not (tmp_path / "reconstruction.png").exists()
+
+
+class Pixels(nn.Module):
+    """An encoder whose last map is the image itself (it turns with the image), or a mean colour that does not."""
+
+    img_size, depth, mean, std = 8, 1, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+
+    def __init__(self, act):
+        super().__init__()
+        self.act = act
+
+    def tokens(self, x, after):
+        return self.act(x).permute(0, 2, 3, 1)  # (n, h, w, 3)
+
+
+def test_equivariance_at_the_end_of_a_run_sees_maps_that_turn_and_maps_that_do_not():
+    images = torch.randint(0, 256, (40, 3, 8, 8), dtype=torch.uint8, generator=common.rng("turn"))
+    data, args = common.ImageSet(images=images), common.RunArgs(amp="off", workers=0)
+    score = lambda act: common.turn_equivariance(Pixels(act), data, torch.device("cpu"), args, most=20)
+    assert score(lambda x: x) == pytest.approx(1, abs=1e-6)
+    assert abs(score(lambda x: x.flip(3))) < 0.1  # noise, mirrored: turns the other way
+    place = torch.randn(1, 3, 8, 8, generator=common.rng("place"))
+    assert abs(score(lambda x: place + 0 * x)) < 0.3  # the same map whatever the image
+    loop = []  # a map that turns in part: the loop in float64
+    blend = lambda x: x + 0.5 * x.flip(3)
+    x = ((images[::2].double() / 255) - 0.5) / 0.25
+    a, b = blend(x), blend(torch.rot90(x, 1, (2, 3)))
+    a = torch.rot90(a, 1, (2, 3))
+    a, b = (z - z.mean((0, 2, 3), keepdim=True) for z in (a, b))
+    for n in range(20):
+        for i in range(8):
+            for j in range(8):
+                u, v = a[n, :, i, j], b[n, :, i, j]
+                loop.append((u @ v / u.norm() / v.norm()).item())
+    assert score(blend) == pytest.approx(sum(loop) / len(loop), abs=1e-5)
+
+
+def test_the_gpu_benchmark_measures_a_run_and_survives_one_that_fails(tmp_path, monkeypatch):
+    """Both kinds of training part on a CPU; a part that breaks is a line of the table, and the next one runs."""
+    import bench_gpu
+
+    monkeypatch.setattr(common, "load_data", common.load_data)  # the benchmark replaces these; a test must not
+    monkeypatch.setattr(common, "N_OBJECTS", dict(common.N_OBJECTS))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    agree = bench_gpu.losses_agree
+    broken = lambda module, flags, *more: agree(module, flags, *more) if "simclr" in flags else 1 / 0
+    monkeypatch.setattr(bench_gpu, "losses_agree", broken)
+    bad = bench_gpu.main(["--tiny", "--only", "step ciper", "--out", str(tmp_path)])
+    table = json.loads((tmp_path / "gpu.json").read_text())
+    assert len(bad) == 3 and "FAILED ZeroDivisionError" in table["step ciper essl"]
+    assert len(table) == 4 and table["step ciper simclr"].startswith("losses differ by 0e+00, bf16 loss ")
+    bench_gpu.main(["--tiny", "--only", "speed SimCLR", "--out", str(tmp_path)])
+    speed = json.loads((tmp_path / "gpu.json").read_text())["speed SimCLR ResNet-18 32 px"]
+    rate, peak_share = re.match(r"([\d,]+) images/s.* ([\d.]+)% of the bf16 peak", speed).groups()
+    assert int(rate.replace(",", "")) > 0 and float(peak_share) > 0

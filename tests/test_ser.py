@@ -4,13 +4,13 @@ import itertools
 import math
 from functools import partial
 
+import common
+import ser
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._pytree import tree_leaves
-
-import common
-import ser
 
 GROUP = [(k, f) for k in range(4) for f in range(2)]
 

@@ -3,13 +3,13 @@
 import itertools
 import math
 
+import common
+import ser
+
 import pytest
 import torch
 import torch.nn.functional as F
 from test_ser import loop_nt_xent, setup
-
-import common
-import ser
 
 BASELINES = ("augself", "stl", "equimod", "essl")
 ALL = ("crop", "color", "flip", "blur", "solarize", "rotation")
