@@ -205,7 +205,7 @@ class Args:
     skip_corrupt: bool = False
     """open every image of a folder first and leave out those that cannot be read"""
     workers: Natural | None = None
-    """loader processes for image folders; default: as many as this process has cores, at most 8"""
+    """loader processes for image folders; default: as many as this process has cores, at most 16"""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """auto takes CUDA, then MPS, then the CPU"""
     amp: Literal["auto", "off"] = "auto"
