@@ -665,15 +665,16 @@ def check(args):
     """Refuse what cannot work, in one line each, before anything is made."""
     within = args.base == "dino"  # SimSiam's warm-up comes before the epochs
     common.check_run(args, RECIPES, common.VITS, common.RESNETS, VMAMBAS, warmup_within_epochs=within)
-    if args.equi not in dict(dino=("clever", "none"), simsiam=("ddcl", "none"))[args.base]:
-        common.die(f"--equi {args.equi}: goes with --base {'dino' if args.equi == 'clever' else 'simsiam'}")
-    for name in ("crop_scale", "local_scale"):
-        if getattr(args, name)[0] > getattr(args, name)[1]:
-            common.die(
-                f"--{name.replace('_', '-')} {' '.join(map(str, getattr(args, name)))}: the lower end comes first"
-            )
-    if args.base == "dino" and args.epochs and args.warmup_epochs >= args.epochs:
-        common.die(f"--warmup-epochs {args.warmup_epochs}: must be below --epochs {args.epochs}")
+    if args.compile and args.arch in VMAMBAS:
+        common.die(f"--compile: the scan of {args.arch} is unrolled, too long to compile; leave the flag out")
+    if args.base == "dino" and args.equi == "ddcl":
+        common.die("--equi ddcl: goes with --base simsiam")
+    if args.local_crops and args.arch in common.VITS:
+        common.check_patches(args, "local_size")
+
+    # SimSiam compares two views by their cosine.
+    if args.base == "simsiam" and args.equi == "clever":
+        common.die("--equi clever: goes with --base dino")
     if args.base == "simsiam" and args.orth != "cos":
         common.die(f"--orth {args.orth}: is a choice of --base dino; simsiam compares embeddings by their cosine")
     if args.base == "simsiam" and args.local_crops:

@@ -131,7 +131,7 @@ class Args:
     seed: Seed = 0
     """seed of heads, batches, and what is drawn for figures"""
     workers: Natural | None = None
-    """loader processes for files; default: as many as this process has cores, at most 8"""
+    """loader processes for files; default: as many as this process has cores, at most 16"""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """auto takes CUDA, then MPS, then the CPU"""
     amp: Literal["auto", "off"] = "auto"
