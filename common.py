@@ -170,7 +170,7 @@ def parse(Args, values_in_force, argv=None, description=""):
     for name, value in vars(args).items():
         if value == "":
             die(f"{flag_name(name)}: is empty (an unset shell variable?); give a value or leave the flag out")
-    if getattr(args, "data_dir", None):
+    if isinstance(getattr(args, "data_dir", None), str):
         args.data_dir = os.path.abspath(os.path.expanduser(args.data_dir))  # probes start in other directories
     return args
 
