@@ -380,7 +380,8 @@ class CrossBlock(nn.Module):
 
 
 class Objective(nn.Module):
-    """What the four objectives share: the encoder, and a step. Each adds its heads and its loss `terms`."""
+    """What the four objectives share: the encoder, and a step. Each adds its heads, and `terms` that maps the tokens t1
+    and t2 of both views, (B, N, 512), to {"loss", ...}."""
 
     evaluated = "backbone"
     compiled = None

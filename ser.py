@@ -656,6 +656,7 @@ class SER(nn.Module):
         self.chance = sum(math.log1p(2 * other_images * P) for P in cells)
 
     def forward(self, tokens, params):
+        """L_equiv, summed over the pairs."""
         return dict(L_equiv=sum(self.pair(tokens[a], params[a], tokens[b], params[b]) for a, b in self.pairs))
 
     def pair(self, tokens1, params1, tokens2, params2):
@@ -756,6 +757,7 @@ class STL(Baseline):
         self.chance = math.log(4 * args.batch_size - 1) + args.equi_trans_weight * math.log(2 * args.batch_size - 1)
 
     def forward(self, tokens, params):
+        """L_equiv: the predictions against the views, and, weighted, L_trans: the transformations of partners."""
         y1, y2 = self.cls(tokens["1"]), self.cls(tokens["2"])  # (n, D)
         t12 = self.transformation(torch.cat([y1, y2], 1))  # (n, 128)
         t21 = self.transformation(torch.cat([y2, y1], 1))  # (n, 128)
@@ -830,6 +832,7 @@ class ESSL(Baseline):
         self.head = nn.Sequential(*layers, nn.Linear(dim, 256), nn.LayerNorm(256), nn.Linear(256, 4))
 
     def forward(self, tokens, params):
+        """L_equiv, and the share of rotations that are recognised."""
         logits = self.head(self.cls(tokens["rotated"]))  # (4 n, 4)
         turns = torch.arange(4, device=logits.device).repeat_interleave(len(logits) // 4)  # (4 n,)
         accuracy = (logits.argmax(1) == turns).float().mean()
