@@ -48,7 +48,7 @@ def on_ranks(world, tmp_path, fn, *args):
     return [results[r] for r in range(world)]
 
 
-def train(base, equi, changes, steps=3):
+def train(base, equi, changes, steps=2):
     """`steps` steps of tiny training in float64 -> (losses, first gradients, teacher and centre), as numpy."""
     args = ser.Args(
         **ser.values_in_force(ser.Args(base=base, equi=equi))
