@@ -205,9 +205,7 @@ def matmul_peak(tiny, device):
 def augmentations(size, recipe, tiny, device):
     """Images/s of everything behind the crop, for each view of SER."""
     argv = [
-        "--data",
-        "imagefolder",
-        "--recipe",
+        *"--data imagefolder --recipe".split(),
         recipe,
         "--data-dir",
         str(ROOT),

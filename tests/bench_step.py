@@ -33,20 +33,8 @@ VARIANTS = {
     "augself, block 3": ["--equi-layer", "3"],
 }
 SMALL = [
-    "--data",
-    "imagefolder",
-    "--recipe",
-    "cifar10",
-    "--arch",
-    "vit_pico",
-    "--patch-size",
-    "8",
-    "--batch-size",
-    "64",
-    "--proj-hidden",
-    "512",
-    "--device",
-    "cpu",
+    *"--data imagefolder --recipe cifar10 --arch vit_pico --patch-size 8 --batch-size 64".split(),
+    *"--proj-hidden 512 --device cpu".split(),
 ]
 
 

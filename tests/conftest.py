@@ -35,34 +35,11 @@ def folder(tmp_path_factory):
 def tiny(folder):
     """Arguments of a run of two steps an epoch that takes a second."""
     return [
-        "--data",
-        "imagefolder",
-        "--data-dir",
+        *"--data imagefolder --data-dir".split(),
         str(folder),
-        "--recipe",
-        "cifar10",
-        "--arch",
-        "vit_pico",
-        "--img-size",
-        "16",
-        "--patch-size",
-        "4",
-        "--batch-size",
-        "12",
-        "--epochs",
-        "3",
-        "--warmup-epochs",
-        "1",
-        "--proj-hidden",
-        "16",
-        "--proj-dim",
-        "8",
-        "--equi-dim",
-        "16",
-        "--workers",
-        "0",
-        "--device",
-        "cpu",
+        *"--recipe cifar10 --arch vit_pico --img-size 16 --patch-size 4 --batch-size 12".split(),
+        *"--epochs 3 --warmup-epochs 1 --proj-hidden 16 --proj-dim 8 --equi-dim 16".split(),
+        *"--workers 0 --device cpu".split(),
     ]
 
 

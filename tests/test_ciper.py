@@ -467,26 +467,8 @@ def test_N1_N2_N3_2_processes_train_the_same_model(objective, views, tmp_path):
 @pytest.fixture
 def small(folder, core50):
     shared = [
-        "--arch",
-        "resnet_pico",
-        "--img-size",
-        "16",
-        "--batch-size",
-        "12",
-        "--epochs",
-        "2",
-        "--warmup-epochs",
-        "1",
-        "--proj-hidden",
-        "16",
-        "--proj-dim",
-        "8",
-        "--workers",
-        "0",
-        "--device",
-        "cpu",
-        "--max-steps",
-        "3",
+        *"--arch resnet_pico --img-size 16 --batch-size 12 --epochs 2 --warmup-epochs 1".split(),
+        *"--proj-hidden 16 --proj-dim 8 --workers 0 --device cpu --max-steps 3".split(),
     ]
     return dict(
         image=["--data", "imagefolder", "--data-dir", str(folder), "--recipe", "cifar10", *shared],

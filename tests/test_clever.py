@@ -639,38 +639,11 @@ def test_N1_N3_2_processes_train_the_same_model(base, equi, arch, tmp_path):
 @pytest.fixture
 def small(folder):
     return [
-        "--data",
-        "imagefolder",
-        "--data-dir",
+        *"--data imagefolder --data-dir".split(),
         str(folder),
-        "--recipe",
-        "cifar10",
-        "--img-size",
-        "16",
-        "--patch-size",
-        "4",
-        "--batch-size",
-        "12",
-        "--epochs",
-        "3",
-        "--warmup-epochs",
-        "1",
-        "--proj-hidden",
-        "16",
-        "--head-dim",
-        "24",
-        "--head-dim-equi",
-        "24",
-        "--bottleneck",
-        "8",
-        "--local-size",
-        "8",
-        "--workers",
-        "0",
-        "--device",
-        "cpu",
-        "--max-steps",
-        "4",
+        *"--recipe cifar10 --img-size 16 --patch-size 4 --batch-size 12 --epochs 3".split(),
+        *"--warmup-epochs 1 --proj-hidden 16 --head-dim 24 --head-dim-equi 24 --bottleneck 8".split(),
+        *"--local-size 8 --workers 0 --device cpu --max-steps 4".split(),
     ]
 
 
@@ -719,15 +692,9 @@ def test_frozen_prototypes_stay_where_they_are(small, tmp_path):
         clever.main(
             [
                 *small,
-                "--arch",
-                "vit_pico",
-                "--local-crops",
-                "1",
-                "--freeze-last-epochs",
+                *"--arch vit_pico --local-crops 1 --freeze-last-epochs".split(),
                 epochs,
-                "--momentum",
-                "1.0",
-                "--out",
+                *"--momentum 1.0 --out".split(),
                 str(tmp_path / epochs),
             ]
         )
@@ -741,15 +708,7 @@ def test_vmamba_trains(small, tmp_path, capsys):
     clever.main(
         [
             *small,
-            "--arch",
-            "vmamba_tiny",
-            "--local-crops",
-            "1",
-            "--max-steps",
-            "1",
-            "--batch-size",
-            "4",
-            "--out",
+            *"--arch vmamba_tiny --local-crops 1 --max-steps 1 --batch-size 4 --out".split(),
             str(tmp_path / "run"),
         ]
     )

@@ -196,17 +196,7 @@ def test_mistakes_of_probing(tiny, folder, tmp_path, capsys):
 def test_a_tree_without_classes_trains_and_promises_no_score(tiny, folder, tmp_path, capsys):
     shutil.copytree(folder / "train" / "left", tmp_path / "tree" / "deep" / "er")
     ser.main(
-        [
-            *tiny,
-            "--data-dir",
-            str(tmp_path / "tree"),
-            "--max-steps",
-            "1",
-            "--epochs",
-            "2",
-            "--out",
-            str(tmp_path / "run"),
-        ]
+        [*tiny, "--data-dir", str(tmp_path / "tree"), *"--max-steps 1 --epochs 2 --out".split(), str(tmp_path / "run")]
     )
     assert "no k-NN score" in capsys.readouterr().out and (tmp_path / "run" / "checkpoint.pt").exists()
 
@@ -361,16 +351,9 @@ def test_the_commands_of_the_readme_run(tiny, folder, core50, tmp_path, monkeypa
                 for a in (flag, value)
             ]
             views = [
-                "--data",
-                "core50",
-                "--data-dir",
+                *"--data core50 --data-dir".split(),
                 str(core50),
-                "--recipe",
-                "core50",
-                "--arch",
-                "resnet_pico",
-                "--proj-dim",
-                "8",
+                *"--recipe core50 --arch resnet_pico --proj-dim 8".split(),
             ]
             main, ours = dict(
                 ser=(ser.main, [*tiny, "--prototypes", "32"]),
@@ -383,10 +366,7 @@ def test_the_commands_of_the_readme_run(tiny, folder, core50, tmp_path, monkeypa
                     *argv,
                     *ours,
                     *(["--epochs", "0"] if "0" in argv else []),
-                    "--max-steps",
-                    "1",
-                    "--no-compile",
-                    "--out",
+                    *"--max-steps 1 --no-compile --out".split(),
                     f"run-{trained}-s0",
                 ]
             )

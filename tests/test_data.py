@@ -410,9 +410,7 @@ def test_F17_a_damaged_file_whose_name_is_not_utf_8(folder, tmp_path, tiny, caps
             str(tmp_path / "data"),
             "--out",
             str(tmp_path / "run"),
-            "--max-steps",
-            "1",
-            "--skip-corrupt",
+            *"--max-steps 1 --skip-corrupt".split(),
         ]
     )
     assert (tmp_path / "run" / "skipped.txt").read_bytes() == damaged + b"\n"

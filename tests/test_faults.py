@@ -759,11 +759,7 @@ def test_S12_a_damaged_image_on_one_rank_is_one_line(folder, tiny, tmp_path):
     (tmp_path / "data" / "train" / "left" / "03.png").write_bytes(b"\x89PNG nothing more")
     argv = [
         sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        "ser.py",
+        *"-m torch.distributed.run --standalone --nproc_per_node=2 ser.py".split(),
         *with_data(tiny, tmp_path / "data"),
         "--out",
         str(tmp_path / "run"),

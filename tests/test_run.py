@@ -293,12 +293,7 @@ def test_N7_C15_S1_S2_a_killed_run_resumes_to_the_bits_of_an_uninterrupted_one(t
         base,
         "--equi",
         equi,
-        "--prototypes",
-        "32",
-        "--teacher-temp-epochs",
-        "2",
-        "--freeze-last-epochs",
-        "1",
+        *"--prototypes 32 --teacher-temp-epochs 2 --freeze-last-epochs 1".split(),
     ]
     ser.main([*tiny, "--out", str(tmp_path / "whole")])
     child = os.fork()
