@@ -10,6 +10,7 @@ from pathlib import Path
 import ciper
 import clever
 import common
+import eval_dense
 import eval_probe
 import eval_robustness
 import recon_xattn
@@ -332,63 +333,46 @@ def test_the_commands_of_the_readme_run(tiny, folder, core50, tmp_path, monkeypa
         for i, w in enumerate(words)
         if w.endswith(".py") and not w.startswith("tests/")
     ]
-    calls = list(
-        dict.fromkeys((script, re.sub(r" --(seed|out) \S+", "", " ".join(argv))) for script, argv in calls)
-    )  # each kind once
+    seeded = ((script, re.sub(r" --(seed|out) \S+", "", " ".join(argv))) for script, argv in calls)
+    calls = list(dict.fromkeys(seeded))  # each kind once
+
+    # What makes a run tiny. The widths of the projectors are ser.py's alone.
+    pairs = zip(tiny[::2], tiny[1::2])
+    shared = [a for pair in pairs if pair[0] not in ("--proj-dim", "--equi-dim") for a in pair]
+    views = ["--data", "core50", "--data-dir", str(core50), *"--recipe core50 --arch resnet_pico --proj-dim 8".split()]
+    scripts = dict(
+        ser=(ser.main, [*tiny, "--prototypes", "32"]),
+        recon_xattn=(recon_xattn.main, [*shared, *"--neck 16 --embed-dim 8".split()]),
+        ciper=(ciper.main, [*shared, *views]),
+        clever=(clever.main, [*shared, *"--head-dim 16 --head-dim-equi 16 --local-size 8".split()]),
+    )
+    evaluations = dict(
+        eval_probe=(eval_probe.main, "--linear-epochs 1 --finetune-epochs 1 --r2-epochs 1 --r2-images 12"),
+        eval_robustness=(eval_robustness.main, "--linear-epochs 1 --images-per-class 1 --passes 1"),
+        eval_dense=(eval_dense.main, "--images 8 --steps 2 --batch-size 2"),
+    )
     trained, split, seen = 0, None, set()
     for script, argv in ((script, argv.split()) for script, argv in calls):
         settings = {(script, setting) for setting in re.split(r" (?=--)", " ".join(argv))}
         if settings <= seen:  # each flag with each of its values once
             continue
         seen |= settings
-        if not script.startswith("eval"):
+        if script in scripts:
             trained += 1
             split = trained if script == "recon_xattn" else split
-            shared = [
-                a
-                for flag, value in zip(tiny[::2], tiny[1::2])
-                if flag not in ("--proj-dim", "--equi-dim")
-                for a in (flag, value)
-            ]
-            views = [
-                *"--data core50 --data-dir".split(),
-                str(core50),
-                *"--recipe core50 --arch resnet_pico --proj-dim 8".split(),
-            ]
-            main, ours = dict(
-                ser=(ser.main, [*tiny, "--prototypes", "32"]),
-                recon_xattn=(recon_xattn.main, [*shared, "--neck", "16", "--embed-dim", "8"]),
-                ciper=(ciper.main, [*shared, *views]),
-                clever=(clever.main, [*shared, "--head-dim", "16", "--head-dim-equi", "16", "--local-size", "8"]),
-            )[script]
-            main(
-                [
-                    *argv,
-                    *ours,
-                    *(["--epochs", "0"] if "0" in argv else []),
-                    *"--max-steps 1 --no-compile --out".split(),
-                    f"run-{trained}-s0",
-                ]
-            )
-        else:
-            flags = argv[next((i for i, w in enumerate(argv) if w.startswith("--")), len(argv)) :]
-            for flag in ("--data", "--data-dir"):
-                flags = flags[: flags.index(flag)] + flags[flags.index(flag) + 2 :] if flag in flags else flags
-            if "shifts" in flags and "--suite-dir" not in flags:  # only rendered images have shifts of their own
-                flags += ["--suite-dir", "SHIFTED"]
-            flags = [
-                str(folder / "test") if before == "--suite-dir" else word for before, word in zip(["", *flags], flags)
-            ]
-            checkpoint = [
-                f"run-{split if '--part' in flags else 1}-s0/checkpoint.pt",
-                *flags,
-                "--linear-epochs",
-                "1",
-                "--device",
-                "cpu",
-            ]
-            if script == "eval_robustness":
-                eval_robustness.main([*checkpoint, "--images-per-class", "1", "--passes", "1"])
-            else:
-                eval_probe.main([*checkpoint, "--finetune-epochs", "1", "--r2-epochs", "1", "--r2-images", "12"])
+            main, ours = scripts[script]
+            epochs = ["--epochs", "0"] if "0" in argv else []
+            main([*argv, *ours, *epochs, *f"--max-steps 1 --no-compile --out run-{trained}-s0".split()])
+            continue
+
+        # Evaluations take one of these checkpoints, and its data.
+        flags = " ".join(argv[next((i for i, w in enumerate(argv) if w.startswith("--")), len(argv)) :])
+        flags = re.sub(r"--data(-dir)?( (?!--)\S+)+ ?", "", flags)
+        if "shifts" in flags and "--suite-dir" not in flags:  # only rendered images have shifts of their own
+            flags += " --suite-dir SHIFTED"
+        flags = re.sub(r"(--suite-dir) \S+", rf"\1 {folder / 'test'}", flags).split()
+        main, ours = evaluations[script]
+        if script == "eval_dense" and "--figures" in flags:
+            ours = "--images 8"
+        main([f"run-{split if '--part' in flags else 1}-s0/checkpoint.pt", *flags, *ours.split(), "--device", "cpu"])
     assert trained >= 15
