@@ -1,6 +1,7 @@
 """Shared by all tests: one thread (bits depend on it), the repository on the path, a tiny folder of images."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a suite in the background would ignore
 
 
 @pytest.fixture(scope="session")
