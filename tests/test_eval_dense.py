@@ -1048,3 +1048,15 @@ def test_encoders_of_all_methods(how, stride, dim, layers, monkeypatch):
     assert ed.UPerHead(encoder, 5, 8).eval()(x).shape == (1, 5, 24, 16)
     seen = ed.cut_features(encoder, torch.zeros(3, 64, 96, dtype=torch.uint8))
     assert seen[1] == (64 // stride, 96 // stride) and (seen[2] is None) == (how["arch"] != "vit_pico")
+
+
+def test_help_teaches_every_flag(capsys):
+    with pytest.raises(SystemExit) as end:
+        ed.main(["--help"])
+    text = capsys.readouterr().out
+    assert end.value.code == 0 and all(
+        f"--{f.replace('_', '-')}" in text for f in vars(ed.Args()) if f != "checkpoints"
+    )
+    assert "is silent" not in text and text.index("python ") < text.index("options")
+    numbers = {f.name for f in common.dataclasses.fields(ed.Args) if any(t in str(f.type) for t in ("int", "float"))}
+    assert numbers == set(common.ranges(ed.Args))
