@@ -26,7 +26,8 @@ Tasks, all in percent
   saliency      No training: TokenCut cuts the graph of patches in two where keys of the last block differ [TokenCut].
                 W_ij is 1 if cos > 0.2, else 1e-5; v is the second smallest solution of (D - W) v = lambda D v; the
                 object is v > mean(v), where |v| is largest. IoU, accuracy and max F-beta (beta^2 0.3), means over
-                images. Encoders without attention use their last map.
+                images. Encoders without attention use their last map. Where all patches are alike the mask is
+                arbitrary: `cut` is the percent of images with something to cut, where that is not 100.
 
 Figures, PNG files in --out with their numbers in .npz files beside them
   embedding     Features of test images in the plane, a panel a checkpoint, coloured by class, and by azimuth where the
@@ -945,13 +946,16 @@ def saliency(encoder, pairs, name, args, save):
         accuracy = ((mask > 0) == truth).double().mean()
         values = torch.tensor([cut, jaccard(mask > 0, truth), accuracy], dtype=torch.float64)
         found[i] = torch.cat([values, f_curve(mask, truth)])  # (3 + 255,)
-    cut, *mean = (100 * torch.stack(gathered(found)).mean(0)).tolist()
+    cut, iou, accuracy, *curve = (100 * torch.stack(gathered(found)).mean(0)).tolist()
+    results = dict(IoU=iou, acc=accuracy, maxF=max(curve))
     if cut < 100:
+        results["cut"] = cut
         share = f"{100 - cut:.0f} % of the images hold patches that are all alike (cosine above {ALIKE})"
         eval_probe.say(f"{encoder.path}: saliency on {name}: {share}; their masks are arbitrary")
-    names = [f"{'saliency ' if name == 'scenes' else ''}{metric}" for metric in ("IoU", "acc", "maxF")]
+    if name == "scenes":
+        results = {f"saliency {metric}": value for metric, value in results.items()}
     feature = "last map" if encoder.attention is None else "keys of the last block"
-    return dict(zip(names, [*mean[:2], max(mean[2:])])), dict(images=len(pairs), feature=feature, cut=cut)
+    return results, dict(images=len(pairs), feature=feature, cut=cut)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
