@@ -347,25 +347,26 @@ def test_the_commands_of_the_readme_run(tiny, folder, core50, tmp_path, monkeypa
         clever=(clever.main, [*shared, *"--head-dim 16 --head-dim-equi 16 --local-size 8".split()]),
     )
     evaluations = dict(
-        eval_probe=(eval_probe.main, "--linear-epochs 1 --finetune-epochs 1 --r2-epochs 1 --r2-images 12"),
-        eval_robustness=(eval_robustness.main, "--linear-epochs 1 --images-per-class 1 --passes 1"),
-        eval_dense=(eval_dense.main, "--images 8 --steps 2 --batch-size 2"),
+        eval_probe=(eval_probe.main, "--workers 0 --linear-epochs 1 --finetune-epochs 1 --r2-epochs 1 --r2-images 12"),
+        eval_robustness=(eval_robustness.main, "--workers 0 --linear-epochs 1 --images-per-class 1 --passes 1"),
+        eval_dense=(eval_dense.main, "--workers 0 --images 2 --steps 1 --batch-size 2"),
     )
-    trained, split, seen = 0, None, set()
+    trained, last, seen = 0, {}, set()
     for script, argv in ((script, argv.split()) for script, argv in calls):
-        settings = {(script, setting) for setting in re.split(r" (?=--)", " ".join(argv))}
+        plain = re.sub(r"\S+checkpoint\.pt ?", "", " ".join(argv))
+        settings = {(script, setting) for setting in re.split(r" (?=--)", plain)}
         if settings <= seen:  # each flag with each of its values once
             continue
         seen |= settings
         if script in scripts:
             trained += 1
-            split = trained if script == "recon_xattn" else split
+            last[script] = f"run-{trained}-s0"
             main, ours = scripts[script]
             epochs = ["--epochs", "0"] if "0" in argv else []
-            main([*argv, *ours, *epochs, *f"--max-steps 1 --no-compile --out run-{trained}-s0".split()])
+            main([*argv, *ours, *epochs, *f"--max-steps 1 --no-compile --out {last[script]}".split()])
             continue
 
-        # Evaluations take one of these checkpoints, and its data.
+        # Evaluations take one of these checkpoints, and its data: parts are RECON's, FullGrad is for ResNets.
         flags = " ".join(argv[next((i for i, w in enumerate(argv) if w.startswith("--")), len(argv)) :])
         flags = re.sub(r"--data(-dir)?( (?!--)\S+)+ ?", "", flags)
         if "shifts" in flags and "--suite-dir" not in flags:  # only rendered images have shifts of their own
@@ -373,6 +374,7 @@ def test_the_commands_of_the_readme_run(tiny, folder, core50, tmp_path, monkeypa
         flags = re.sub(r"(--suite-dir) \S+", rf"\1 {folder / 'test'}", flags).split()
         main, ours = evaluations[script]
         if script == "eval_dense" and "--figures" in flags:
-            ours = "--images 8"
-        main([f"run-{split if '--part' in flags else 1}-s0/checkpoint.pt", *flags, *ours.split(), "--device", "cpu"])
+            ours = "--workers 0 --images 8"
+        needs = "recon_xattn" if "--part" in flags else "ciper" if "fullgrad" in flags else "ser"
+        main([f"{last[needs]}/checkpoint.pt", *flags, *ours.split(), "--device", "cpu"])
     assert trained >= 15
