@@ -627,6 +627,7 @@ def train(base, equi, arch, steps=2):
 
 
 @pytest.mark.parametrize("base, equi, arch", [("dino", "clever", "resnet_pico"), ("simsiam", "ddcl", "resnet_pico")])
+@pytest.mark.usefixtures("narrow")
 def test_N1_N3_2_processes_train_the_same_model(base, equi, arch, tmp_path):
     (losses, gradients), *_ = on_ranks(1, tmp_path, train, base, equi, arch)
     scale = max(abs(g).max() for g in gradients)
@@ -649,6 +650,7 @@ def small(folder):
 
 @pytest.mark.parametrize("arch", ["vit_pico", "resnet_pico"])
 @pytest.mark.parametrize("base, equi", VARIANTS)
+@pytest.mark.usefixtures("narrow")
 def test_N7_every_variant_trains_and_resumes_to_the_same_bits(base, equi, arch, small, tmp_path, capsys):
     """Stopped in the middle of the temperature's and of the weight decay's schedule, with the prototypes frozen
     (dino), or of the warm-up, after which the momentum starts anew (simsiam)."""

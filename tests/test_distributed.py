@@ -110,6 +110,7 @@ def train(base, equi, changes, steps=2):
         ("mocov3", "equimod", dict(equi_layer=2)),
     ],
 )
+@pytest.mark.usefixtures("narrow")
 def test_N1_N2_N3_N4_1_2_and_for_ser_4_processes_train_the_same_model(base, equi, changes, tmp_path):
     (losses, gradients, _), *_ = on_ranks(1, tmp_path, train, base, equi, changes)
     scale = max(abs(g).max() for g in gradients)

@@ -180,6 +180,7 @@ def saved(tiny, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", sorted(vars(ser.Args()).keys() - common.Run.FREE))
+@pytest.mark.usefixtures("narrow")
 def test_C14_a_resumed_run_may_change_no_argument_that_says_what_is_computed(saved, name, capsys):
     """Whatever was saved under another value of any such argument is not continued."""
     args = common.load_checkpoint(saved / "checkpoint.pt")["args"]
@@ -973,6 +974,7 @@ VARIANTS = [
 
 
 @pytest.mark.parametrize("script, flags, compiles", VARIANTS, ids=[f"F21 {v[0]} {v[1]}" for v in VARIANTS])
+@pytest.mark.usefixtures("narrow")
 def test_C10_N14_T7_F21_every_variant_trains_all_its_parameters_and_compiles(
     script, flags, compiles, folder, tmp_path, monkeypatch, request
 ):

@@ -256,6 +256,7 @@ def test_N14_a_rate_of_0_moves_statistics_and_no_weight(script, folder, tmp_path
 
 
 @pytest.mark.parametrize("what", ["ciper", "predictive", "clever", "ddcl"])
+@pytest.mark.usefixtures("narrow")
 def test_N16_8_images_are_overfitted(what):
     """30 steps on one batch lower what should fall to a stated share of its start."""
     import test_ciper

@@ -207,6 +207,7 @@ def test_N10_swapping_the_views_changes_the_reconstruction_only():
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.usefixtures("narrow")
 def test_N14_N16_T7_8_pairs_are_overfitted(objective):
     args, model, views, z = setup(objective)
     model, views, labels = model.float(), {k: v.float() for k, v in views.items()}, torch.arange(8) % 4
@@ -252,6 +253,7 @@ def train(objective, steps=3):
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.usefixtures("narrow")
 def test_N1_N3_2_processes_train_the_same_model(objective, tmp_path):
     (losses, gradients), *_ = on_ranks(1, tmp_path, train, objective)
     scale = max(abs(g).max() for g in gradients)
@@ -284,6 +286,7 @@ def small(folder):
         "supervised --known-fraction 0.5",
     ],
 )
+@pytest.mark.usefixtures("narrow")
 def test_N7_every_variant_trains_and_resumes_to_the_same_bits(variant, small, tmp_path, capsys):
     small = [*small, "--objective", *variant.split()]
     rx.main([*small, "--out", str(tmp_path / "whole")])

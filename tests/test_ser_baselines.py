@@ -51,6 +51,7 @@ def test_N14_T7_a_step_of_every_combination_trains_what_it_should(base, equi, la
 
 
 @pytest.mark.parametrize("equi, layer", [("augself", 2), ("stl", 0), ("equimod", 2), ("essl", 0)])
+@pytest.mark.usefixtures("narrow")
 def test_N16_l_equiv_falls_when_32_images_are_overfitted(equi, layer):
     args, model, views, params = setup(equi, equi_layer=layer, local_size=8, batch_size=32)
     model, views = model.float(), {k: v.float() for k, v in views.items()}
