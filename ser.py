@@ -376,7 +376,7 @@ def nt_xent(z1, z2, tau, chunk=None):
         logits[torch.arange(len(own), device=own.device), :, own] = -torch.inf
         return logits.flatten(2).logsumexp(-1).view(len(own), 2, P)
 
-    # The images of this process are contiguous rows of the keys.
+    # The images of a process are contiguous rows of the keys.
     own = torch.arange(n, device=keys.device) + common.rank() * n  # (n,)
     if chunk is None:
         chunk = 2**27 if keys.is_cuda else 2**23
