@@ -184,6 +184,8 @@ def make_policy(args, size, augmented):
     crop = common.CenterCrop(size, resize=size)
     if augmented and "crop" not in args.drop_aug:
         crop = common.RandomResizedCrop(size, args.crop_scale)
+
+    # Dropping an augmentation leaves the order of the others as it is.
     flip, jitter = common.HorizontalFlip(args.flip_p), common.ColorJitter(*args.jitter)
     ops = dict(flip=flip, jitter=jitter, gray=common.Grayscale())
     kept = [op for name, op in ops.items() if augmented and name not in args.drop_aug]
@@ -232,6 +234,7 @@ class ObjectViews:
 
     def __call__(self, items, epoch, generator):
         """Anchors (B,) -> {view: rows (B,)}."""
+        # Drawing the session first gives sessions of few images as much weight as others.
         rows = {"0": items}
         for view, (u, v) in zip("12", torch.rand(2, 2, len(items), generator=generator)):
             cell = self.cells_of_object.pick(self.object[items], u)  # (B,)
@@ -251,14 +254,15 @@ class TimeStream(ObjectViews):
     def walk(self, epoch):
         """The stream of an epoch: (N,) rows."""
         n, generator = len(self), common.rng(self.seed, "stream", epoch)
-        cells, images, cell_of = self.cells_of_object.lists(), self.images_of_cell.lists(), self.cell.tolist()
+        cells, images = self.cells_of_object.lists(), self.images_of_cell.lists()
+        cell_of = self.cell.tolist()
         choose = lambda options, u: options[int(u * len(options))]
 
         # All objects come once, in random order, before any comes again.
         orders = [torch.randperm(len(cells), generator=generator) for _ in range(n // len(cells) + 1)]
         objects = iter(torch.cat(orders).tolist())
 
-        # Each image is of the next object, of another session of the object, or one step away.
+        # The next image shows another object, another session of the same object, or the view one step away.
         row, stream = None, []
         for leave, switch, u, v in torch.rand(n, 4, generator=generator).tolist():
             if row is None or leave >= self.p:
@@ -284,6 +288,8 @@ def places(factors, cell):
     views it is the place of its frame in its cell (N, 1)."""
     if "view" in factors:
         return torch.stack([axis.unique(return_inverse=True)[1] for axis in factors["view"].T], 1)
+
+    # Without views, images of a cell follow each other in the order of their frames.
     order = torch.argsort(factors["frame"], stable=True)
     order = order[torch.argsort(cell[order], stable=True)]  # (N,) by cell, then by frame
     place = torch.empty(len(cell), 1, dtype=torch.long)
@@ -294,6 +300,7 @@ def places(factors, cell):
 def neighbours(factors, cell):
     """For each image the rows of those one step away in its object and session, `cell` (N,): a list of N lists. A step
     goes to the next azimuth (which wraps around), elevation or distance, or to the next frame."""
+    # Each image has a key, its cell and its place, by which its neighbours are found.
     place = places(factors, cell)  # (N, 3) or (N, 1)
     keys = lambda place: [tuple(key) for key in torch.cat([cell[:, None], place], 1).tolist()]
     row_at = {key: row for row, key in enumerate(keys(place))}
@@ -326,6 +333,8 @@ PARAMETERS = {  # Table 1
 def augmentation(params, dropped=()):
     """r of image views: params of a view, (n,) each -> (n, M), M = 10 less the columns of the `dropped` ones."""
     kept = [name for op, names in PARAMETERS.items() if op not in dropped for name in names]
+
+    # Table 1 defines the grey parameter as 0 for grey images.
     columns = {name: params[name].float() for name in kept}
     if "gray" in columns:
         columns["gray"] = 1 - columns["gray"]
@@ -374,7 +383,7 @@ def nt_xent(z1, z2, tau):
     u = torch.cat([common.gather(z1), common.gather(z2)])  # (2 B, D)
     sim = torch.cat([z1, z2]) @ u.T / tau  # (2 b, 2 B)
 
-    # Leave out the similarity of a row to itself. The positive is the other view.
+    # The similarity of a row to itself is left out. The positive is the other view.
     B, first = len(u) // 2, common.rank() * len(z1)
     rows = first + torch.arange(len(z1), device=z1.device)  # (b,)
     itself, other = torch.cat([rows, rows + B]), torch.cat([rows + B, rows])  # (2 b,) each
@@ -409,6 +418,8 @@ class Model(nn.Module):
         super().__init__()
         self.backbone, self.args = backbone, args
         self.projector = self.predictor = self.rotation = None
+
+        # All objectives but the predictive one contrast projections.
         d, hidden = backbone.dim, args.proj_hidden
         if args.objective != "predictive":
             self.projector = nn.Sequential(
@@ -418,10 +429,14 @@ class Model(nn.Module):
                 nn.Linear(hidden, args.proj_dim, bias=False),
                 nn.BatchNorm1d(args.proj_dim, affine=False),
             )
+
+        # One predictor gives the parameters, and then a score for each session.
         if args.objective in ("ciper", "predictive"):
             self.predictor = nn.Sequential(
                 nn.Linear(d, d), nn.LayerNorm(d), nn.ReLU(inplace=True), nn.Linear(d, outputs)
             )
+
+        # E-SSL predicts one of four quarter turns.
         if args.objective == "essl":
             layer = lambda before, after: (nn.Linear(before, after), nn.LayerNorm(after), nn.ReLU(inplace=True))
             self.rotation = nn.Sequential(*layer(d, hidden), *layer(hidden, hidden), nn.Linear(hidden, 4))
@@ -437,7 +452,7 @@ class Model(nn.Module):
         (encode,) = self.compiled or (self.backbone,)
         h = {name: encode(view) for name, view in views.items() if name != "3"}  # (b, d) each
 
-        # L_c: contrast the two views.
+        # L_c contrasts the two views; the anchor has no part in it.
         if self.projector is not None:
             z1, z2 = upcast(self.projector(h["1"])), upcast(self.projector(h["2"]))  # (b, D) each
             contrast = nt_xent if args.negatives == "both" else info_nce
@@ -445,12 +460,14 @@ class Model(nn.Module):
                 out["L_c"] = contrast(z1, z2, args.temp)
             loss = loss + out["L_c"]
 
-        # L_p: predict parameters and session from the difference to the anchor, taken in float32.
+        # L_p predicts the parameters from the difference to the anchor, taken in float32.
         if self.predictor is not None:
             h0, h1, h2 = (upcast(h[view]) for view in "012")
             p = upcast(self.predictor(torch.cat([h0 - h1, h0 - h2])))  # (2 b, M + sessions)
             M = r.shape[1]
             L_p = F.mse_loss(p[:, :M], standardise(r).to(p)) if M else 0.0
+
+            # The session is a class, so its error is a cross-entropy that joins the squared error.
             if session is not None:
                 out["L_session"] = F.cross_entropy(p[:, M:], session)
                 out["session_accuracy"] = (p[:, M:].argmax(1) == session).float().mean()
@@ -458,7 +475,7 @@ class Model(nn.Module):
             out["L_p"] = L_p
             loss = loss + args.alpha * L_p
 
-        # L_rot: predict which of four quarter turns the small view was given.
+        # L_rot predicts by which of four quarter turns the small view was rotated.
         if self.rotation is not None:
             rotated = torch.cat([views["3"].rot90(k, (2, 3)) for k in range(4)])  # (4 b, 3, H / 2, W / 2)
             scores = upcast(self.rotation(encode(rotated)))  # (4 b, 4)
@@ -477,6 +494,8 @@ class Model(nn.Module):
 def build(args, device, outputs):
     """The model with its initial weights: seeded, the same on every process. `outputs`: the predictor's width."""
     common.seed_everything(args.seed, "weights")
+
+    # The stem suits small images; coordinates of the pixels are further channels of the input.
     mean, std = normalisation(args)
     backbone = common.make_backbone(args.arch, mean, std, args.img_size, stem="cifar", coords=args.coords)
     model = common.batchnorm_over_ranks(Model(backbone, args, outputs), device)
@@ -486,9 +505,13 @@ def build(args, device, outputs):
 def losses_of_chance(args, numbers, sessions):
     """The losses that chance would give, in words."""
     losses = []
+
+    # NT-Xent has all other rows as candidates, InfoNCE the rows of the other view.
     if args.objective != "predictive":
         candidates = 2 * args.batch_size - 1 if args.negatives == "both" else args.batch_size
         losses.append(f"L_c {math.log(candidates):.2f}")
+
+    # Standardised parameters have a variance of 1, which is the error of a constant prediction.
     if args.objective in ("ciper", "predictive"):
         error = 1 if numbers else 0
         losses.append(f"L_p about {error + math.log(sessions or 1):.2f}")
@@ -500,27 +523,30 @@ def losses_of_chance(args, numbers, sessions):
 def check(args):
     """Refuse what cannot work, in one line each, before anything is made."""
     common.check_run(args, RECIPES, common.RESNETS)
-    valid, dropped, sessions = VALID_VIEWS[args.objective], " ".join(args.drop_aug), " ".join(map(str, args.sessions))
+    valid = VALID_VIEWS[args.objective]
+    dropped, sessions = " ".join(args.drop_aug), " ".join(map(str, args.sessions))
 
-    # What goes with which objective and which views.
+    # Each objective goes with some views, and each kind of view with some data sets.
     if args.views not in valid:
         common.die(f"--views {args.views}: {args.objective} goes with {', '.join(valid)}")
     if args.drop_aug and args.views != "image":
         common.die(f"--drop-aug {dropped}: goes with --views image; {args.views} views are not augmented")
     if args.views != "image" and args.data not in ("blocks-views", "core50", "tdw"):
-        common.die(
-            f"--views {args.views}: {args.data} knows neither views nor sessions of its objects; take "
-            "blocks-views, core50 or tdw, or --views image"
-        )
+        takes = "take blocks-views, core50 or tdw, or --views image"
+        common.die(f"--views {args.views}: {args.data} knows neither views nor sessions of its objects; {takes}")
+
+    # Some settings have an effect with one objective or one kind of view only.
     if args.time_continue != 0.95 and args.views != "time":
         common.die(f"--time-continue {args.time_continue}: goes with --views time")
     if args.objective == "essl" and args.img_size < 2:
         common.die(f"--img-size {args.img_size}: essl rotates crops of half the size; take 2 or more")
 
-    # Lists name each thing once, and leave something to do.
+    # Dropped augmentations are named once, and one at least stays.
     if len(set(args.drop_aug)) < len(args.drop_aug) or len(args.drop_aug) == len(PARAMETERS):
         names = ", ".join(PARAMETERS)
         common.die(f"--drop-aug {dropped}: name each once, and leave one of {names} to tell the views apart")
+
+    # Training sessions are named once, and exist on core50 only.
     if args.sessions != (1, 2) and args.data != "core50":
         common.die(f"--sessions {sessions}: {args.data} has none to choose; leave it out")
     if not args.sessions or len(set(args.sessions)) < len(args.sessions):
@@ -534,12 +560,14 @@ def main(argv=None):
     check(args)
     torch.backends.cudnn.benchmark = True  # every step has the same shapes
 
-    # Data, and the views of them.
+    # The test split of core50 holds the sessions that are not named for training.
     train, test = (
         common.load_data(args.data, args.data_dir, split, args.img_size, args.skip_corrupt, args.workers, args.sessions)
         for split in ("train", "test")
     )
     train = train.to(device)
+
+    # The sampler draws which images are the views of an anchor; without one, views are augmentations of one image.
     sampler = None
     if args.views == "dataset":
         sampler = ObjectViews(train)
@@ -548,14 +576,14 @@ def main(argv=None):
     policies = make_policies(args)
     loader = common.Loader(train, policies, partial(draw_views, args, policies), args, device, sampler)
 
-    # Model and optimiser.
+    # The predictor has an output for each parameter and each session. The schedule sets the learning rate.
     numbers, sessions = target_sizes(args, train.factors)
     model = build(args, device, numbers + sessions)
     optimizer = torch.optim.SGD(
         model.parameters(), lr=0.0, momentum=0.9, weight_decay=args.weight_decay, fused=device.type == "cuda"
     )
 
-    # The run: its directory, and what it continues.
+    # The run directory is named after objective and views. A resumed run continues from its checkpoint.
     variant = "-".join([args.objective, args.views] + [f"no-{name}" for name in args.drop_aug])
     run = common.Run(args, variant, model, optimizer)
     run.restore(train)
@@ -565,6 +593,7 @@ def main(argv=None):
     ddp = common.distributed(model)
 
     for step, views, params, rows in run.steps(loader):
+        # The learning rate follows a warm-up and then half a cosine.
         epoch = step / loader.steps_per_epoch
         lr = common.warmup_cosine(epoch, args.epochs, args.warmup_epochs, args.lr)
         for group in optimizer.param_groups:
@@ -572,7 +601,7 @@ def main(argv=None):
         if step == 0:
             run.picture("views.png", [views[view] for view in sorted(views)])
 
-        # What the predictor is to predict.
+        # The targets of the predictor are raw parameters; the model standardises them over the global batch.
         r = session = None
         if model.predictor is not None:
             r, session = targets(args, train.factors, params, rows)
@@ -580,7 +609,7 @@ def main(argv=None):
         if session is not None:
             session = common.send(session, device)
 
-        # Forward, backward, update.
+        # DistributedDataParallel averages the gradients over processes in the backward pass.
         with common.autocast(device, args.amp):
             out, h = ddp(views, r, session)
         optimizer.zero_grad(set_to_none=True)
@@ -588,6 +617,7 @@ def main(argv=None):
         optimizer.step()
         run.log(step, features=h, lr=lr, epoch=epoch, **out)
 
+    # An untrained encoder with the same initial weights is the baseline of the final k-NN score.
     run.finish(build(args, device, numbers + sessions), train, test)
 
 

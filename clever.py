@@ -200,12 +200,16 @@ def dino_policy(args, i):
     size, scale = (args.img_size, args.crop_scale) if i <= 2 else (args.local_size, args.local_scale)
     crop = common.RandomResizedCrop(size, scale, interpolation="bicubic")
     colours = [common.ColorJitter(0.4, 0.4, 0.2, 0.1), common.Grayscale(0.2)]
+
+    # Blur and solarisation differ between the two global crops and the small ones.
     if args.blur and i == 1:
         colours += [common.GaussianBlur(p=1.0)]
     elif args.blur and i == 2:
         colours += [common.GaussianBlur(p=0.1), common.Solarize(p=0.2)]
     elif args.blur:
         colours += [common.GaussianBlur(p=0.5)]
+
+    # Geometric distortions come before the colours [C].
     normalise = common.Normalize(*common.normalisation(args))
     return common.Compose([crop, common.HorizontalFlip(), *make_warps(args), *colours, normalise])
 
@@ -279,6 +283,7 @@ def selective_scan(u, delta, A, B, C, D):
 
     u, delta (b, k, d, L); A, D (k, d), A < 0; B, C (b, k, L) -> y (b, k, d, L). The sequence is cut into chunks of
     about sqrt(L) steps. Linear in L. Every factor is below 1, so nothing overflows."""
+    # Cut the sequence into chunks; steps that pad the last chunk leave the state as it is.
     L = u.shape[3]
     T = math.ceil(math.sqrt(L))  # steps of a chunk
     pad = lambda v, fill: F.pad(v, (0, -L % T), value=fill)
@@ -291,7 +296,7 @@ def selective_scan(u, delta, A, B, C, D):
         h.append(a[t] * h[-1] + x[t])
         decay.append(a[t] * decay[-1])
 
-    # Each chunk then receives, decayed, the state in which the chunks before it end.
+    # The state at the end of a chunk decays through the next one and is added to its states.
     start = [torch.zeros_like(h[0][..., 0])]
     for end, factor in zip(h[-1].unbind(3)[:-1], decay[-1].unbind(3)[:-1]):
         start.append(end + factor * start[-1])
@@ -309,27 +314,32 @@ class SS2D(nn.Module):
         self.conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False)
         self.norm = nn.LayerNorm(dim)
 
-        # Projections to the low rank of delta, to B and to C, and from that rank to delta: one for each direction.
+        # Each direction has projections to the low rank of delta, to B and to C, and from that rank to delta.
         uniform = lambda *shape, bound: nn.Parameter(torch.empty(*shape).uniform_(-bound, bound))
         self.x_proj = uniform(4, self.rank + 2, dim, bound=dim**-0.5)
         self.dt_proj = uniform(4, dim, self.rank, bound=self.rank**-0.5)
 
-        # The bias is the inverse softplus of steps between 0.001 and 0.1.
+        # The bias of delta is the inverse softplus of steps between 0.001 and 0.1, drawn log-uniformly.
         dt = torch.empty(4, dim).uniform_(math.log(1e-3), math.log(0.1)).exp().clamp(min=1e-4)
         self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))
         self.A_log, self.D = nn.Parameter(torch.zeros(4 * dim, 1)), nn.Parameter(torch.ones(4 * dim))
 
     def forward(self, x):
         """x (B, H, W, d) -> the same shape."""
+        # A depthwise convolution mixes neighbours before the map is read in four directions.
         _, H, W, d = x.shape
         x = F.silu(self.conv(self.in_proj(x).permute(0, 3, 1, 2)))  # (B, d, H, W)
         u = cross_scan(x)  # (B, 4, d, L)
+
+        # The step sizes, B and C depend on the input. The recurrence runs in float32.
         with common.full_precision():
             u, x_proj, dt_proj = upcast(u), upcast(self.x_proj), upcast(self.dt_proj)
             delta, B, C = torch.einsum("bkdl,krd->bkrl", u, x_proj).split([self.rank, 1, 1], dim=2)
             delta = torch.einsum("bkrl,kdr->bkdl", delta, dt_proj) + self.dt_bias[..., None]  # (B, 4, d, L)
             A, D = -torch.exp(self.A_log).view(4, d), self.D.view(4, d)
             y = selective_scan(u, F.softplus(delta), A, B[:, :, 0], C[:, :, 0], D)
+
+        # The four scans are summed, each back in its place on the map.
         return self.out_proj(self.norm(cross_merge(y, H, W).permute(0, 2, 3, 1)))
 
 
@@ -393,6 +403,7 @@ class VMamba(common.Pyramid, nn.Module):
             self.stages.append(nn.Sequential(*layers))
         self.norm = nn.LayerNorm(self.dim)
 
+        # Linear layers start as truncated normals; convolutions keep the defaults of torch.
         for m in self.modules():
             if isinstance(m, nn.Linear):
                 nn.init.trunc_normal_(m.weight, std=0.02)
@@ -435,8 +446,10 @@ class DINOHead(nn.Module):
         for m in self.mlp[::2]:
             nn.init.trunc_normal_(m.weight, std=0.02)
             nn.init.zeros_(m.bias)
+
+        # The prototypes keep norm 1, because their lengths g do not learn.
         self.last = nn.utils.parametrizations.weight_norm(nn.Linear(args.bottleneck, prototypes, bias=False))
-        nn.init.ones_(self.last.parametrizations.weight.original0)  # the lengths g
+        nn.init.ones_(self.last.parametrizations.weight.original0)
         self.last.parametrizations.weight.original0.requires_grad_(False)
 
     def forward(self, z):  # (b, d) -> (b, K)
@@ -452,9 +465,14 @@ class DINO(nn.Module):
 
     def __init__(self, backbone, args, inv):
         super().__init__()
-        self.args, self.inv, self.backbone, self.diagnosed = args, inv, backbone, {}
+        self.args, self.inv = args, inv
+        self.backbone, self.diagnosed = backbone, {}
+
+        # The [CLS] of DINO starts with a deviation of 0.02; SimSiam keeps timm's 1e-6.
         if hasattr(backbone, "cls_token"):
-            nn.init.trunc_normal_(backbone.cls_token, std=0.02)  # DINO's; timm's 1e-6 stays with SimSiam
+            nn.init.trunc_normal_(backbone.cls_token, std=0.02)
+
+        # Each part of the representation has a head of its own. The base alone has one head for all.
         self.heads = nn.ModuleDict(dict(inv=DINOHead(inv, args, args.head_dim)))
         if args.equi != "none":
             self.heads["equi"] = DINOHead(backbone.dim - inv, args, args.head_dim_equi)
@@ -464,6 +482,8 @@ class DINO(nn.Module):
         for m in self.teacher.modules():
             if isinstance(m, DropPath):
                 m.drop_prob = 0.0
+
+        # Each head has a centre, which keeps the teacher's outputs from being always the same.
         self.register_buffer("centre_inv", torch.zeros(args.head_dim))
         if args.equi != "none":
             self.register_buffer("centre_equi", torch.zeros(args.head_dim_equi))
@@ -489,12 +509,12 @@ class DINO(nn.Module):
             local_crops = torch.cat([views[f"{v}"] for v in range(3, 3 + args.local_crops)])
             o = torch.cat([o, student(local_crops)])  # (crops b, D)
 
-        # L_CL on the invariant part.
+        # L_CL makes all views agree in the invariant part.
         q, log_p = self.softmaxes("inv", o_teacher[:, : self.inv], o[:, : self.inv], epoch, diagnose)
         out["L_CL"] = over_pairs(cross_entropy, q.split(b), log_p.split(b))
         loss = args.alpha * out["L_CL"]
 
-        # L_Orth on the equivariant part, and L_PReg between the heads.
+        # L_Orth makes the equivariant parts of two views differ; L_PReg ties the norms of the two heads.
         if args.equi != "none":
             q, log_p = self.softmaxes("equi", o_teacher[:, self.inv :], o[:, self.inv :], epoch, diagnose)
             out["L_Orth"] = over_pairs(partial(similarity, form=args.orth), q.split(b), log_p.split(b))
@@ -508,12 +528,18 @@ class DINO(nn.Module):
         s = upcast(self.heads[name](z))  # (crops b, K)
         with torch.no_grad():
             t = upcast(self.teacher["heads"][name](z_teacher))  # (2 b, K)
+
+        # The softmaxes are taken in float32. The teacher's outputs are centred and sharpened first.
         with common.full_precision():
             centre = getattr(self, f"centre_{name}")  # (K,)
             q = F.softmax((t - centre) / self.teacher_temp(epoch), dim=1)
             log_p = F.log_softmax(s / self.args.temp, dim=1)
+
+            # The centre is a moving average of the teacher's outputs over the global batch.
             mean = common.all_reduce(t.mean(0)) / common.world_size()  # (K,)
             setattr(self, f"centre_{name}", 0.9 * centre + 0.1 * mean)
+
+            # The diagnostics of Table 1 need the norms of the head and of its output.
             if diagnose:
                 self.diagnosed |= diagnostics(name, self.heads[name], s.detach())
         return q, log_p
@@ -537,14 +563,17 @@ class SimSiam(nn.Module):
 
     def __init__(self, backbone, args, inv):
         super().__init__()
-        self.args, self.inv, self.backbone, self.diagnosed = args, inv, backbone, {}
+        self.args, self.inv = args, inv
+        self.backbone, self.diagnosed = backbone, {}
+
+        # Each part of the representation has a projector and a predictor.
         self.projectors, self.predictors = nn.ModuleDict(), nn.ModuleDict()
         self.add_heads("inv", inv, args.head_dim)
         if args.equi != "none":
             self.add_heads("equi", backbone.dim - inv, args.head_dim_equi)
             return
 
-        # SimSiam alone: no bias before the last batch norm, and residual branches that start at zero.
+        # SimSiam alone has no bias before the last batch norm, and residual branches that start at zero.
         self.projectors["inv"][-2].bias.requires_grad_(False)
         for m in backbone.modules():
             if isinstance(m, BasicBlock):
@@ -574,11 +603,11 @@ class SimSiam(nn.Module):
         (student,) = self.compiled or (self.backbone,)
         o1, o2 = student(views["1"]), student(views["2"])  # (b, D) each
 
-        # L_CL on the invariant part.
+        # L_CL makes both views agree in the invariant part.
         out["L_CL"] = -self.compare("inv", o1[:, : self.inv], o2[:, : self.inv], diagnose)
         loss = args.alpha * out["L_CL"]
 
-        # L_Orth on the equivariant part, and L_PReg between projectors and between predictors.
+        # L_Orth makes the equivariant parts differ; L_PReg ties the norms of projectors, and of predictors.
         if args.equi != "none":
             out["L_Orth"] = self.compare("equi", o1[:, self.inv :], o2[:, self.inv :], diagnose).abs()
             differences = [squared_norm(h["equi"]) - squared_norm(h["inv"]) for h in (self.projectors, self.predictors)]
@@ -590,6 +619,8 @@ class SimSiam(nn.Module):
         """A part of the representation of both views, (b, d_part) each -> the cosine behind projector and predictor.
         Measures the projector if asked to."""
         projector, predictor = self.projectors[name], self.predictors[name]
+
+        # Each view is a batch of its own for batch norm.
         z1, z2 = projector(o1), projector(o2)  # (b, d) each
         p1, p2 = predictor(z1), predictor(z2)  # (b, d) each
         with common.full_precision():
@@ -605,7 +636,10 @@ class SimSiam(nn.Module):
 
 def build(args, device):
     """The model with its initial weights: seeded, the same on every process."""
+
     common.seed_everything(args.seed, "weights")
+
+    # The arguments of an encoder depend on its family. Small images get a stem without pooling.
     mean, std = common.normalisation(args)
     if args.arch in common.VITS:
         kwargs = dict(patch_size=args.patch_size, cls_layer=0, pos="learned", drop_path=args.drop_path)
@@ -621,11 +655,11 @@ def build(args, device):
         inv = backbone.dim * args.inv_ratio
         inv = math.floor(inv) if args.equi == "clever" else round(inv)
         if not 0 < inv < backbone.dim:
-            common.die(
-                f"--inv-ratio {args.inv_ratio}: gives {inv} of {backbone.dim} dimensions to the invariant part; "
-                "both parts need some"
-            )
+            gives = f"gives {inv} of {backbone.dim} dimensions to the invariant part"
+            common.die(f"--inv-ratio {args.inv_ratio}: {gives}; both parts need some")
         backbone.inv = backbone.description["inv"] = inv
+
+    # The base adds the heads of both parts to the encoder.
     base = DINO if args.base == "dino" else SimSiam
     model = common.batchnorm_over_ranks(base(backbone, args, inv), device)
     return model.to(device, memory_format=torch.channels_last)
@@ -634,11 +668,14 @@ def build(args, device):
 def make_optimizer(model, args, device):
     """DINO: AdamW, weight decay in group 0, none on biases and vectors. SimSiam: SGD, the predictors in group 1."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+
+    # The second group has no weight decay (dino), or keeps the peak of the learning rate (simsiam).
     if args.base == "dino":
         second = lambda name, p: name.endswith(".bias") or p.ndim == 1
     else:
         second = lambda name, p: name.startswith("predictors")
     groups = [dict(params=[p for name, p in named if second(name, p) == i]) for i in (False, True)]
+
     options = dict(lr=0.0, weight_decay=args.weight_decay, fused=device.type == "cuda")
     if args.base == "simsiam":
         return torch.optim.SGD(groups, momentum=0.9, **options)
@@ -652,10 +689,14 @@ def learning_rates(args, step, per_epoch, warmup):
     dino: linear from 0 to the peak, both ends included, then half a cosine to --lr-end, step by step. simsiam: epoch by
     epoch, the cosine after the warm-up; the predictors stay at the peak."""
     peak, total = args.lr * args.batch_size / 256, args.epochs * per_epoch
+
+    # The learning rate of SimSiam changes between epochs alone, and its predictors keep the peak.
     if args.base == "simsiam":
         if step < warmup:
             return [peak * (step // per_epoch) / args.warmup_epochs + 1e-9] * 2
         return [common.cosine((step - warmup) // per_epoch / args.epochs, peak, args.lr_end), peak]
+
+    # The learning rate of DINO changes with every step, for both groups alike.
     if step < warmup:
         return [peak * step / max(warmup - 1, 1)] * 2
     return [common.cosine((step - warmup) / (total - warmup), peak, args.lr_end)] * 2
@@ -665,6 +706,8 @@ def check(args):
     """Refuse what cannot work, in one line each, before anything is made."""
     within = args.base == "dino"  # SimSiam's warm-up comes before the epochs
     common.check_run(args, RECIPES, common.VITS, common.RESNETS, VMAMBAS, warmup_within_epochs=within)
+
+    # VMamba cannot be compiled, DDCL needs SimSiam, and small crops must divide into patches.
     if args.compile and args.arch in VMAMBAS:
         common.die(f"--compile: the scan of {args.arch} is unrolled, too long to compile; leave the flag out")
     if args.base == "dino" and args.equi == "ddcl":
@@ -688,7 +731,7 @@ def main(argv=None):
     check(args)
     torch.backends.cudnn.benchmark = True  # every step has the same shapes
 
-    # Model, data, and the views of them.
+    # Every crop of an image has random draws of its own, new in every epoch.
     model = build(args, device)
     train, test = (
         common.load_data(args.data, args.data_dir, split, args.img_size, args.skip_corrupt, args.workers)
@@ -698,17 +741,21 @@ def main(argv=None):
     policies = make_policies(args)
     loader = common.Loader(train, policies, partial(draw_views, args, policies), args, device)
 
-    # SimSiam warms up before the epochs.
+    # SimSiam's warm-up comes before the epochs and adds steps to them.
     warmup = round(args.warmup_epochs * loader.steps_per_epoch) if args.epochs else 0
     extra = warmup if args.base == "simsiam" else 0
     loader.total_steps += extra
 
-    # The run: its directory, and what it continues.
+    # The run directory is named after base, equivariant part and architecture.
     variant = f"{args.base}-{args.equi}-{args.arch}"
     if args.aug != "basic":
         variant += f"-{args.aug}"
+
+    # Frozen parameters, such as the lengths of the prototypes, are neither optimised nor clipped.
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = make_optimizer(model, args, device)
+
+    # A resumed run continues from its checkpoint; every run prints its settings before it starts.
     run = common.Run(args, variant, model, optimizer)
     run.restore(train)
     chance = f"{math.log(args.head_dim):.2f}" if args.base == "dino" else "0"
@@ -723,7 +770,7 @@ def main(argv=None):
         if step == 0:
             run.picture("views.png", [views[view] for view in sorted(views, key=int)])
 
-        # Schedules; after SimSiam's warm-up the momentum starts anew.
+        # Learning rates and weight decay follow their schedules.
         epoch, progress = (step - extra) / loader.steps_per_epoch, step / loader.total_steps
         rates = learning_rates(args, step, loader.steps_per_epoch, warmup)
         for group, lr in zip(optimizer.param_groups, rates):
@@ -731,10 +778,12 @@ def main(argv=None):
         if args.base == "dino":
             decay = common.cosine(progress, args.weight_decay, args.weight_decay_end)
             optimizer.param_groups[0]["weight_decay"] = decay
+
+        # The momentum of SGD starts anew after SimSiam's warm-up.
         if extra and step == extra:
             optimizer.state.clear()
 
-        # Forward and backward; the diagnostics are for the log alone.
+        # The diagnostics cost time, so only steps that are logged compute them.
         with common.autocast(device, args.amp):
             out, o = ddp(views, epoch, diagnose=not model.diagnosed or common.is_logged(args, step))
         optimizer.zero_grad(set_to_none=True)
@@ -747,12 +796,13 @@ def main(argv=None):
             for p in model.last_layers():
                 p.grad = None
 
-        # The optimiser, then the teacher.
+        # The teacher follows the student after every step of the optimiser.
         optimizer.step()
         if args.base == "dino":
             model.update_teacher(common.cosine(progress, args.momentum, 1.0))
         run.log(step, features=o, lr=rates[0], epoch=epoch, **out)
 
+    # An untrained encoder with the same initial weights is the baseline of the final k-NN score.
     run.finish(build(args, device), train, test)
 
 

@@ -239,6 +239,8 @@ def checkpoints_first(argv, cls):
 def check(args):
     """Refuse what cannot work, before anything is read or computed."""
     load_splits.cache_clear()  # images may have changed since another call of this process
+
+    # Lists must not be empty, and views are augmented for SGD only.
     if not args.checkpoints:
         common.die("no checkpoint given; name at least one, such as runs/ser-mocov3-ser-blocks-s0/checkpoint.pt")
     for name in ("tasks", "part", "linear_lrs"):
@@ -318,7 +320,7 @@ def load(path):
     except OSError as e:
         common.die(f"{path}: cannot be read ({e.strerror})")
 
-    # The state of a timm model looks like that of a checkpoint; of a checkpoint's the tensors are dropped.
+    # The state of a timm model looks like that of a checkpoint. Tensors are dropped from the state of a checkpoint.
     if path.startswith("timm:"):
         encoder, own = load_timm(path, name, file, content), dict(data=None, data_dir=None, seed=0, arch=path)
         state = dict(method="timm", step=0, args=own, backbone=dict(arch=name, inv=None), seen=None)
@@ -335,7 +337,7 @@ def load_timm(path, name, file, content):
         common.die(f"{path}: timm has no model {name}; timm.list_models('*{name[:6]}*') lists similar names")
     notes, weights = read_weights(path, file, content) if file else ({}, None)
     try:
-        # The architecture: timm's own, of the sizes that our backbone.safetensors states.
+        # The architecture is timm's, with the sizes that our backbone.safetensors states.
         sizes = {k: v for k, v in notes.pop("timm", {}).items() if isinstance(v, (int, float)) and k != "num_classes"}
         create = partial(timm.create_model, name, pretrained=not file, num_classes=0, **sizes)
         try:
@@ -345,13 +347,15 @@ def load_timm(path, name, file, content):
         side = notes.pop("img_size", None)
         model.pretrained_cfg |= notes | (dict(input_size=(3, side, side)) if side else {})
 
-        # The weights, all but the classifier's.
+        # All weights are loaded but those of the classifier.
         if file:
             classifier = tuple(f"{c}." for c in (model.pretrained_cfg["classifier"], "head") if isinstance(c, str))
             known = model.state_dict()
             model.load_state_dict({k: v for k, v in weights.items() if not k.startswith(classifier) or k in known})
     except Exception as e:  # no network, no such weights, or weights that do not fit: timm and torch differ
         common.die(f"{path}: {'its weights cannot be read safely' if 'weights_only' in str(e) else one_line(e)}")
+
+    # A diverged encoder is refused.
     if not common.finite(model.state_dict()):
         common.die(f"{path}: its weights hold NaN or infinity")
     return Timm(model).eval().requires_grad_(False)
@@ -360,11 +364,14 @@ def load_timm(path, name, file, content):
 def read_weights(path, file, content):
     """The bytes of a .safetensors, or of what torch.save writes -> (what our own backbone.safetensors states about
     itself, state dict). Damaged files are refused, and files that only unsafe readers would read."""
+    # Files of torch.save may nest the weights. Those of a moving average are preferred.
     try:
         if not file.endswith(".safetensors"):
             held = common.read_tensors(path, content)
             held = next((held[k] for k in ("state_dict_ema", "model_ema", "state_dict", "model") if held.get(k)), held)
             return {}, timm.models.clean_state_dict(held)
+
+        # A .safetensors of ours states its architecture, normalisation and image size in the header.
         content = content.getvalue()
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")]).get("__metadata__", {})
         notes = {k: json.loads(v) for k, v in header.items() if k in ("timm", "mean", "std", "img_size")}
@@ -383,6 +390,8 @@ def load_splits(name, root, device, *how):
         common.die(f"--data-dir {root}: {e.strerror or e}")
     if test is None:
         common.die(f"--data-dir {root}: has no test split; probes need train/ and val/ or test/{note_of(train)}")
+
+    # Test images that are training images would flatter every probe.
     if common.rank() == 0 and (same := same_files(train, test)):
         say(f"--data-dir {root}: {len(same)} of {len(test):,} test images are training images too, such as {same[0]}")
     return train.to(device), test.to(device)
@@ -404,6 +413,8 @@ def same_files(train, test, most=1000):
         return []
     name = lambda path: os.sep.join(str(path).rsplit(os.sep, 2)[-2:])
     test_files = {name(test.paths[i]): test.paths[i] for i in evenly(len(test), most).tolist()}
+
+    # Names narrow the search, so that only few files are compared byte by byte.
     same = []
     with contextlib.suppress(OSError):  # an unreadable file is reported when it is needed
         for path in train.paths:
@@ -415,40 +426,39 @@ def same_files(train, test, most=1000):
 
 def open_case(path, encoder, state, args, device):
     """A loaded checkpoint, or timm model, and its data, checked for what the tasks need -> Case."""
-    # The data are those of the checkpoint, unless a flag names others.
+    # The data are those of the checkpoint, unless a flag names others. Its directory goes with its own set alone.
     own = state["args"]
     name = args.data or own["data"]
     root = args.data_dir
-    if root is None and name == own["data"]:  # another set lies elsewhere
+    if root is None and name == own["data"]:
         root = own["data_dir"]
+
+    # Only some encoders split their representation.
     if "all" not in args.part and encoder.inv is None:
-        common.die(
-            f"--part {' '.join(args.part)}: {path} does not split its representation; only encoders of recon_xattn.py"
-            " and clever.py do (beside all, others may stand in the table)"
-        )
+        splits = "only encoders of recon_xattn.py and clever.py do (beside all, others may stand in the table)"
+        common.die(f"--part {' '.join(args.part)}: {path} does not split its representation; {splits}")
+
+    # Another data set is read with the sessions of the checkpoint.
     sessions = tuple(own.get("sessions", (1, 2)))
     train, test = load_splits(name, root, device, encoder.img_size, args.skip_corrupt, args.workers, sessions)
 
     # Most tasks need the same classes in both splits.
     labelled = set(args.tasks) - {"r2", "layers", "equivariance"}
     if labelled and (train.labels is None or test.labels is None):
-        common.die(
-            f"--tasks {' '.join(args.tasks)}: {root} has no classes (one folder per class); only r2, layers and"
-            f" equivariance can do without{note_of(train, test)}"
-        )
+        without = f"only r2, layers and equivariance can do without{note_of(train, test)}"
+        tasks = " ".join(args.tasks)
+        common.die(f"--tasks {tasks}: {root} has no classes (one folder per class); {without}")
     if labelled and train.classes != test.classes:
         odd = sorted(set(train.classes) ^ set(test.classes))[0]
-        common.die(
-            f"--data-dir {root}: its train and test folders have different classes ({len(train.classes)} and "
-            f"{len(test.classes)}; {odd} is in one of them only)"
-        )
+        counts = f"{len(train.classes)} and {len(test.classes)}; {odd} is in one of them only"
+        common.die(f"--data-dir {root}: its train and test folders have different classes ({counts})")
 
     # The data must be those that the encoder was trained on, unless others are named.
     if state["seen"] and not args.data and not args.data_dir and state["seen"] != (now := train.fingerprint()):
-        common.die(
-            f"{path}: was trained on other images than {root or name} holds now"
-            f" ({common.difference(state['seen'], now)}); --data-dir, given by hand, probes on others"
-        )
+        changed = f"{root or name} holds now ({common.difference(state['seen'], now)})"
+        common.die(f"{path}: was trained on other images than {changed}; --data-dir, given by hand, probes on others")
+
+    # Encoders that know a part of the labels are probed with the same part.
     if args.known_fraction < 1:
         if train.labels is None:
             common.die(f"--known-fraction {args.known_fraction}: a share of every class, but {root} has no classes")
@@ -479,13 +489,16 @@ def begin(path, args_for, device, evaluation):
 def open_all(args, args_for, device, evaluation):
     """Open every checkpoint before anything is computed -> [(path, row name, Case)] of those that can be opened. One
     that cannot costs a line and, at the end, the exit code."""
+    # All ranks agree on which checkpoints can be opened.
     cases = [(path, begin(path, args_for, device, evaluation)) for path in args.checkpoints]
     cases = [(path, case) for path, case in cases if case is not None]
+
+    # A part of the representation must exist in one encoder at least.
     if cases and set(args.part) != {"all"} and all(case.backbone.inv is None for _, case in cases):
-        common.die(
-            f"--part {' '.join(args.part)}: none of the checkpoints splits its representation; only encoders of"
-            " recon_xattn.py and clever.py do"
-        )
+        splits = "only encoders of recon_xattn.py and clever.py do"
+        common.die(f"--part {' '.join(args.part)}: none of the checkpoints splits its representation; {splits}")
+
+    # Rows of the table are named after the runs; seeds of one run share a name.
     names = row_names([path for path, _ in cases], [case.state for _, case in cases])
     return [(path, name, case) for (path, case), name in zip(cases, names)]
 
@@ -501,6 +514,8 @@ class SecondView:
 
     def __init__(self, name, size):
         self.name, self.size = name, size
+
+        # All transformations begin with the centre crop that the encoder is evaluated on.
         self.centre = CenterCrop(size, interpolation="bicubic")
         turns = dict(
             quarters=Rot90,
@@ -576,17 +591,20 @@ class Case:
 
     def kept_features(self, data):
         """The features in --cache-dir, if rank 0 finds them there; otherwise they are extracted and kept."""
+        # Only rank 0 reads the cache.
         path = x = None
         if self.args.cache_dir and common.rank() == 0:
             path = Path(self.args.cache_dir) / f"features-{self.fingerprint(data)}.pt"
             with contextlib.suppress(Exception):  # not there, or damaged: extracted anew
                 kept = common.read_tensors(path)["x"]
                 x = kept if len(kept) == len(data) else None
+
+        # Ranks other than 0 hold no features, but need their width.
         width = common.by_rank_0(lambda: None if x is None else x.shape[1])
         if width is not None:
             return torch.empty(0, width) if x is None else x
 
-        # The name is unique until the file is whole: another evaluation may write the same features.
+        # The name is unique until the file is whole, because another evaluation may write the same features.
         x = self.features(data, encode=self.backbone.last_blocks)
         if path:
             part = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
@@ -601,6 +619,7 @@ class Case:
 
     def fingerprint(self, data):
         """Of all that features depend on: code, weights, architecture, images, arithmetic."""
+        # Features change with the code, and with the images: files by size and time, arrays by content.
         digest, encoder = hashlib.blake2b(Path(common.__file__).read_bytes(), digest_size=12), self.backbone
         for path in data.paths if data.images is None else ():
             stat = os.stat(path)
@@ -646,19 +665,20 @@ class Case:
     def heads(self):
         """All linear probes that the tasks ask for, {name: probe}, trained side by side on one pass over the features
         an epoch: by rank 0, for all."""
+        # Held-out images choose the weight decay of L-BFGS, and the learning rate of SGD if several are given.
         args, labels = self.args, self.train.labels.to(self.device)
         held = torch.zeros(len(self.train), dtype=torch.bool)
         if args.linear == "lbfgs" or args.linear == "sgd" and len(args.linear_lrs) > 1:
             held = hold_out(self.train, common.rng(args.seed, "held out"))
 
-        # The rows that each probe learns from.
+        # Each probe learns from its own rows, never from the held-out ones.
         wanted = {}
         if {"linear", "rotation"} & set(args.tasks):
             wanted["linear"] = (~held).nonzero()[:, 0]
         if "fewshot" in args.tasks and args.fewshot == "linear":
             wanted |= {f"fewshot {share:.0%}": self.few(share, ~held) for share in SHARES}
 
-        # A probe for each of them and each part; SGD trains all of them together.
+        # Each probe and each part of the representation needs a head. SGD trains all of them together.
         heads = {}
         for name, rows in wanted.items():
             for suffix, columns in self.parts(self.x[0].shape[1]):
@@ -669,6 +689,8 @@ class Case:
                 heads[name + suffix], head.columns = head, columns
         if args.linear == "sgd":
             self.train_together(heads, labels)
+
+        # Rank 0 sends the trained heads to all ranks.
         for head in heads.values():
             head.share()
         return heads
@@ -684,15 +706,20 @@ class Case:
 
     def train_together(self, heads, labels):
         """LinearProbes {name: probe}, on the labels (N,) of the train images."""
+        # All heads see the features of an epoch in one pass. Augmented views are encoded again in every epoch.
         args = self.args
         if args.augment:
             views = args.linear_epochs * len(self.train)
             say(f"  {args.linear_epochs} epochs of augmented views: {views:,} images to encode")
+
+        # Rank 0 alone trains; the others help to encode.
         trained = heads.values() if common.rank() == 0 else ()
         for epoch in common.progress(range(args.linear_epochs), desc="linear probes", unit="epoch"):
             x = self.augmented(epoch) if args.augment else self.x[0]
             for head in trained:
                 head.epoch(x[:, head.columns], labels)
+
+        # Each head chooses its learning rate after the last epoch.
         for head in trained:
             head.choose(self.x[0][:, head.columns], labels)
 
@@ -758,11 +785,14 @@ def stratified(labels, share, generator, allowed=None):
 def accuracies(name, scores, labels):
     """Scores (M, C), labels (M,) -> {metric: percent}: images whose class is the first, or among the first five. If
     classes are of unequal size, also the mean of the classes' accuracies, as is usual on pets, aircraft, flowers."""
+    # Of classes with equal scores the first one counts, on every device alike.
     labels = labels.to(scores.device)
     top = scores.sort(dim=1, descending=True, stable=True).indices[:, :5] == labels[:, None]  # (M, 5)
     out = {name: 100 * top[:, 0].float().mean().item()}
     if scores.shape[1] > 5:
         out[f"{name} top-5"] = 100 * top.any(1).float().mean().item()
+
+    # The accuracy over images favours large classes, where classes are of unequal size.
     sizes = labels.bincount(minlength=scores.shape[1])  # (C,)
     if len(sizes[sizes > 0].unique()) > 1:
         right = labels[top[:, 0]].bincount(minlength=len(sizes))  # (C,)
@@ -790,26 +820,34 @@ class LinearProbe(Shared):
     def __init__(self, dim, classes, rows, held, lrs, epochs, generator, device, batch_size=256):
         self.rows, self.held, self.lrs, self.classes = rows, held, lrs, classes
         self.generator, self.batch_size, self.device = generator, batch_size, device
+
+        # All learning rates start at the same weights.
         W = torch.randn(dim, classes, generator=generator).mul_(0.01)
         self.W = W.to(device).repeat(1, len(lrs))  # (D, L C)
         self.b = torch.zeros(len(lrs) * classes, device=device)
         self.mW, self.mb = torch.zeros_like(self.W), torch.zeros_like(self.b)
+
+        # Each column of W has the learning rate of its probe.
         self.rate = torch.tensor(lrs, device=device).repeat_interleave(classes) * batch_size / 256  # (L C,)
         self.steps, self.step = epochs * math.ceil(len(rows) / batch_size), 0
         self.best = torch.zeros((), dtype=torch.int64, device=device)  # of the rates
 
     def epoch(self, x, labels):
         """One pass over its rows of x (N, D), labels (N,). A GPU gets the order once, so the host never waits."""
+        # The order of the images is drawn on the CPU, so that it does not depend on the device.
         order = self.rows[torch.randperm(len(self.rows), generator=self.generator)]
         for batch in common.send(order, self.device).split(self.batch_size):
+            # The gradient is written out, which serves all learning rates at once.
             f, n = x[batch], len(batch)  # (n, D)
             g = self.logits(f).softmax(2)  # (n, L, C)
             g[torch.arange(n, device=self.device), :, labels[batch]] -= 1
 
-            # High rates leave gradients so small that CPUs take six times as long; those become 0.
+            # High rates make gradients so small that CPUs take six times as long; those become 0.
             g = F.hardshrink(g.flatten(1), 1e-20) / n  # (n, L C)
             self.mW.mul_(0.9).addmm_(f.T, g)
             self.mb.mul_(0.9).add_(g.sum(0))
+
+            # The step uses the momentum and a cosine schedule, without weight decay.
             lr = -self.rate * common.cosine(self.step / self.steps, 1.0, 0.0)
             self.W.addcmul_(lr, self.mW)
             self.b.addcmul_(lr, self.mb)
@@ -861,11 +899,13 @@ class RidgeProbe(Shared):
 
     def fit(self, x, labels, rows, ridge):
         """Minimise on `rows` (n,) of x (N, D), labels (N,), for one weight w, starting at the present weights."""
+        # A constant feature of 1 gives the bias.
         f, y = F.pad(x[rows], (0, 1), value=1.0), labels[rows]
         W = self.weights.clone().requires_grad_()
         limits = dict(max_iter=self.iterations, max_eval=2 * self.iterations, tolerance_change=1e-10)
         optimizer = torch.optim.LBFGS([W], line_search_fn="strong_wolfe", **limits)
 
+        # L-BFGS evaluates loss and gradient several times a step.
         def loss():
             optimizer.zero_grad()
             value = F.cross_entropy(f @ W, y, reduction="sum") + ridge * W.square().sum()
@@ -877,6 +917,7 @@ class RidgeProbe(Shared):
 
     def train(self, x, labels):
         """x (N, D), labels (N,) -> the chosen w."""
+        # Each fit starts at the solution of the previous one, and the best on the held-out rows is kept.
         x, labels = x.to(self.device, torch.float64), labels.to(self.device)
         best, kept = -1.0, None
         for ridge in common.progress(torch.logspace(5, -6, 45).tolist(), desc="L-BFGS", unit="fit"):
@@ -884,6 +925,8 @@ class RidgeProbe(Shared):
             right = (self.scores(x[self.held]).argmax(1) == labels[self.held]).double().mean().item()
             if right > best:
                 best, kept = right, (ridge, self.weights)
+
+        # The chosen weight is fitted again, on the held-out rows too.
         self.chosen, self.weights = kept
         self.fit(x, labels, torch.cat([self.rows, self.held]), self.chosen)
         return self.chosen
@@ -899,7 +942,7 @@ def fit(model, sample, epochs, optimizer, generator, scheduler=None, batch_size=
         x, target = sample(epoch)
         criterion = F.cross_entropy if target.dtype == torch.int64 else F.mse_loss
 
-        # A GPU gets the order once an epoch, so the host never waits for it.
+        # The order is sent once an epoch, so that the host never waits for a GPU.
         order = common.send(torch.randperm(len(x), generator=generator), x.device)
         for batch in order.split(batch_size):
             loss = criterion(model(x[batch]), target[batch])
@@ -915,6 +958,8 @@ def linear_schedule(train, target, generator, epochs=100):
     """CIPER's linear readout. Features (N, D); target (N,) int64 classes, cross-entropy, or (N, K) numbers, squared
     error -> a layer: (M, D) -> scores or predictions (M, K)."""
     outputs = int(target.max()) + 1 if target.dtype == torch.int64 else target.shape[1]
+
+    # The generator seeds the initial weights, and the global state of torch stays as it is.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator.initial_seed())
         readout = nn.Linear(train.shape[1], outputs).to(train.device)
@@ -974,6 +1019,8 @@ def mlp_probe(sample, outputs, epochs, generator, columns=slice(None)):
     MLP: features (M, ...) -> (M, K)."""
     x = sample(0)[0]
     first = Standardise(x, columns)
+
+    # The generator seeds the initial weights, and the global state of torch stays as it is.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator.initial_seed())
         hidden = nn.Linear(first(x[:1]).shape[1], 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU()
@@ -991,10 +1038,13 @@ def warn_of_few_steps(flag, epochs, images):
 
 def knn(case):
     """Accuracy of the vote of the nearest neighbours, in percent."""
+    # All ranks encode the images; rank 0 finds the neighbours.
     args, classes = case.args, len(case.train.classes)
     y, y_test = case.y
     if common.rank():
         return None
+
+    # The neighbours are found in each part of the representation apart.
     results = {}
     for suffix, columns in case.parts(y.shape[1]):
         scores = common.knn(y[:, columns], case.train.labels, y_test[:, columns], args.knn_k, classes=classes)
@@ -1021,7 +1071,7 @@ def mlp(case):
         return None
     warn_of_few_steps("--mlp-epochs", args.mlp_epochs, len(x))
 
-    # An MLP a part, evaluated on both splits.
+    # Each part of the representation has an MLP, which is evaluated on both splits.
     results, on_train = {}, {}
     for suffix, columns in case.parts(x.shape[1]):
         sample = lambda epoch: (x, labels)
@@ -1033,6 +1083,7 @@ def mlp(case):
 
 def fewshot(case):
     """Accuracy of linear probes, or of fine-tuned encoders, that see a share of the labels, in percent."""
+    # All ranks fine-tune the encoders; rank 0 trains the linear probes.
     rows = {f"fewshot {share:.0%}": case.few(share) for share in SHARES}
     scores = {}
     if case.args.fewshot == "finetune":
@@ -1080,20 +1131,22 @@ def fine_tune(case, quarters=False, rows=None):
     if batch < 2:
         common.die(f"--tasks finetune: {len(train)} images are too few for {common.world_size()} processes")
 
-    # The model, without stochastic depth.
+    # The head starts at small weights, drawn without touching the global state of torch.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(common.rng(args.seed, "finetune").initial_seed())
         encoder = copy.deepcopy(case.backbone).requires_grad_(True).train()
         head = nn.Linear(case.x[0].shape[1], 4 if quarters else len(case.train.classes))
         nn.init.normal_(head.weight, std=0.01)
         nn.init.zeros_(head.bias)
+
+    # Stochastic depth belongs to pre-training; fine-tuning does without it.
     model = common.batchnorm_over_ranks(Classifier(encoder, head), device).to(device)
     for module in model.modules():
         if isinstance(module, DropPath):
             module.drop_prob = 0.0
     encoder, ddp = model.encoder, common.distributed(model)
 
-    # The views and their loader.
+    # Random crops and flips augment the images. With `quarters` the images are turned, and the turns are the classes.
     ops = [RandomResizedCrop(encoder.img_size), HorizontalFlip()]
     if quarters:
         ops.append(Rot90())
@@ -1102,7 +1155,7 @@ def fine_tune(case, quarters=False, rows=None):
     loader = common.Loader(train, {"1": view}, partial(draw_view, view, batch), run, device)
     steps = loader.total_steps
 
-    # Training, with a rate for every step.
+    # Every step has a learning rate on half a cosine.
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9, weight_decay=1e-4)
     batches = common.progress(loader.batches(range(steps)), total=steps, desc="fine-tuning", unit="step")
     for step, (views, params, local_rows) in enumerate(batches):
@@ -1129,6 +1182,7 @@ def rotation(case):
     """CLeVER's Tables 6 and 7, in percent: accuracy of the linear probe on test images turned by up to 90 and by up to
     180 degrees (mean of three draws), and of one that classifies quarter turns (`4-fold`: trained on one of each image,
     evaluated on all four). Beside `finetune` also of encoders fine-tuned for either."""
+    # Each test image is turned by angles of three draws, and by every quarter turn.
     args, size = case.args, case.backbone.img_size
     n, m = len(case.train), len(case.test)
     quarters = SecondView("quarters", size)
@@ -1144,7 +1198,7 @@ def rotation(case):
             out.append(case.features(data, **how).to(case.device))
         return torch.cat(out)
 
-    # Features of turned images, and the scores of fine-tuned encoders.
+    # All ranks encode the turned images, with frozen and with fine-tuned encoders.
     x_turned = encoded(case.test, turns)
     x, x_test = encoded(case.train, [(quarters, answers)]), encoded(case.test, fourfold)
     details = case.fit_probes()
@@ -1154,6 +1208,7 @@ def rotation(case):
     if common.rank():
         return None
 
+    # Of six draws three are turns by up to 90 degrees, and three by up to 180.
     results = {}
 
     def note_turned(name, suffix, scores):
@@ -1164,14 +1219,18 @@ def rotation(case):
     def fourfold_accuracy(scores):
         return 100 * (scores.argmax(1).cpu() == torch.arange(4).repeat_interleave(m)).float().mean().item()
 
-    # The linear probe of classes, then one of quarter turns for each part.
+    # The linear probe of the classes reads the turned images.
     for name, scores in case.read("linear", x_turned).items():
         note_turned("linear", name.removeprefix("linear"), scores)
+
+    # A linear probe of quarter turns learns from each part of the representation.
     rates, labels = {}, answers["rot90"].to(case.device)
     for suffix, columns in case.parts(x.shape[1]):
         how = 4, args.linear_lrs, args.linear_epochs, common.rng(args.seed, "4-fold")
         scores, rates["4-fold" + suffix] = linear_probe(x[:, columns], labels, x_test[:, columns], *how)
         results["4-fold" + suffix] = fourfold_accuracy(scores)
+
+    # Fine-tuned encoders are evaluated in the same way.
     if tuned:
         note_turned("finetune", "", tuned[0])
         results["4-fold finetune"] = fourfold_accuracy(tuned[1])
@@ -1191,6 +1250,8 @@ def latents(train, test, x, x_test, args):
     0."""
     if common.rank():
         return None
+
+    # Every readout is trained by SGD, and solved by least squares in closed form.
     results, details = {}, {}
 
     def note_accuracy(name, x, y, x_test, y_test):
@@ -1198,7 +1259,7 @@ def latents(train, test, x, x_test, args):
         for suffix, scores in (("", readout(x_test)), (" lstsq", least_squares(x, y, x_test))):
             results[name + suffix] = 100 * (scores.argmax(1).cpu() == y_test).float().mean().item()
 
-    # Classes: of the object, the object itself (core50 shows the same ones in both splits), the session.
+    # Classes are the kind of object, the object itself (on core50, where both splits show it), and the session.
     note_accuracy("object", x, train.labels, x_test, test.labels)
     if "frame" in test.factors:
         note_accuracy("instance", x, train.groups, x_test, test.groups)
@@ -1207,7 +1268,7 @@ def latents(train, test, x, x_test, args):
         session = test.factors["session"].unique(return_inverse=True)[1]  # (M,) from 0
         note_accuracy("session", x_test[~evaluated], session[~evaluated], x_test[evaluated], session[evaluated])
 
-    # Numbers: the view, on test objects alone where their sessions are new.
+    # The view is read as numbers, on test objects alone where their sessions are new.
     if "view" in test.factors:
         known, unseen, f, f_test = train, test, x, x_test
         if "session" in test.factors:
@@ -1215,14 +1276,14 @@ def latents(train, test, x, x_test, args):
             known, unseen = test.subset((~second).nonzero()[:, 0]), test.subset(second.nonzero()[:, 0])
             f, f_test = x_test[~second], x_test[second]
 
-        # Targets in units of their deviations; features are divided by one number, which keeps what is linear in them.
+        # Targets are divided by their deviations; features by one number, which keeps what is linear in them.
         view = known.factors["view"]  # (n, 3)
         mean, std = view.mean(0), view.std(0, correction=0)
         target, centre = ((view - mean) / std).to(f.device), f.mean(0)
         scale = (f - centre).square().sum(1).mean().sqrt()
         a, b = (f - centre) / scale, (f_test - centre) / scale
 
-        # Errors in units of the deviations, and in degrees and lengths.
+        # Errors are given in units of the deviations, and in degrees and lengths.
         readout = linear_schedule(a, target, common.rng(args.seed, "view"))
         for suffix, predicted in (("", readout(b)), (" lstsq", least_squares(a, target, b))):
             error = predicted.cpu() * std + mean - unseen.factors["view"]  # (m, 3)
@@ -1231,6 +1292,7 @@ def latents(train, test, x, x_test, args):
             turned = (error[:, 0] + 180) % 360 - 180
             details["rmse" + suffix] = rmse | dict(azimuth_circular=turned.square().mean().sqrt().item())
 
+    # The protocol says which images each readout is evaluated on.
     protocol = dict(epochs=100, batch_size=256, lr=1.0, session_read="every fifth test image")
     protocol["view_read"] = "every second test object" if "session" in test.factors else "test"
     return results, protocol | details
@@ -1254,10 +1316,13 @@ def r2_scores(target, predicted):
 
 def partners(groups, generator):
     """For every image another view of the same object, at random: (N,) rows."""
+    # The images of an object take consecutive positions, from start to end, in random order.
     order = torch.argsort(torch.rand(len(groups), generator=generator))
-    order = order[torch.argsort(groups[order], stable=True)]  # objects in turn, their views shuffled
-    start = torch.searchsorted(groups[order], groups[order])  # first position of each one's object
+    order = order[torch.argsort(groups[order], stable=True)]
+    start = torch.searchsorted(groups[order], groups[order])
     end = torch.searchsorted(groups[order], groups[order], right=True)
+
+    # The partner of an image is the next one of the object, and the first one after the last.
     position = torch.arange(len(groups))
     following = torch.where(position + 1 < end, position + 1, start)
     return torch.empty_like(order).scatter_(0, order, order[following])
@@ -1267,11 +1332,13 @@ def pairs_of_poses(target, case):
     """Two views of an object and `target` between them, on rank 0: sample(epoch) of (pairs (n, 2, D), targets (n, K)),
     test pairs, test targets. Each epoch shows as many random pairs, of different views, as there are images, 100,000 at
     most (SIE: one an object); test images give one fixed draw, the same for every checkpoint."""
+    # Pairs are drawn among the features of all images, so that nothing is encoded twice.
     y, y_test = case.y
     if common.rank():
         return None
 
     def sample(data, y, *key):
+        # Large sets show 100,000 random pairs an epoch, which bounds its time.
         g = common.rng(case.args.seed, *key)
         i, j = torch.arange(len(data)), partners(data.groups, g)
         if len(data) > 100_000:
@@ -1287,6 +1354,8 @@ def pairs_of_images(target, case):
     """An image and its transformed self, on evenly spaced images, one draw per image; targets are standardised by the
     mean and deviation of the training draws. Returns what `pairs_of_poses` does."""
     args, view = case.args, SecondView(target, case.backbone.img_size)
+
+    # Each image is encoded again after its transformation; each split has a seed of its own.
     pairs, targets = [], []
     for data, y, most, seed in zip((case.train, case.test), case.y, view_limits(args), (args.seed, args.seed + 1)):
         rows, params = evenly(len(data), most), view.sample(len(data), seed)  # (n,), of all N
@@ -1311,12 +1380,13 @@ def view_limits(args):
 def r2(case):
     """R^2 of the transformation between two views, on test pairs; in the protocol also on training pairs. Near 0 on
     both, the probe has not converged or the features hold nothing; high on training pairs alone, it has overfitted."""
+    # Posed objects are probed for their poses, images for the families of transformations.
     args, train = case.args, case.train
     targets = args.r2_targets or (POSES if "rotation" in train.factors else FAMILIES)
     most = 100_000 if set(targets) <= set(POSES) else args.r2_images
     warn_of_few_steps("--r2-epochs", args.r2_epochs, min(len(train), most))
 
-    # All ranks encode the pairs of a target; rank 0 fits an MLP a part.
+    # All ranks encode the pairs of a target; rank 0 fits an MLP for each part.
     scores = {}
     for target in targets:
         drawn = pairs_of_poses(target, case) if target in POSES else pairs_of_images(target, case)
@@ -1328,6 +1398,7 @@ def r2(case):
             model = mlp_probe(sample, answers.shape[1], args.r2_epochs, common.rng(args.seed, "r2", target), columns)
             on_train = r2_scores(answers, model(pairs))["flat"]
             scores[target + suffix] = r2_scores(test_targets, model(test_pairs)) | dict(train=on_train)
+
     results = {f"r2 {name}": values["flat"] for name, values in scores.items()}
     return results, dict(epochs=args.r2_epochs, images=args.r2_images, both=scores) | MLP
 
@@ -1335,6 +1406,7 @@ def r2(case):
 def layers(case):
     """SER's Table 5, in percent: accuracy of an MLP that classifies the quarter turn, or the flip, between two views,
     from the pair of their mean tokens after a block, each token normalised. One draw for each image."""
+    # By default every third block is evaluated, and all blocks of a small encoder.
     args, backbone = case.args, case.backbone
     warn_of_few_steps("--r2-epochs", args.r2_epochs, min(len(case.train), args.r2_images))
     chosen = args.layers
@@ -1350,7 +1422,7 @@ def layers(case):
 
     results, on_train = {}, {}
     for name, kind, key, classes in (("rotation", "quarters", "rot90", 4), ("flip", "mirror", "flip", 2)):
-        # Features of both views of train and of test images, all blocks side by side.
+        # The features of both views hold the chosen blocks side by side, for train and test images.
         view, splits = SecondView(kind, backbone.img_size), []
         for data, most, seed in zip((case.train, case.test), view_limits(args), (args.seed, args.seed + 1)):
             rows, params = evenly(len(data), most), view.sample(len(data), seed)
@@ -1361,7 +1433,7 @@ def layers(case):
         if common.rank():
             continue
 
-        # An MLP a block.
+        # Each block has an MLP of its own.
         (train_pairs, answers), (test_pairs, test_answers) = splits
         for k, pairs, unseen in zip(chosen, train_pairs, test_pairs):  # (n, 2, D), (m, 2, D)
             sample = lambda epoch, pairs=pairs, answers=answers: (pairs, answers)
@@ -1385,6 +1457,7 @@ def map_cosines(name, chunks):
     def mean_cosine(a, b):
         return F.cosine_similarity(a, b, dim=3).mean().item()
 
+    # The mean over chunks weights each chunk by its number of images.
     total, sums = 0, [0.0, 0.0, 0.0]
     for moved, other, seen in chunks:
         centred = mean_cosine(moved - moved.mean((0, 1, 2)), seen - seen.mean((0, 1, 2)))
@@ -1415,13 +1488,13 @@ def equivariance(case):
         how = dict(encode=encode, transform=transform, params=params, rows=rows, name="equivariance")
         return case.features(case.test, **how).unflatten(1, shape)
 
-    # Maps of turned, mirrored and original images.
+    # Maps of turned, mirrored and original images are encoded on all ranks.
     quarters = 1 + torch.randint(3, (n,), generator=generator)
     turned = maps(SecondView("quarters", backbone.img_size), dict(rot90=quarters))
     mirrored = maps(SecondView("mirror", backbone.img_size), dict(flip=torch.ones(n, dtype=torch.bool)))
     z = maps()
 
-    # Of ViTs also maps of resized images: the area 0.7 to 1.3 times that of training, one for 100 images.
+    # ViTs also encode resized images, of 0.7 to 1.3 times the area of training; chunks of 100 share a grid.
     scaled = []
     if hasattr(backbone, "patch_size"):
         for chunk in torch.arange(len(rows)).split(100):
@@ -1433,13 +1506,15 @@ def equivariance(case):
     if common.rank():
         return None
 
+    # rho_g permutes tokens exactly under turns and flips, and interpolates them for another grid.
     def turn(z):
         return torch.stack([m.rot90(int(k), (0, 1)) for m, k in zip(z, quarters[rows])])
 
     def resample(z, size):
         return F.interpolate(z.permute(0, 3, 1, 2), size, mode="bicubic").permute(0, 2, 3, 1)
 
-    others = z.roll(len(z) // 2, 0)  # far away in a sorted set: another object, mostly another class
+    # Half a sorted set away, an image shows another object, mostly of another class.
+    others = z.roll(len(z) // 2, 0)
     results = map_cosines("rotation", [(turn(z), turn(others), turned)])
     results |= map_cosines("flip", [(z.flip(2), others.flip(2), mirrored)])
     if scaled:
@@ -1500,34 +1575,41 @@ class Evaluation:
         return self
 
     def __exit__(self, kind, error, trace):
+        # The table and the figure come first, whatever has happened.
         self.at_end()
         for s, handler in self.handlers.items():
             signal.signal(s, handler)
+
+        # A signal ends the process with a code of its own.
         if kind is Stopped:
             name = signal.Signals(error.args[0]).name
             kept = "finished results are in the table and in eval.jsonl beside the checkpoints"
             say(f"{Path(sys.argv[0]).name}: stopped by {name}; {kept}")
             raise SystemExit(128 + error.args[0])
+
+        # The exit code is 1 where some results are printed, else that of the first failure.
         if kind is None and self.codes:
             raise SystemExit(1 if self.printed else self.codes[0])
 
     def attempt(self, what, part, together=False):
         """part(), or None if it fails; together: on all ranks if on one. Otherwise a failure of several ranks ends the
         process, except a user's mistake, which every rank finds for itself."""
+        # A user's mistake has printed its line already; any other exception costs one line.
         code, out = 0, None
         try:
             out = part()
-        except SystemExit as e:  # common.die has printed its line
+        except SystemExit as e:
             code = e.code
         except Exception as e:
             code = 1
             tqdm.write(f"{Path(sys.argv[0]).name}: error: {what}: {one_line(e)}", file=sys.stderr)
 
-        # Ranks agree on the outcome where they were asked to; otherwise they would wait for each other for ever.
+        # Ranks agree on the outcome where they were asked to. Otherwise they would wait for each other for ever.
         if common.world_size() > 1 and together:
             code = common.any_rank(code)
         elif common.world_size() > 1 and code not in (0, 2):
             raise SystemExit(code)
+
         if code:
             self.codes.append(code)
         return None if code else out
@@ -1557,7 +1639,7 @@ def row_names(paths, states):
     names, owner = [], {}  # owner: {what makes a run: its name}
     free = (common.Run.FREE | {"seed"}) - {"data_dir"}
 
-    # A run that was named before keeps its name; another one gets the next free number.
+    # A run that was named before keeps its name. Another one gets the next free number.
     for path, state in zip(paths, states):
         args = {k: v for k, v in state["args"].items() if k not in free}
         key = json.dumps([state["method"], state["step"], args], sort_keys=True)
@@ -1584,6 +1666,8 @@ def fold(results):
     rows, metrics = {}, list(dict.fromkeys(metric for _, values in results for metric in values))
     for name, values in results:
         rows.setdefault(name, []).append(values)
+
+    # Seeds of a run are folded: mean, deviation, and the number of seeds that have the metric.
     folded = {}
     for name, group in rows.items():
         folded[name] = len(group), {}
@@ -1599,6 +1683,8 @@ def table(results, form="table", encoding="utf-8"):
     failed; "table" aligned, or "markdown", "csv", "json" (the last two with all digits). Characters that the encoding
     lacks are written in ASCII."""
     rows, metrics = fold(results)
+
+    # JSON and CSV keep all digits.
     if form == "json":
         cell = lambda n, mean, std, k: dict(mean=mean, std=std) | (dict(n=k) if k < n else {})
         found = {name: dict(n=n, **{c: cell(n, *v) for c, v in values.items()}) for name, (n, values) in rows.items()}
@@ -1612,7 +1698,7 @@ def table(results, form="table", encoding="utf-8"):
             writer.writerow([name, n, *("" if v is None else v for v in cells)])
         return written(out.getvalue().strip(), encoding)
 
-    # A line a row, as text.
+    # The other formats have rows of text.
     lines = [["", "n", *metrics]]
     for name, (n, values) in rows.items():
         lines.append([name, str(n), *(cell_text(c, n, values.get(c)) for c in metrics)])
@@ -1621,7 +1707,7 @@ def table(results, form="table", encoding="utf-8"):
         lines.insert(1, ["---" for _ in lines[0]])
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
-    # Names to the left, numbers to the right.
+    # Names are aligned to the left, numbers to the right.
     widths = [max(map(len, column)) for column in zip(*lines)]
     aligned = lambda name, *cells: [name.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(cells, widths[1:]))]
     return "\n".join("  ".join(aligned(*line)) for line in lines)
@@ -1675,7 +1761,7 @@ def append_record(path, state, args, results, protocol):
         seed=args.seed,
     )
 
-    # One write: evaluations at the same time do not mix. A line that a full disk broke off stays alone.
+    # One write keeps evaluations at the same time apart. A line that a full disk broke off stays alone.
     if common.rank() == 0:
         line = json.dumps(finite(record)).encode() + b"\n"
         try:
@@ -1722,6 +1808,8 @@ def check_plot(path):
     figure_class()
     if Path(path).suffix.lower() not in (".png", ".pdf", ".svg"):
         common.die(f"--plot {path}: name a file that ends in .png, .pdf or .svg")
+
+    # A file that is opened to append keeps its content; a new one is removed again.
     try:
         there = os.path.exists(path)
         open(path, "ab").close()
@@ -1744,6 +1832,7 @@ class Panel:
 def make_panels(results, over="block", suffix=""):
     """[(row name, {metric: value})] -> [Panel], one a metric, seeds folded as in the table. Metrics "NAME @k" of
     several numbers k share a panel with the axis `over`. The suffix is added to the titles."""
+    # Metrics of several blocks share a panel, whose axis has the number.
     rows, metrics = fold([(name, values) for name, values in results if values])
     panels = {}
     for metric in metrics:
@@ -1751,7 +1840,7 @@ def make_panels(results, over="block", suffix=""):
         if not (sign and position.isdecimal()):
             title, position = metric, ""
 
-        # A panel for the title, a point or a bar for each row that has the metric.
+        # A panel has a point or a bar for each row that has the metric.
         unit = next((unit for start, unit in UNITS.items() if metric.startswith(start)), "accuracy (%)")
         panel = panels.setdefault(title, Panel(title + suffix, unit, over if position else "", {}))
         for name, (n, values) in rows.items():
@@ -1764,6 +1853,7 @@ def make_panels(results, over="block", suffix=""):
 
 def draw(path, panels, title):
     """A figure of [Panel], none of them empty, into a file. Rows have one order and one colour in all of them."""
+    # Each row has a colour and a marker in all panels.
     names = list(dict.fromkeys(name for panel in panels for name in panel.rows))
     shown = {name: f" {name}".replace("$", r"\$") for name in names}  # a leading underscore would hide it, $ is TeX
     if any(std is not None for panel in panels for points in panel.rows.values() for *_, std in points):
@@ -1771,7 +1861,7 @@ def draw(path, panels, title):
     looks = {name: (COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)]) for i, name in enumerate(names)}
     lines = any(panel.over for panel in panels)
 
-    # In inches: room for the names on the left, for a bar each, for the title and for the legend of the lines.
+    # The size in inches leaves room for names on the left, bars, title and the legend of the lines.
     columns = min(4, len(panels))
     rows = math.ceil(len(panels) / columns)
     longest = max(map(len, shown.values()))
@@ -1781,10 +1871,11 @@ def draw(path, panels, title):
     legend_columns = max(1, int(40 * columns / (longest + 8)))
     legend = 0.25 * math.ceil(len(names) / legend_columns) if lines else 0.0
     size = width, 0.4 + 0.2 * len(title_lines) + height + legend
+
     figure = figure_class()(figsize=size, dpi=150, layout="constrained")
     figure.suptitle("\n".join(title_lines), fontsize=11)
 
-    # A panel that stands first in its row, or follows on lines, names its bars.
+    # The bars of a panel are named in its first column, or where the panel before has lines.
     handles = {}
     for i, panel in enumerate(panels):
         axes = figure.add_subplot(rows, columns, i + 1)
@@ -1797,6 +1888,7 @@ def draw(path, panels, title):
         else:
             draw_bars(axes, panel, shown, looks, named=i % columns == 0 or bool(panels[i - 1].over))
 
+    # Lines share one legend for all panels.
     if handles:
         order = [name for name in names if name in handles]
         labels = [shown[name] for name in order]
@@ -1808,6 +1900,7 @@ def draw(path, panels, title):
 def draw_lines(axes, panel, looks):
     """A line a row over the panel's axis, with error bars where seeds are folded; rows stand a little apart. Returns
     {row name: what its legend shows}."""
+    # Rows are shifted a little, so that their error bars stay apart.
     handles = {}
     ticks = sorted({x for points in panel.rows.values() for x, *_ in points})
     apart = 0.01 * (ticks[-1] - ticks[0])
@@ -1817,6 +1910,7 @@ def draw_lines(axes, panel, looks):
         color, marker = looks[name]
         style = dict(color=color, marker=marker, markersize=4, linewidth=1.2, capsize=2)
         handles[name] = axes.errorbar(shifted, mean, yerr=None if None in std else std, **style)
+
     axes.set_xticks(ticks)
     axes.set_xlabel(panel.over, fontsize=8)
     axes.set_ylabel(panel.unit, fontsize=8)
@@ -1825,11 +1919,14 @@ def draw_lines(axes, panel, looks):
 
 def draw_bars(axes, panel, shown, looks, named):
     """A bar a row from top to bottom, its number at the end; a dash where a row lacks the metric."""
+    # Bars have their value at the end; the decimals suit the unit.
     digits = 3 if panel.unit in ("R²", "cosine") else 1
     for i, name in enumerate(shown):
         ((_, mean, std),) = panel.rows.get(name, [(0, 0.0, None)])
         bar = axes.barh(i, mean, xerr=std, color=looks[name][0], edgecolor="black", linewidth=0.4, capsize=2)
         axes.bar_label(bar, [f"{mean:.{digits}f}" if name in panel.rows else "-"], padding=2, fontsize=7)
+
+    # The first row is at the top.
     axes.set_yticks(range(len(shown)), shown.values() if named else ["" for _ in shown])
     axes.invert_yaxis()
     axes.margins(x=0.25)
@@ -1864,7 +1961,7 @@ def run_task(name, case):
 def probe(path, case, evaluation, row):
     """All tasks on one checkpoint: each adds to the `row` of the table, and leaves a record, as soon as it is
     finished."""
-    # What is the same for all tasks.
+    # All tasks share the data, the encoder and the arithmetic.
     backbone, state, args, seconds = case.backbone, case.state, case.args, case.seconds
     protocol = dict(
         protocol=args.protocol,
@@ -1878,6 +1975,8 @@ def probe(path, case, evaluation, row):
         dim=backbone.dim,
         inv=backbone.inv,
     )
+
+    # Sessions and known labels are recorded where they are in force.
     if state["data"] == "core50":
         protocol |= dict(sessions=state["args"].get("sessions", (1, 2)))
     if args.known_fraction < 1:
@@ -1889,11 +1988,15 @@ def probe(path, case, evaluation, row):
         finished = evaluation.attempt(f"{path}: {task}", partial(run_task, task, case))
         if finished is None:
             continue
+
+        # A finished task is recorded at once, so that a later failure loses nothing.
         values, details = finished
         row |= values
         seconds[task] = time.monotonic() - start - (seconds.get("features", 0.0) - before)
         took = {k: v for k, v in seconds.items() if k in ("features", task)}
         append_record(path, state, args, values, protocol | {task: details, "seconds": took})
+
+    # A line names the data and the seconds of each task.
     if row:
         where = " ".join(v for v in (state["data"], state["data_dir"]) if v)
         say(f"{path}: {where}; {', '.join(f'{k} {v:.1f} s' for k, v in seconds.items())}")
@@ -1908,14 +2011,18 @@ def main(argv=None):
         check(args)
         device = common.start(args.device)
 
+        # The table is printed and the figure drawn in any case.
         def at_end():
             evaluation.table(rows, args.format)
             title = f"Probes of frozen features on {', '.join(dict.fromkeys(data))}"
             evaluation.plot(args.plot, make_panels(rows), title)
 
+        # All checkpoints are opened before the first is evaluated.
         evaluation.at_end = at_end
         cases = open_all(args, lambda state: arguments(argv, state["args"].get("base")), device, evaluation)
-        while cases:  # a case that is done gives its features back
+
+        # A case leaves the list when its turn comes, so that its features do not stay until the end.
+        while cases:
             path, name, case = cases.pop(0)
             data.append(case.state["data"])
             rows.append((name, {}))

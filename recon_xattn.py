@@ -184,7 +184,7 @@ def make_policies(args, posed):
     if posed:
         return {view: common.Compose([common.CenterCrop(size, resize=size), normalise]) for view in ("1", "2")}
 
-    # Both views begin with the same crop, see `draw_views`. The worker of a folder cuts it twice; decoding costs more.
+    # Both views begin with the same crop. The workers of a folder of images cut it twice, because decoding costs more.
     crop, family = common.RandomResizedCrop(size, args.crop_scale), partial(common.family, size=size)
     T = [Recrop(size), family("flip"), Warp(size), family("color"), family("blur")]
     return {"1": common.Compose([crop, normalise]), "2": common.Compose([crop, *T, normalise])}
@@ -196,13 +196,15 @@ def draw_views(args, policies, families, generator):
     n = args.batch_size
     rows = torch.arange(n)
     params = {view: policy.sample(n, generator) for view, policy in policies.items()}
+
+    # Renderings of posed objects keep the parameters of their policies.
     if not families:
         return {view: (rows, params[view]) for view in params}
 
-    # View 2 shows view 1's crop.
+    # View 2 transforms the crop that view 1 shows, so that only the transformations differ.
     params["2"] |= {key: params["1"][key] for key in common.BOX}
 
-    # Put the parameters of the families that do not transform an image back to the identity.
+    # Families that do not transform an image get the parameters of the identity.
     chosen = torch.randint(len(families), (n,), generator=generator)
     for name in FAMILIES:
         happens = torch.full((n,), name in families)
@@ -218,6 +220,8 @@ def latent(families, params, size):
     """z of images: params of view 2 -> (n, K): 1, then each family's numbers, a rotation by phi as (sin phi, cos phi
     - 1)."""
     columns = [torch.ones(len(params["angle"]), 1)]
+
+    # A rotation enters as sine and cosine minus 1, which are both 0 where nothing turns.
     for name in families:
         if name == "rotation":
             phi = params["angle"].deg2rad()[:, None]
@@ -264,6 +268,8 @@ class ObjectPairs:
         """Objects (B,) -> {view: rows (B,)}."""
         u = torch.rand(len(objects), 2, generator=generator)
         count, first = self.count[objects], (self.count.cumsum(0) - self.count)[objects]  # (B,) each
+
+        # The second image comes 1 to count - 1 places after the first, in a circle, so the two always differ.
         i = (u[:, 0] * count).long()
         j = (i + 1 + (u[:, 1] * (count - 1)).long()) % count
         return {"1": self.by_object[first + i], "2": self.by_object[first + j]}
@@ -300,9 +306,14 @@ def vicreg(z1, z2, args):
 def split_loss(inv1, inv2, equi1, equi2, predicted, args):
     """SIE: embeddings of both views and M(z) equi1, (b, d) each on this process -> the terms and their weighted sum
     "loss"."""
+    # SIE keeps views alike in one part, and predicts the other part of view 2 from that of view 1.
     x1, x2 = common.gather(torch.cat([inv1, equi1], 1)), common.gather(torch.cat([inv2, equi2], 1))  # (B, 2 d)
-    L_sim, L_equi = F.mse_loss(inv1, inv2), F.mse_loss(predicted, equi2)
-    L_var, L_var_predicted = (variance(x1) + variance(x2)) / 2, variance(common.gather(predicted)) / 2
+    L_sim = F.mse_loss(inv1, inv2)
+    L_equi = F.mse_loss(predicted, equi2)
+
+    # Variance and covariance of the global batch keep both parts, and the prediction, from collapsing.
+    L_var = (variance(x1) + variance(x2)) / 2
+    L_var_predicted = variance(common.gather(predicted)) / 2
     L_cov = covariance(x1) + covariance(x2)
 
     loss = args.sim_weight * (L_sim + args.equi_factor * L_equi) + args.cov_weight * L_cov
@@ -371,10 +382,13 @@ class CrossBlock(nn.Module):
 
     def forward(self, z2, z1):
         """Query from z2, key and value from z1, (B, N, dim) each -> (B, N, dim)."""
-        q, (k, v) = self.q(self.norm_q(z2)), self.kv(self.norm_kv(z1)).chunk(2, dim=2)
+        q = self.q(self.norm_q(z2))
+        k, v = self.kv(self.norm_kv(z1)).chunk(2, dim=2)
         heads = (self.num_heads, -1)
         q, k, v = (x.unflatten(2, heads).transpose(1, 2) for x in (q, k, v))  # (B, heads, N, dim / heads)
         h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, N, dim)
+
+        # Positions replace the residual from the query, through which view 2 would reach the decoder.
         h = self.positions + self.out(h)
         return h + self.mlp(self.norm(h))
 
@@ -406,9 +420,14 @@ class Recon(Objective):
 
     def __init__(self, backbone, args, _):
         super().__init__(backbone)
-        self.args, self.half, self.patch, d = args, args.neck // 2, args.patch_size, args.embed_dim
+        self.args, d = args, args.embed_dim
+        self.half, self.patch = args.neck // 2, args.patch_size
+
+        # The invariant half has an expander, the equivariant half a linear map of each token.
         self.g_inv = expander(self.half, args.proj_hidden, args.proj_hidden, d)
         self.g_equi = nn.Linear(args.neck - self.half, d)
+
+        # The decoder is one block of cross-attention, blocks of self-attention, and a linear map to pixels.
         self.cross = CrossBlock(d, common.sincos_positions(backbone.grid, backbone.grid, d))
         blocks = [Block(d, num_heads(d), qkv_bias=True) for _ in range(args.decoder_depth - 1)]
         self.blocks = nn.Sequential(*blocks, nn.LayerNorm(d))
@@ -421,10 +440,12 @@ class Recon(Objective):
 
     def terms(self, t1, t2, x2, **_):
         """L = lambda_ssl VICReg(Z_inv(v1), Z_inv(v2)) + lambda_recon mean (v2_hat - v2)^2."""
+        # The decoder reconstructs all pixels of the normalised view 2.
         x2_hat = self.decode(t1, t2)  # (B, 3, H, W)
         self.drawn = x2_hat[:8].detach()  # for the picture
         L_recon = F.mse_loss(upcast(x2_hat), x2)
 
+        # VICReg acts on the invariant half of the mean token alone.
         y1_inv, y2_inv = t1.mean(1)[:, : self.half], t2.mean(1)[:, : self.half]  # (B, 256)
         z1, z2 = upcast(self.g_inv(y1_inv)), upcast(self.g_inv(y2_inv))  # (B, d)
         with common.full_precision():
@@ -444,6 +465,8 @@ class SIE(Objective):
     def __init__(self, backbone, args, latents):
         super().__init__(backbone)
         self.args, self.half, d = args, args.neck // 2, args.proj_hidden
+
+        # Each half has a projector; W holds one matrix for each number of z.
         self.inv, self.equi = expander(self.half, d, d, d), expander(args.neck - self.half, d, d, d)
         self.W = nn.Linear(latents, d * d, bias=False)  # weight (d_out d_in, K)
 
@@ -456,6 +479,8 @@ class SIE(Objective):
         y1, y2 = t1.mean(1), t2.mean(1)  # (B, 512)
         inv1, inv2 = upcast(self.inv(y1[:, : self.half])), upcast(self.inv(y2[:, : self.half]))  # (B, d)
         equi1, equi2 = upcast(self.equi(y1[:, self.half :])), upcast(self.equi(y2[:, self.half :]))  # (B, d)
+
+        # The hypernetwork maps the equivariant embedding of view 1 to that of view 2.
         z = common.send(z, equi1.device).to(equi1.dtype)  # (B, K)
         with common.full_precision():
             return split_loss(inv1, inv2, equi1, equi2, self.predict(equi1, z), self.args)
@@ -507,6 +532,8 @@ def known_families(args, posed):
 def build(args, device, outputs):
     """The model with its initial weights: seeded, the same on every process. `outputs`: latents of sie, or classes."""
     common.seed_everything(args.seed, "weights")
+
+    # The encoder is a ViT with a linear neck; all objectives share it.
     mean, std = common.normalisation(args)
     encoder = dict(img_size=args.img_size, patch_size=args.patch_size, neck=args.neck)
     backbone = common.make_backbone(args.arch, mean, std, **encoder)
@@ -517,18 +544,21 @@ def build(args, device, outputs):
 def check(args):
     """Refuse what cannot work, in one line each, before anything is made."""
     common.check_run(args, RECIPES, common.VITS)
+
+    # Heads of 64 dimensions must share the width evenly, and positions need a multiple of 4.
     multiple = 4 * num_heads(args.embed_dim)
     if args.embed_dim % multiple:
         common.die(f"--embed-dim {args.embed_dim}: must be a multiple of {multiple}; take a multiple of 64")
     if args.img_size == args.patch_size:
         common.die(f"--patch-size {args.patch_size}: leaves a single patch, so that attention has no choice; lower it")
 
-    # What only SIE or the supervised encoder can use.
+    # Only SIE and the supervised encoder use known parameters or labels.
     objective = args.objective
     if args.known_fraction < 1 and objective not in ("sie", "supervised"):
-        common.die(
-            f"--known-fraction {args.known_fraction}: {objective} needs to know nothing and sees all; leave it out"
-        )
+        needs = f"{objective} needs to know nothing and sees all"
+        common.die(f"--known-fraction {args.known_fraction}: {needs}; leave it out")
+
+    # Only SIE chooses which transformations are known.
     if objective != "sie" and (args.sie_single or args.sie_params != ("all",)):
         flag = "--sie-single" if args.sie_single else "--sie-params"
         common.die(f"{flag}: goes with --objective sie; {objective} sees all transformations at once")
@@ -549,7 +579,7 @@ def main(argv=None):
     device = common.start(args.device)
     check(args)
 
-    # Data: posed objects, or images.
+    # The data are posed objects or images. The supervised encoder and a known fraction need classes.
     train, test = (
         common.load_data(args.data, args.data_dir, split, args.img_size, args.skip_corrupt, args.workers)
         for split in ("train", "test")
@@ -557,26 +587,30 @@ def main(argv=None):
     if train.labels is None and (args.objective == "supervised" or args.known_fraction < 1):
         needs = "--known-fraction" if args.known_fraction < 1 else "supervised"
         common.die(f"--data-dir {args.data_dir}: has no classes (one folder per class), which {needs} needs")
+
+    # Renderings have fixed poses, so there is no transformation to choose.
     posed = "rotation" in train.factors
     if posed and args.sie_single:
         common.die(f"--sie-single: {args.data} shows objects in poses; nothing is transformed")
+
+    # SIE and the supervised encoder learn from the known part of the data alone.
     train = train.to(device)
     known = train if args.known_fraction == 1 else common.known_part(train, args.known_fraction, args.seed)
 
-    # Views, and what lies between them.
+    # The loader pairs two renderings of an object, or transforms view 1 of an image into view 2.
     families = known_families(args, posed)
     policies = make_policies(args, posed)
     draw = partial(draw_views, args, policies, () if posed else families)
     loader = common.Loader(known, policies, draw, args, device, ObjectPairs(known.groups) if posed else None)
 
-    # Model and optimiser.
+    # SIE needs a width for z, the supervised encoder one for its classes. The schedule sets the learning rate.
     outputs = latent_width(families, posed) if args.objective == "sie" else len(train.classes)
     model = build(args, device, outputs)
     fused = device.type == "cuda"
     optimizer = torch.optim.Adam(model.parameters(), lr=0.0, weight_decay=args.weight_decay, fused=fused)
     peak = args.lr * args.batch_size / 256
 
-    # The run directory, named after what differs from the usual.
+    # The run directory is named after what differs from the usual.
     variant = [args.objective]
     if args.sie_params != ("all",):
         variant += families
@@ -584,6 +618,8 @@ def main(argv=None):
         variant.append("single")
     if args.known_fraction < 1:
         variant.append(f"known{args.known_fraction:g}")
+
+    # A resumed run continues from its checkpoint; every run prints its settings before it starts.
     run = common.Run(args, "-".join(variant), model, optimizer)
     run.restore(train)
     run.introduce(known, loader, peak, chance_of(args, outputs))
@@ -592,6 +628,7 @@ def main(argv=None):
     ddp = common.distributed(model)
 
     for step, views, params, rows in run.steps(loader):
+        # The learning rate follows a warm-up and then half a cosine.
         epoch = step / loader.steps_per_epoch
         lr = common.warmup_cosine(epoch, args.epochs, args.warmup_epochs, peak)
         for group in optimizer.param_groups:
@@ -599,7 +636,7 @@ def main(argv=None):
         if step == 0:
             run.picture("views.png", [views["1"], views["2"]])
 
-        # What is known of this batch.
+        # SIE knows the parameters of the transformations, the supervised encoder the labels.
         z = labels = None
         if args.objective == "supervised":
             labels = known.labels[rows["1"]]  # (b,)
@@ -608,16 +645,19 @@ def main(argv=None):
         elif args.objective == "sie":
             z = latent(families, params["2"], args.img_size)  # (b, K)
 
-        # Forward, backward; DistributedDataParallel averages the gradients over processes.
+        # DistributedDataParallel averages the gradients over processes in the backward pass.
         with common.autocast(device, args.amp):
             out, y = ddp(views, z, labels)
         optimizer.zero_grad(set_to_none=True)
         out["loss"].backward()
         optimizer.step()
+
+        # A picture shows how well the decoder reconstructs view 2.
         run.log(step, features=y, lr=lr, epoch=epoch, **out)
         if args.objective == "recon" and run.due(step):
             run.picture("reconstruction.png", [views["1"], views["2"], model.drawn])
 
+    # An untrained encoder with the same initial weights is the baseline of the final k-NN score.
     run.finish(build(args, device, outputs), train, test)
 
 

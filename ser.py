@@ -212,7 +212,7 @@ def values_in_force(first):
     if name not in RECIPES:
         return {}  # `check` will complain
 
-    # What comes later wins: base, equivariance term, both together, recipe, the small recipe's changes for the base.
+    # Later settings win. The order is base, equivariance term, both together, recipe, changes of a small recipe.
     values = dict(recipe=name) | BASES[first.base] | EQUIS[first.equi]
     values |= PAIRS.get((first.base, first.equi), {}) | RECIPES[name]
     if RECIPES[name].get("img_size") == 32:
@@ -251,12 +251,12 @@ def make_policies(args):
         photometrics = [jitter, common.Grayscale(gray), common.GaussianBlur(p=blur), common.Solarize(p=solarize)]
         return common.Compose([crop, *photometrics, *geometry, normalise])
 
-    # T flips, T_eq flips, rotates and scales. T rotates too where AugSelf predicts the rotation.
+    # T flips; T_eq flips, rotates and scales. T rotates too where AugSelf predicts the rotation.
     flip = [common.HorizontalFlip()]
     if args.equi == "augself" and "rotation" in args.equi_params:
         flip.append(common.Rot90())
 
-    # Local views, and all of b2 beside them, are neither grey nor solarised.
+    # Local views are neither grey nor solarised; nor is b2 where there are local views.
     policies, reduced = {}, dict(gray=0.0, blur=0.5 if any(args.blur) else 0.0)
     for i in range(2 + args.local_views):
         crop, photometrics = local_crop, reduced
@@ -265,6 +265,7 @@ def make_policies(args):
         policies[VIEWS[i]] = view(crop, flip, **photometrics)
 
         if args.equi == "ser":
+            # T_eq also resizes to another grid of patches. Large views of b2 may be centre crops.
             scaling = common.GridResize(args.patch_size, crop.size // args.patch_size, args.equi_area)
             if i < 2 and args.equi_crop == "center":
                 crop = center_crop
@@ -272,6 +273,7 @@ def make_policies(args):
                 photometrics = reduced
             policies[EQUI_VIEWS[i]] = view(crop, [common.HorizontalFlip(), common.Rot90(), scaling], **photometrics)
 
+    # EquiMod compares with the image without augmentation; E-SSL rotates a small crop.
     if args.equi == "equimod":
         policies["plain"] = common.Compose([center_crop, normalise])
     if args.equi == "essl":
@@ -286,19 +288,21 @@ def draw_views(args, policies, generator):
     n2 = equi_batch_size(args.batch_size, args.equi_ratio) if args.equi == "ser" else 0
     b2 = torch.arange(n2) * args.batch_size // max(n2, 1)  # (n2,)
     b1 = batch[~torch.isin(batch, b2)]  # (n1,)
+
+    # Each view draws parameters for the images of its part of the batch.
     drawn = {}
     for name, policy in policies.items():
         rows = b2 if name in EQUI_VIEWS else b1
         drawn[name] = rows, policy.sample(len(rows), generator)
 
-    # Both views of a pair show the first one's random crop, if it is one.
+    # Both views of a pair show the random crop of the first, if it has one.
     for first, second in EQUI_PAIRS:
         if second in drawn:
             params = drawn[first][1]
             drawn[second][1].update({key: params[key] for key in common.BOX if key in params})
 
-    # STL transforms images 2i and 2i + 1 alike, but for flip, blur and solarisation. Whatever the sizes of both images,
-    # their boxes are the same fractions of them.
+    # STL transforms images 2i and 2i + 1 alike, except for flip, blur and solarisation. Their boxes are equal fractions
+    # of images of any size.
     if args.equi == "stl":
         for name, (_, params) in drawn.items():
             for key in (*common.BOX, "brightness", "contrast", "saturation", "hue", "order", "gray"):
@@ -355,6 +359,7 @@ def nt_xent(z1, z2, tau, chunk=None):
     chunks of about `chunk` logits (2^27 on a GPU, 2^23 on a CPU). The backward pass computes the logits again, so that
     memory does not grow with the square of the cells.
     """
+    # The embeddings of all processes are keys. A single image has no negatives.
     n, P, _ = z1.shape
     anchors = F.normalize(torch.stack([z1, z2], dim=1), dim=-1)  # (n, 2, P, D)
     keys = common.gather(anchors)  # (N, 2, P, D)
@@ -362,7 +367,7 @@ def nt_xent(z1, z2, tau, chunk=None):
     if N == 1:
         return 0 * anchors.sum()
 
-    # s of an anchor and its positive is the same for both sides.
+    # An anchor and its positive are as similar from either side.
     positive = (anchors[:, 0] * anchors[:, 1]).sum(-1, keepdim=True).transpose(1, 2) / tau  # (n, 1, P)
 
     def other_images(queries, own):
@@ -371,12 +376,14 @@ def nt_xent(z1, z2, tau, chunk=None):
         logits[torch.arange(len(own), device=own.device), :, own] = -torch.inf
         return logits.flatten(2).logsumexp(-1).view(len(own), 2, P)
 
-    # The images of this process are contiguous rows of the keys.
+    # The images of a process are contiguous rows of the keys.
     own = torch.arange(n, device=keys.device) + common.rank() * n  # (n,)
     if chunk is None:
         chunk = 2**27 if keys.is_cuda else 2**23
     c = max(1, chunk // (2 * P * N * 2 * P))
     slices = [slice(i, i + c) for i in range(0, n, c)]
+
+    # Checkpointing computes the logits of each chunk again in the backward pass, which saves their memory.
     negative = [checkpoint(other_images, anchors[rows], own[rows], use_reentrant=False) for rows in slices]
     return (torch.logaddexp(torch.cat(negative), positive) - positive).mean()
 
@@ -394,6 +401,7 @@ def distill(students, teachers, centre, temp, teacher_temp):
     """DINO: students and teachers are outputs (b, K) of views, in the same order. Cross-entropy of softmax(s / temp)
     against softmax((t - centre) / teacher_temp), mean over the images and over all pairs of a teacher's and another
     student's view."""
+    # Every student's view predicts the teacher's other views, never its own.
     targets = [F.softmax((t - centre) / teacher_temp, dim=1) for t in teachers]
     predictions = [F.log_softmax(s / temp, dim=1) for s in students]
     terms = [-(p * q).sum(1).mean() for i, p in enumerate(targets) for j, q in enumerate(predictions) if i != j]
@@ -440,6 +448,7 @@ def moco_init_(backbone):
             nn.init.zeros_(m.bias)
     nn.init.normal_(backbone.cls_token, std=1e-6)
 
+    # The patch projection stays random and frozen, which makes the training of ViTs more stable.
     projection = backbone.patch_embed.proj
     bound = (6 / (projection.weight[0].numel() + projection.out_channels)) ** 0.5
     nn.init.uniform_(projection.weight, -bound, bound)
@@ -485,7 +494,7 @@ class Base(nn.Module):
             rotated = torch.cat([views["rotated"].rot90(k, (2, 3)) for k in range(4)])  # (4 n, 3, H, W)
             views = views | dict(rotated=rotated)
 
-        # Encode every view: cls is f2(f1(x)), tokens is f1(x). With --equi-layer 0 the only token is the final [CLS].
+        # Encode every view; cls is f2(f1(x)), tokens is f1(x). With layer 0 the only token is the final [CLS].
         cls, tokens = {}, {}
         taps = (self.equi_layer,) if self.equi_layer else ()
         for name, x in views.items():
@@ -501,7 +510,7 @@ class Base(nn.Module):
                 teacher_cls = {name: self.encode(self.teacher["backbone"], name, views[name])[0] for name in large}
             t = [whole_batch(teacher_cls, i) for i in range(2)]  # (b, D) each
 
-        # L = L_inv + lambda L_equiv
+        # The loss adds the equivariance term to that of the base, L = L_inv + lambda L_equiv.
         L_inv = self.invariance(y, t, epoch)
         out = dict(L_inv=L_inv, loss=L_inv)
         if self.equi is not None:
@@ -524,6 +533,8 @@ class MoCoV3(Base):
     def __init__(self, backbone, args):
         super().__init__(backbone, args)
         moco_init_(backbone)
+
+        # The momentum encoder starts as a copy of encoder and projector, without a predictor.
         self.temp = args.temp
         self.projector = mlp(backbone.dim, args.proj_hidden, args.proj_hidden, args.proj_dim)
         self.predictor = mlp(args.proj_dim, args.proj_hidden, args.proj_dim)
@@ -535,6 +546,8 @@ class MoCoV3(Base):
         queries = [self.predictor(self.projector(v)) for v in y]  # (b, d)
         with torch.no_grad():
             keys = [self.teacher["head"](v) for v in t]  # (b, d)
+
+        # Each query is compared with the keys of the other views alone.
         pairs = [(q, k) for i, q in enumerate(queries) for j, k in enumerate(keys) if i != j]
         with common.full_precision():
             return sum(contrast(upcast(q), upcast(k), self.temp) for q, k in pairs)
@@ -554,6 +567,8 @@ class DINOHead(nn.Module):
         for m in self.mlp[::2]:
             nn.init.trunc_normal_(m.weight, std=0.02)
             nn.init.zeros_(m.bias)
+
+        # The prototypes have norm 1 at the start.
         self.last = nn.utils.parametrizations.weight_norm(nn.Linear(bottleneck, prototypes, bias=False))
         nn.init.ones_(self.last.parametrizations.weight.original0)  # the norms g
 
@@ -572,12 +587,13 @@ class DINO(Base):
     def __init__(self, backbone, args):
         super().__init__(backbone, args)
         nn.init.trunc_normal_(backbone.cls_token, std=0.02)
-        self.temp, self.teacher_temp, self.teacher_temp_epochs = args.temp, args.teacher_temp, args.teacher_temp_epochs
+        self.temp = args.temp
+        self.teacher_temp, self.teacher_temp_epochs = args.teacher_temp, args.teacher_temp_epochs
         self.head = DINOHead(backbone.dim, args.proj_hidden, args.proj_dim, args.prototypes)
         self.last_layer = list(self.head.last.parameters())
         self.register_buffer("centre", torch.zeros(args.prototypes))
 
-        # Stochastic depth is the student's alone.
+        # The teacher starts as the student and has no stochastic depth.
         self.teacher = copy.deepcopy(nn.ModuleDict(dict(backbone=backbone, head=self.head))).requires_grad_(False)
         for m in self.teacher.modules():
             if isinstance(m, DropPath):
@@ -586,6 +602,7 @@ class DINO(Base):
     def invariance(self, y, t, epoch):
         """[CLS] of all views from the student (y) and of views 1 and 2 from the teacher (t), (b, D) each -> L_inv.
         Moves the centre."""
+        # The temperature of the teacher changes linearly during its warm-up.
         first, teacher_temp = self.teacher_temp
         if epoch < self.teacher_temp_epochs:
             teacher_temp = first + (teacher_temp - first) * epoch / self.teacher_temp_epochs
@@ -593,9 +610,13 @@ class DINO(Base):
         students = [self.head(v) for v in y]  # (b, K)
         with torch.no_grad():
             teachers = [self.teacher["head"](v) for v in t]  # (b, K)
+
+        # Student and teacher are compared in float32.
         with common.full_precision():
             students, teachers = [upcast(s) for s in students], [upcast(t) for t in teachers]
             loss = distill(students, teachers, self.centre, self.temp, teacher_temp)
+
+            # The centre is a moving average of the teacher's outputs over the global batch.
             mean = common.all_reduce(torch.cat(teachers).mean(0)) / common.world_size()  # (K,)
             self.centre = 0.9 * self.centre + 0.1 * mean
             return loss
@@ -612,7 +633,8 @@ class BarlowTwins(Base):
     def __init__(self, backbone, args):
         super().__init__(backbone, args)
         self.redundancy = args.redundancy
-        # Its last batch norm standardises the columns, as the loss asks.
+
+        # The last batch norm of the projector standardises the columns, as the loss asks.
         self.projector = mlp(backbone.dim, args.proj_hidden, args.proj_hidden, args.proj_dim)
 
     def invariance(self, y, t, epoch):
@@ -643,6 +665,8 @@ class SER(nn.Module):
 
     def __init__(self, dim, args):
         super().__init__()
+
+        # A projector without batch norm acts on each cell.
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         d = args.equi_dim
         self.projector = nn.Sequential(nn.Linear(dim, d, bias=False), nn.GELU(), nn.Linear(d, d, bias=False))
@@ -662,6 +686,8 @@ class SER(nn.Module):
     def pair(self, tokens1, params1, tokens2, params2):
         """f1(x_1) and f1(x_2), (n2, N, D) each, and the params of both views -> L_equiv of the pair."""
         k, f = relative(params1["rot90"], params1["flip"], params2["rot90"], params2["flip"])
+
+        # rho_g moves the map of view 1 to the grid of view 2, so that equal cells show the same part of the image.
         map1, map2 = self.token_map(tokens1, params1), self.token_map(tokens2, params2)
         moved = act(map1, k, f, map2.shape[1:3])  # (n2, h2, w2, D): rho_g f1(x_1)
         z1, z2 = self.projector(moved).flatten(1, 2), self.projector(map2).flatten(1, 2)  # (n2, P, equi_dim)
@@ -695,20 +721,25 @@ class AugSelf(Baseline):
 
     def __init__(self, dim, args):
         super().__init__(dim, args)
+
+        # Each kind of transformation has a head on both views.
         self.heads = nn.ModuleDict()
         for kind in args.equi_params:
             self.heads[kind] = nn.Sequential(*hidden_layers(2 * dim, 512, 512), nn.Linear(512, self.outputs[kind]))
 
-        # Largest minus smallest value of the jitter's factors, which are not negative, and of its hue.
+        # The factors of the jitter are not negative. Colours are divided by the widths of their ranges.
         widths = [min(2 * strength, 1 + strength) for strength in args.jitter[:3]] + [2 * args.jitter[3]]
         self.widths = torch.tensor([widths]).clamp(min=1e-6)  # (1, 4)
 
     def describe(self, params):
         """Parameters of a view -> {kind: (n, .)}: what is compared between the views."""
+        # The centre of a mirrored crop is mirrored too.
         centre_y, centre_x = params["top"] + params["height"] / 2, params["left"] + params["width"] / 2
-        centre_x = torch.where(params["flip"], 1 - centre_x, centre_x)  # the mirrored image's centre is mirrored
+        centre_x = torch.where(params["flip"], 1 - centre_x, centre_x)
+
+        # Colours are differences from the identity. A threshold of 1 solarises nothing.
         color = [params["brightness"] - 1, params["contrast"] - 1, params["saturation"] - 1, params["hue"]]
-        threshold = torch.where(params["solarize"], 128 / 255, 1.0)  # 1 changes nothing
+        threshold = torch.where(params["solarize"], 128 / 255, 1.0)
         return dict(
             crop=torch.stack([centre_y, centre_x, params["height"], params["width"]], 1),
             color=torch.stack(color, 1) / self.widths,
@@ -721,11 +752,12 @@ class AugSelf(Baseline):
     def forward(self, tokens, params):
         """A loss for each kind: tanh and squared error of the difference, or a classification (flip: same or not;
         rotation: (k1 - k2) mod 4), mean over images and both directions; L_equiv is their sum."""
+        # The heads read both orders of the views.
         y1, y2 = self.cls(tokens["1"]), self.cls(tokens["2"])  # (n, D)
         y = torch.cat([torch.cat([y1, y2], 1), torch.cat([y2, y1], 1)])  # (2 n, 2 D), both directions
         w1, w2 = self.describe(params["1"]), self.describe(params["2"])
 
-        # The targets of both directions are made on the CPU, where the parameters are.
+        # The targets of both directions are computed on the CPU, where the parameters are.
         losses = {}
         for kind, head in self.heads.items():
             a, b = torch.cat([w1[kind], w2[kind]]), torch.cat([w2[kind], w1[kind]])  # (2 n, .)
@@ -749,8 +781,12 @@ class STL(Baseline):
 
     def __init__(self, dim, args):
         super().__init__(dim, args)
+
+        # The transformation t has 128 numbers, which the hypernetwork turns into a D x D matrix.
         self.transformation = nn.Sequential(*hidden_layers(2 * dim, 128), nn.Linear(128, 128, bias=False))
         self.hypernetwork = nn.Linear(128, dim * dim, bias=False)
+
+        # Representations and transformations have projectors of their own.
         self.project = nn.Sequential(*hidden_layers(dim, 512), nn.Linear(512, 128, bias=False))
         self.project_t = nn.Sequential(*hidden_layers(128, 128), nn.Linear(128, 128, bias=False))
         self.temp, self.trans_weight = args.equi_temp, args.equi_trans_weight
@@ -758,17 +794,19 @@ class STL(Baseline):
 
     def forward(self, tokens, params):
         """L_equiv: the predictions against the views, and, weighted, L_trans: the transformations of partners."""
+        # The transformation of an image must map a view of its partner to the partner's other view.
         y1, y2 = self.cls(tokens["1"]), self.cls(tokens["2"])  # (n, D)
         t12 = self.transformation(torch.cat([y1, y2], 1))  # (n, 128)
         t21 = self.transformation(torch.cat([y2, y1], 1))  # (n, 128)
         y1_hat, y2_hat = self.apply_partners(t21, y2), self.apply_partners(t12, y1)  # (n, D)
 
-        # Each view, each prediction and each half of the pairs is a batch of its own to the batch norms [STL's code].
+        # Each view, each prediction and each half of the pairs is a batch of its own for batch norm [STL's code].
         z = torch.cat([self.project(y1), self.project(y2)])  # (2 n, 128)
         z_hat = torch.cat([self.project(y1_hat), self.project(y2_hat)])  # (2 n, 128)
         t = torch.cat([t12, t21])  # (2 n, 128)
         t_even, t_odd = self.project_t(t[0::2]), self.project_t(t[1::2])  # (n, 128)
 
+        # Partners have the same transformation, and predictions match the views of their own image.
         L_trans = nt_xent(t_even[:, None], t_odd[:, None], self.temp)
         L_predicted = nt_xent(z[:, None], z_hat[:, None], self.temp)
         return dict(L_trans=L_trans, L_equiv=L_predicted + self.trans_weight * L_trans)
@@ -800,6 +838,8 @@ class EquiMod(Baseline):
         box = [params[key] for key in ("top", "left", "height", "width")]
         factors = [params[key] for key in ("brightness", "contrast", "saturation", "hue")]
         jittered = (torch.stack(factors, 1) != torch.tensor([1.0, 1.0, 1.0, 0.0])).any(1)
+
+        # Jitter and blur come with a number for whether they happened.
         columns = [*box, params["flip"], jittered, *params["order"].unbind(1), *factors]
         columns += [params["gray"], params["sigma"] > 0, params["sigma"], params["solarize"]]
         return torch.stack([column.float() for column in columns], 1)
@@ -809,10 +849,12 @@ class EquiMod(Baseline):
         u0, u1, u2 = (self.project(self.cls(tokens[view])) for view in ("plain", "1", "2"))  # (n, 128)
         u, u0 = torch.cat([u1, u2]), u0.repeat(2, 1)  # (2 n, 128)
 
-        # Both views are one batch to the batch norms. Standardised apart, "blur on" would be a constant of its view.
+        # Both views are one batch for batch norm. Standardised apart, "blur on" would be a constant of its view.
         numbers = torch.cat([self.describe(params["1"]), self.describe(params["2"])])  # (2 n, 18)
         embedded = self.embed(common.send(numbers.to(u.dtype), u.device))  # (2 n, 128)
         u_hat = self.predict(torch.cat([u0, embedded], 1))  # (2 n, 128)
+
+        # The gain is positive where the prediction is closer to u than the embedding without augmentation.
         with torch.no_grad():
             gain = F.cosine_similarity(u, u_hat) - F.cosine_similarity(u, u0)  # (2 n,)
         return dict(L_equiv=nt_xent(u[:, None], u_hat[:, None], self.temp), cosine_gain=gain.mean())
@@ -847,11 +889,15 @@ class ESSL(Baseline):
 def build(args, device):
     """The model with its initial weights: seeded, the same on every process."""
     common.seed_everything(args.seed, "weights")
+
+    # Bases differ in the positions of their ViT; the equivariance term decides where [CLS] enters.
     base = dict(mocov3=MoCoV3, dino=DINO, barlow=BarlowTwins)[args.base]
     encoder = dict(img_size=args.img_size, patch_size=args.patch_size, drop_path=args.drop_path)
     encoder |= dict(cls_layer=args.cls_layer, pos=base.positions)
     mean, std = common.normalisation(args)
     model = base(common.make_backbone(args.arch, mean, std, **encoder), args)
+
+    # The equivariance term is a part of the model, so that it is trained and saved with it.
     if args.equi != "none":
         term = dict(ser=SER, augself=AugSelf, stl=STL, equimod=EquiMod, essl=ESSL)[args.equi]
         model.equi = term(model.backbone.dim, args)
@@ -864,35 +910,39 @@ def check(args):
     if args.weight_decay_end is None:
         args.weight_decay_end = args.weight_decay
 
-    # The layer of the equivariance term, and the one where [CLS] enters.
+    # SER takes tokens after a block. [CLS] enters there by default.
     depth = common.VITS[args.arch]["depth"]
     blocks = f"{args.arch} has {depth} blocks"
     if args.equi == "none":
         args.equi_layer = 0
     if args.cls_layer is None:
         args.cls_layer = args.equi_layer if args.equi == "ser" else 0
+
+    # Blocks are counted from 1 to the depth of the encoder.
     if args.equi == "ser" and not 0 < args.equi_layer <= depth:
         common.die(f"--equi-layer {args.equi_layer}: {blocks}, and ser takes the tokens after one of them")
     if args.equi_layer > depth:
         common.die(f"--equi-layer {args.equi_layer}: {blocks}")
     if args.cls_layer >= depth:
         common.die(f"--cls-layer {args.cls_layer}: {blocks} and [CLS] needs one of them; give --cls-layer 3, say")
-    if args.equi not in ("ser", "none") and 0 < args.equi_layer <= args.cls_layer:
-        common.die(
-            f"--equi-layer {args.equi_layer}: {args.equi} takes [CLS] there, which enters after block "
-            f"{args.cls_layer}; give --cls-layer 0"
-        )
 
-    # Local views, and the size of small crops.
+    # The baselines read [CLS], which exists only after the block where it enters.
+    if args.equi not in ("ser", "none") and 0 < args.equi_layer <= args.cls_layer:
+        enters = f"which enters after block {args.cls_layer}"
+        common.die(f"--equi-layer {args.equi_layer}: {args.equi} takes [CLS] there, {enters}; give --cls-layer 0")
+
+    # Two bases with SER, or alone, take local views. Small crops must divide into patches.
     if args.local_views and (args.base == "barlow" or args.equi not in ("ser", "none")):
         common.die(f"--local-views {args.local_views}: goes with --base mocov3 or dino, and with --equi ser or none")
     if args.local_views or args.equi == "essl":
         common.check_patches(args, "local_size")
 
-    # STL pairs the images of a process. AugSelf needs something to predict.
+    # STL pairs the images of a process.
     batch_size, world = args.batch_size, common.world_size()
     if args.equi == "stl" and batch_size // world % 2:
         common.die(f"--batch-size {batch_size}: stl pairs images, so each of {world} processes needs an even number")
+
+    # AugSelf needs something to predict.
     if args.equi == "augself":
         if not args.equi_params:
             common.die("--equi-params: name what augself is to predict, e.g. crop color")
@@ -915,7 +965,7 @@ def main(argv=None):
     device = common.start(args.device)
     check(args)
 
-    # Model and data.
+    # The equivariance term is a part of the model, and it adds views to those of the base.
     model = build(args, device)
     policies = make_policies(args)
     train, test = (
@@ -925,7 +975,7 @@ def main(argv=None):
     train = train.to(device)
     loader = common.Loader(train, policies, partial(draw_views, args, policies), args, device)
 
-    # Optimiser: DINO does not decay biases, norms and other parameters of one dimension.
+    # DINO does not decay biases, norms and other parameters of one dimension.
     parameters = [p for p in model.parameters() if p.requires_grad]
     undecayed = [p for p in parameters if args.base == "dino" and p.ndim <= 1]
     decayed = [p for p in parameters if args.base != "dino" or p.ndim > 1]
@@ -933,12 +983,14 @@ def main(argv=None):
     optimizer = torch.optim.AdamW(groups, lr=0.0, fused=device.type == "cuda")
     peak = args.lr * args.batch_size / 256
 
-    # The run directory, named after what differs from the usual, and the loss of pure chance.
+    # The run directory is named after what differs from the usual.
     variant = f"{args.base}-{args.equi}"
     if args.local_views:
         variant += "-2+4"
     if args.equi_layer != (3 if args.equi == "ser" else 0):
         variant += f"-{args.equi_layer}"
+
+    # A resumed run continues from its checkpoint; every run prints the loss of pure chance before it starts.
     run = common.Run(args, variant, model, optimizer)
     run.restore(train)
     chance = f"L_inv {model.chance(args):.2f}"
@@ -950,7 +1002,7 @@ def main(argv=None):
     ddp = common.distributed(model)
 
     for step, views, params, _ in run.steps(loader):
-        # Learning rate and weight decay of this step.
+        # Learning rate and weight decay follow their schedules.
         epoch = step / loader.steps_per_epoch
         lr = common.warmup_cosine(epoch, args.epochs, args.warmup_epochs, peak, args.lr_end * peak)
         for group in optimizer.param_groups:
@@ -960,22 +1012,25 @@ def main(argv=None):
         if step == 0:
             run.picture("views.png", [views[name] for name in sorted(views)])
 
-        # Forward, backward; DistributedDataParallel averages the gradients over processes.
+        # DistributedDataParallel averages the gradients over processes in the backward pass.
         with common.autocast(device, args.amp):
             out, y = ddp(views, params, epoch)
         optimizer.zero_grad(set_to_none=True)
         out["loss"].backward()
         if args.clip is not None:
             common.clip_each_(parameters, args.clip)
+
+        # The prototypes learn only after the first epochs.
         if epoch < args.freeze_last_epochs:
             for p in model.last_layer:
                 p.grad = None
         optimizer.step()
 
-        # The momentum encoder moves before it makes the next keys, as MoCo-v3's does.
+        # The momentum encoder moves before it makes the next keys, as in MoCo-v3.
         update_teacher(model, common.cosine((step + 1) / loader.total_steps, args.momentum, 1.0))
         run.log(step, features=y, lr=lr, epoch=epoch, **out)
 
+    # An untrained encoder with the same initial weights is the baseline of the final k-NN score.
     run.finish(build(args, device), train, test)
 
 
