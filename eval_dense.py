@@ -178,11 +178,12 @@ def boundary(mask):
 def boundary_f(mask, truth):
     """F-measure of the boundaries of two masks (H, W) bool. A pixel is found if the other boundary is within 0.008
     times the diagonal, rounded up to pixels [DAVIS]."""
+    # Two masks without a boundary agree; one alone scores 0.
     edges = [boundary(mask), boundary(truth)]
     if not (edges[0].any() and edges[1].any()):
         return float(not edges[0].any() and not edges[1].any())
 
-    # Widen each boundary by a disk, and count the pixels of the other one that lie within.
+    # A pixel is found where the other boundary, widened by a disk, covers it.
     radius = math.ceil(0.008 * math.hypot(*mask.shape))
     span = torch.arange(-radius, radius + 1, device=mask.device)
     disk = (span[:, None] ** 2 + span**2 <= radius**2).float()[None, None]  # (1, 1, 2r + 1, 2r + 1)
@@ -210,12 +211,15 @@ def f_beta(precision, recall):
 def f_curve(soft, truth):
     """F-beta of a soft mask (H, W), in [0, 1], cut at each of the levels k / 255: (255,), k = 0 ... 254; truth (H, W)
     bool. The mean of these curves over images has its maximum at max F-beta [TokenCut]."""
-    levels = torch.bucketize(soft.flatten().float().cpu(), torch.arange(255) / 255)  # how many a pixel exceeds
+    # The level of a pixel is the number of thresholds that it exceeds.
+    levels = torch.bucketize(soft.flatten().float().cpu(), torch.arange(255) / 255)
     truth = truth.flatten().cpu()
 
     # Count the pixels above each level, all of them and those of the object.
     above = lambda chosen: levels[chosen].bincount(minlength=256).flip(0).cumsum(0).flip(0)[1:].double()
     found, hits, total = above(slice(None)), above(truth), truth.sum()  # (255,) each
+
+    # A mask without pixels has precision 1, an object without pixels recall 1.
     precision = torch.where(found > 0, hits / found.clamp(min=1), 1.0)
     recall = hits / total if total else torch.ones(255, dtype=torch.float64)
     return f_beta(precision, recall)
@@ -229,11 +233,14 @@ def average_precision(truths, detections):
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
+    # Without a box the mean is undefined, and without a detection pycocotools fails.
     if all(a["iscrowd"] for a in truths["annotations"]):
         raise ValueError("no test image has a box; take more --images")
     if not detections:
         return dict(AP=0.0, AP50=0.0, AP75=0.0)
-    with contextlib.redirect_stdout(io.StringIO()):  # its tables of progress
+
+    # pycocotools prints tables of its progress, which are suppressed.
+    with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO()
         coco.dataset = truths
         coco.createIndex()
@@ -241,7 +248,7 @@ def average_precision(truths, detections):
         evaluation.evaluate()
         evaluation.accumulate()
 
-    # Precision at each IoU, recall and class, of all areas and 100 detections; -1 marks classes without boxes.
+    # The array holds precision at each IoU, recall and class; -1 marks classes without boxes.
     precision = evaluation.eval["precision"][:, :, :, 0, -1]  # (10, 101, classes)
     mean = lambda p: float(p[p > -1].mean())
     return dict(AP=mean(precision), AP50=mean(precision[0]), AP75=mean(precision[5]))
@@ -262,17 +269,21 @@ def draw_scenes(size, side, floor_hue, light_hue, boxes, colors, rotation, corne
     corner: (n, K, 2) int64, top and left, at most size / 24 px outside. present: (n, K) bool, which objects there are.
     Returns images uint8 (n, 3, size, size) and ids uint8 (n, size, size): 0 background, k object k - 1.
     """
+    # Render the floor at a quarter of the size, enough for a smooth surface, and add a margin.
     n, margin = len(present), size // 24
-    empty, upright = torch.zeros(n, 1, 6), torch.tensor([[0.0, 0.0, 0.0, 1.0]]).expand(n, 4)
+    empty = torch.zeros(n, 1, 6)
+    upright = torch.tensor([[0.0, 0.0, 0.0, 1.0]]).expand(n, 4)
     images, _ = common.render_blocks(empty, torch.zeros(n, 1, 3), upright, floor_hue, light_hue, size // 4)
-    images = F.interpolate(images, (size, size), mode="bilinear")  # the floor is smooth
+    images = F.interpolate(images, (size, size), mode="bilinear")
     images = F.pad(images, (margin,) * 4)  # (n, 3, size + 2 margin, size + 2 margin)
     ids = torch.zeros(n, *images.shape[2:], dtype=torch.uint8)
 
-    # Objects have the floor and the light of their scene, so that their edges blend into it.
+    # Render each object on the floor and in the light of its scene, so that its edges blend in.
     scene, k = present.nonzero().unbind(1)  # (m,) each, scene by scene
     hues = floor_hue[scene], light_hue[scene]
     parts, masks = common.render_blocks(boxes[scene, k], colors[scene, k], rotation[scene, k], *hues, side)
+
+    # Later objects overwrite earlier ones, in the images as in the ids.
     places = (corner[scene, k] + margin).tolist()
     for i, number, (top, left), part, mask in zip(scene.tolist(), k.tolist(), places, parts, masks):
         rows, columns = slice(top, top + side), slice(left, left + side)
@@ -295,9 +306,12 @@ def scenes(split, size, n):
     """The first n scenes of `split`: one to five objects in different cells of a 3 x 3 grid, each moved a little.
     Returns a dict of images, ids, as of `draw_scenes`, and labels (n, 5) int64 of the objects, -1 where there is
     none."""
+    # All scenes of a split are drawn, so that the first n do not depend on n.
     generator, total = common.rng("scenes", split), N_SCENES[split]
     floor_hue, light_hue = torch.rand(2, total, generator=generator)  # (total,) each
     present = torch.arange(5) < torch.randint(1, 6, (total, 1), generator=generator)  # (total, 5)
+
+    # Each object has a cell of its own, 32/96 of the side wide, and is moved by up to 4/96.
     cell = torch.rand(total, 9, generator=generator).argsort(1)[:, :5]  # (total, 5)
     shift = torch.randint(-4, 5, (total, 5, 2), generator=generator)  # in 96ths of the side
     labels, *objects = some_objects(total, 5, generator)
@@ -309,6 +323,7 @@ def scenes(split, size, n):
 
 def single_objects(split, size, n):
     """The first n test scenes of one object, two thirds as wide as the scene: a dict of images and ids."""
+    # All scenes of a split are drawn, so that the first n do not depend on n.
     generator, total = common.rng("single objects", split), N_SCENES[split]
     floor_hue, light_hue = torch.rand(2, total, generator=generator)  # (total,) each
     corner = torch.randint(33, (total, 1, 2), generator=generator) * (size // 96)
@@ -330,15 +345,18 @@ def moving_scenes(split, size, n):
     velocity = 6 * torch.rand(N_SEQUENCES, 2, 2, generator=generator) - 3
     _, boxes, colors, rotation = some_objects(N_SEQUENCES, 2, generator)
 
-    # Where each object is in each frame, and how far it has turned.
+    # Each object moves on a straight line until a border stops it.
     t = torch.arange(T)[:, None, None]  # (T, 1, 1)
     corner = (start[:, None] + t * velocity[:, None]).clamp(0, 64) * (size // 96)  # (20, T, 2, 2)
+
+    # Multiply each pose by a growing turn about the vertical axis; a quaternion holds half the angle.
     half = torch.arange(T).deg2rad() * 2  # (T,), of an angle that grows by 4 degrees
     turn = torch.stack([torch.zeros(T), half.sin(), torch.zeros(T), half.cos()], 1)  # (T, 4)
-    pairs = [turn.expand(N_SEQUENCES, T, 4)[:, :, None].expand(-1, -1, 2, -1), rotation[:, None].expand(-1, T, -1, -1)]
-    rotation = common.multiply(*(v.reshape(-1, 4) for v in pairs)).view(N_SEQUENCES, T, 2, 4)
+    turns = turn.expand(N_SEQUENCES, T, 4)[:, :, None].expand(-1, -1, 2, -1)  # (20, T, 2, 4)
+    poses = rotation[:, None].expand(-1, T, -1, -1)  # (20, T, 2, 4)
+    rotation = common.multiply(turns.reshape(-1, 4), poses.reshape(-1, 4)).view(N_SEQUENCES, T, 2, 4)
 
-    # All frames are scenes of their own.
+    # Render every frame of the first n sequences as a scene.
     each = [v[:n, None].expand(-1, T, *v.shape[1:]) for v in (floor_hue, light_hue, boxes, colors)]
     each += [rotation[:n], corner[:n].round().long(), torch.ones(n, T, 2, dtype=torch.bool)]
     images, ids = draw_scenes(size, side, *(v.flatten(0, 1) for v in each))
@@ -348,7 +366,8 @@ def moving_scenes(split, size, n):
 @functools.lru_cache(maxsize=8)
 def rendered(make, split, size, n, whole):
     """make(split, size, n), where n is at most `whole`. All of a set of small scenes is kept in the cache directory."""
-    if n < whole or size > 96:  # large ones would take a gigabyte there
+    # Large scenes would take a gigabyte of the cache, and parts of a set are not kept.
+    if n < whole or size > 96:
         return make(split, size, n)
     code = common.number_of(inspect.getsource(draw_scenes), inspect.getsource(make), common.code_of(common.blocks))
     return common.cached(f"{make.__name__}-{split}-{size}-{code:x}", lambda: make(split, size, n))
@@ -387,7 +406,8 @@ def open_rgb(path):
     try:
         with Image.open(path) as image:
             return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-    except Exception as e:  # Pillow raises whatever a damaged file makes it raise
+    except Exception as e:
+        # Pillow raises errors of any type for a damaged file.
         raise OSError(f"{common.printable(path)}: cannot be read as an image ({common.printable(e)})") from None
 
 
@@ -401,12 +421,16 @@ def open_mask(path, kind):
             values = np.array(image.convert("L") if kind == "binary" and mode in modes else image)
     except Exception as e:
         raise OSError(f"{common.printable(path)}: cannot be read as an image ({common.printable(e)})") from None
+
+    # Refuse other formats, whose values would not be labels.
     if mode not in modes:
         raise OSError(f"{common.printable(path)}: is of mode {mode}; a mask of mode {' or '.join(modes)} is expected")
     if kind == "label" and values.max() > 150:
         raise OSError(f"{common.printable(path)}: holds {values.max()}; labels of ADE20K are 0 to 150")
+
+    # Labels start at 0; the 0 of unlabelled pixels wraps to IGNORE.
     if kind == "label":
-        values = values - np.uint8(1)  # 0 wraps to 255
+        values = values - np.uint8(1)
     return torch.from_numpy((values > 0).astype(np.uint8) if kind == "binary" else values)
 
 
@@ -439,11 +463,15 @@ def paired_files(root, images, masks, kind):
     found = []
     for folder in (images, masks):
         found.append({Path(file).stem: str(folder / file) for file in sorted(common.visible(folder)[1])})
+
+    # Refuse images without a mask, masks without an image, and empty folders.
     if odd := sorted(set(found[0]) ^ set(found[1])):
         where = images if odd[0] in found[0] else masks
         common.die(f"--data-dir {root}: {common.printable(odd[0])} is in {where} only; an image has a mask of its name")
     if not found[0]:
         common.die(f"--data-dir {images}: holds no images ({', '.join(sorted(common.SUFFIXES))})")
+
+    # Sorted stems give the same order on every machine.
     stems = sorted(found[0])
     return Pairs([found[0][s] for s in stems], [found[1][s] for s in stems], kind)
 
@@ -474,9 +502,13 @@ def davis_sequences(root):
     for name in names:
         folders = [place_of("davis", root, f"{kind}/480p/{name}") for kind in ("JPEGImages", "Annotations")]
         frames, masks = (sorted(common.visible(folder)[1]) for folder in folders)
+
+        # Measures leave out the first and the last frame, so that a sequence needs three.
         if len(frames) != len(masks) or len(frames) < 3:
             found = f"{len(frames)} frames and {len(masks)} masks"
             common.die(f"--data-dir {root}: {name} has {found}; at least 3, and as many of both, are expected")
+
+        # The first mask defines the objects to follow, so that it must show one.
         files = [[str(folder / f) for f in some] for folder, some in zip(folders, (frames, masks))]
         out.append(Sequence(name, Pairs(*files, "index")))
         try:
@@ -522,6 +554,7 @@ class Boxes(torch.utils.data.Dataset):
 
     def truths(self):
         """All of it as COCO's dict."""
+        # COCO's boxes have a corner, a width and a height.
         corner, far = self.boxes.tolist(), (self.boxes[:, 2:] - self.boxes[:, :2]).tolist()
         annotations = []
         for i, (image, label) in enumerate(zip(self.of.tolist(), self.labels.tolist())):
@@ -533,13 +566,18 @@ class Boxes(torch.utils.data.Dataset):
 
 def boxes_of_scenes(images, ids, labels):
     """A dict of `scenes` -> Boxes around the visible pixels of each object."""
-    size, names, parts = images.shape[-1], list(range(1, len(common.BLOCK_CLASSES) + 1)), []
+    size, parts = images.shape[-1], []
+    names = list(range(1, len(common.BLOCK_CLASSES) + 1))
+
+    # Batches of 64 scenes bound the memory of the masks.
     for begin in range(0, len(ids), 64):
         masks = ids[begin : begin + 64, None] == torch.arange(1, 6, dtype=torch.uint8).view(5, 1, 1)  # (64, 5, H, W)
         i, k = masks.any(3).any(2).nonzero().unbind(1)  # (m,) each
         top, left, height, width = (common.bounding_boxes(masks[i, k]) * size).unbind(1)  # (m,) each
         boxes = torch.stack([left, top, left + width, top + height], 1)  # (m, 4)
         parts.append((begin + i, boxes, labels[begin + i, k], masks[i, k].sum((1, 2)).float()))
+
+    # Join the batches; categories are numbered from 1, and no box is a crowd.
     of, boxes, classes, area = (torch.cat(v) for v in zip(*parts))
     n, crowd = len(images), torch.zeros(len(of), dtype=torch.bool)
     return Boxes(images, list(range(n)), [(size, size)] * n, of, boxes, classes, crowd, area, names)
@@ -547,6 +585,7 @@ def boxes_of_scenes(images, ids, labels):
 
 def parse_coco(file):
     """instances_*.json -> a dict of tensors and plain values; one line and exit 2 where it is not one."""
+    # Read the fields that detection uses.
     try:
         held = json.loads(file.read_text())
         images = {image["id"]: i for i, image in enumerate(held["images"])}
@@ -557,6 +596,8 @@ def parse_coco(file):
         rows = [[a[key] for key in keys] for a in held["annotations"]]
     except (ValueError, KeyError, TypeError) as e:
         common.die(f"{file}: not the annotations of COCO ({type(e).__name__} {e}); copy it again")
+
+    # Refuse boxes without an image or a category, and boxes that reach beyond their image.
     for name, image, category, (x, y, w, h), *_ in rows:
         if image not in images or category not in categories:
             common.die(f"{file}: annotation {name} is of an image or a category that is not in the file")
@@ -566,7 +607,7 @@ def parse_coco(file):
     if not rows:
         common.die(f"{file}: holds no box")
 
-    # Sort the boxes by image; corners replace width and height.
+    # Sort the boxes by image, in which order they are looked up.
     _, image, category, box, area, crowd = zip(*rows)
     index = {c: i for i, c in enumerate(categories)}
     of, order = torch.tensor([images[i] for i in image]).sort(stable=True)
@@ -581,9 +622,13 @@ def coco_split(root, split):
     """train or val of COCO 2017 (Boxes). Rank 0 reads the annotations, which stay in the cache directory."""
     folder = place_of("coco", root, f"{split}2017")
     file = place_of("coco", root, f"annotations/instances_{split}2017.json")
+
+    # The parsed annotations are cached until the size or the date of the file changes.
     stamp = common.number_of(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns)
     make = lambda: common.by_rank_0(lambda: parse_coco(file))
     found = dict(common.cached(f"coco-{split}-{stamp:x}", make))
+
+    # A partial copy is noticed before anything is trained.
     images = [str(folder / name) for name in found.pop("names")]
     if missing := next((path for path in images if not os.path.isfile(path)), None):
         common.die(f"{missing}: missing, but {file} names it; coco is {LAYOUTS['coco']}")
@@ -603,18 +648,23 @@ def saliency_pairs(name, root):
 def load(task, name, root, side, most):
     """The images of a task: {"train": ..., "test": ...} of Pairs (segmentation) or Boxes (detection); Pairs
     (saliency); a list of Sequence (video). `side` is that of scenes. `most` test images, or None for all."""
+    # Training sets are cut to four times as many images as test sets.
     share = {"train": 4 * most if most else 10**9, "test": most or 10**9}
     head = lambda pairs, n: Pairs(pairs.images[:n], pairs.masks[:n], pairs.kind)
     some = lambda make, split, whole: rendered(make, split, side, min(share[split], whole), whole)
 
-    # Scenes are rendered: all tasks know them.
+    # Every task has scenes; those of videos are split into sequences of 16 frames.
     if name == "scenes" and task == "video":
         found, n = some(moving_scenes, "test", N_SEQUENCES), N_FRAMES
         parts = zip(found["images"].split(n), found["ids"].split(n))
         return [Sequence(f"{i:02d}", Pairs(images, ids)) for i, (images, ids) in enumerate(parts)]
+
+    # TokenCut finds one object, so that each scene has a single one.
     if name == "scenes" and task in ("saliency", "attention"):
         found = some(single_objects, "test", N_SCENES["test"])
         return Pairs(found["images"], found["ids"])
+
+    # Detection and segmentation use the same scenes; objects are numbered by ids, classes by labels.
     if name == "scenes":
         found = {split: some(scenes, split, n) for split, n in N_SCENES.items()}
         if task == "detection":
@@ -628,6 +678,8 @@ def load(task, name, root, side, most):
         return davis_sequences(root)[:most]
     if name in SALIENCY:
         return head(saliency_pairs(name, root), share["test"])
+
+    # ADE20K's folders may be in the folder of the official archive.
     if name == "ade20k":
         base = place_of(name, root, "ADEChallengeData2016/images", "images").parent
         folders = dict(train="training", test="validation")
@@ -635,9 +687,8 @@ def load(task, name, root, side, most):
         pairs = lambda split: paired_files(root, sub("images", split), sub("annotations", split), "label")
         return {split: head(pairs(split), share[split]) for split in folders}
     sets = dict(train=coco_split(root, "train"), test=coco_split(root, "val"))
-    return {
-        split: boxed.subset(torch.arange(len(boxed))[: share[split]], boxed.of >= 0) for split, boxed in sets.items()
-    }
+    first = lambda boxed, n: boxed.subset(torch.arange(len(boxed))[:n], boxed.of >= 0)
+    return {split: first(boxed, share[split]) for split, boxed in sets.items()}
 
 
 def pixels_of(ids, values):
@@ -648,14 +699,18 @@ def pixels_of(ids, values):
 def reading(data, rows, workers, name):
     """Yield the items of some rows (list) in their order, behind a progress bar: from loader processes where they are
     files. A file that does not fit ends the program with one line."""
+    # Rendered images are in memory and need no loader processes.
     workers = 0 if isinstance(data.images, torch.Tensor) else common.default_workers(workers)
     how = dict(num_workers=workers, worker_init_fn=common.detach_worker, timeout=600 if workers else 0)
     loader = torch.utils.data.DataLoader(data, batch_size=None, sampler=rows, **how)
+
+    # Loader processes send images through shared memory, which must be large enough.
     try:
         if workers and len(rows):
             common.check_shared_memory(workers, 1.5 * sum(t.nbytes for t in common.tensors(data[rows[0]])))
         yield from common.progress(loader, total=len(rows), desc=name)
-    except OSError as e:  # from a worker the last line is ours, the others are a traceback
+    except OSError as e:
+        # The error of a worker is a traceback whose last line is the message.
         common.die(str(e).splitlines()[-1].removeprefix("OSError: "), alone=True)
 
 
@@ -671,10 +726,16 @@ class Encoder:
     the last four stages, and `widths` their widths."""
 
     def __init__(self, backbone, path, device, amp="off"):
-        self.backbone, self.path, self.device, self.amp = backbone.to(device).eval(), path, device, amp
-        self.norm, depth = getattr(backbone, "norm", nn.Identity()), backbone.depth
+        self.backbone = backbone.to(device).eval()
+        self.path, self.device, self.amp = path, device, amp
+        self.norm = getattr(backbone, "norm", nn.Identity())
+        depth = backbone.depth
+
+        # The maps of a blank image show the stride and the widths of the layers.
         side = backbone.img_size * math.ceil(64 / backbone.img_size)
         blank = torch.zeros(1, 3, side, side, device=device)
+
+        # The last maps of a pyramid differ in shape; take its last four stages, and of a ViT four evenly spaced blocks.
         with torch.no_grad():
             before, last = (backbone.tokens(blank, layer) for layer in (max(1, depth - 1), depth))
             pyramid = before.shape != last.shape
@@ -691,14 +752,14 @@ class Encoder:
 
     def check_other_sizes(self, blank):
         """Refuse an encoder that takes images of one size only."""
+        # One more column of patches needs other positions than those of training.
         try:
             with torch.no_grad():
                 self.backbone.tokens(F.pad(blank, (0, self.stride)), self.backbone.depth)
         except (AssertionError, RuntimeError, ValueError) as e:
             why = " ".join(str(e).split())[:120]
-            common.die(
-                f"{self.path}: takes images of {self.backbone.img_size} px only ({why}); dense tasks need others"
-            )
+            size = self.backbone.img_size
+            common.die(f"{self.path}: takes images of {size} px only ({why}); dense tasks need others")
 
     def fit(self, *sides):
         """The nearest multiples of the stride, half to even."""
@@ -731,6 +792,7 @@ class Encoder:
     def attend(self, x):
         """x (B, 3, H, W) -> queries and keys (B, heads, N, D / heads) of the last block, float32. Patches come last;
         before them stands [CLS] where there is one. timm fuses attention: only q and k are there to be seen."""
+        # A hook records the projection to queries, keys and values.
         kept = []
         handle = self.attention.qkv.register_forward_hook(lambda module, inputs, output: kept.append(output))
         try:
@@ -807,32 +869,38 @@ def stretched(soft):
 
 def follow(encoder, sequence, davis):
     """Yield (t, uint8 (H, W), the number of the object at each pixel) for the frames after the first."""
+    # DAVIS has its published size; scenes are enlarged to 24 patches a side, at most twofold.
     first, (image, _) = sequence.ids(0), sequence.frames[0]
     H, W = first.shape
     side = min(24 * encoder.stride, 2 * H)
     size = shown_size(H, W, encoder.stride) if davis else encoder.fit(side, side)
     h, w = (side // encoder.stride for side in size)
 
-    # DINO's file divides red by 0.228 where ImageNet's deviation is 0.229; encoders with these statistics follow it.
+    # DINO's file divides red by 0.228 where ImageNet's deviation is 0.229; encoders with ImageNet's do the same.
     sic = davis and tuple(encoder.backbone.std) == common.IMAGENET[1]
     std = (0.228, *common.IMAGENET[1][1:]) if sic else None
 
+    # Features have unit length, so that their products are cosines.
     def features(image):  # uint8 (3, H, W) -> (h w, D)
         found = encoder.last(encoder.normalise(image[None], size, std))
         return F.normalize(found[0].flatten(1).T, dim=1)
 
-    # The first frame's labels go to the grid of patches; soft labels stay at that resolution.
+    # Sample the labels of the first frame on the grid of patches, at which soft labels stay.
     n = int(first.max()) + 1
     grid = F.interpolate(first[None, None].float(), (h, w), mode="nearest-exact")[0, 0].long()
     labels = F.one_hot(grid.flatten(), n).float().to(encoder.device)  # (h w, n)
-    mask, context = near(h, w, RADIUS, encoder.device), [(features(image), labels)]
+
+    # Labels move by at most 12 rows and columns.
+    mask = near(h, w, RADIUS, encoder.device)  # (h w, h w)
+    context = [(features(image), labels)]
     for t in range(1, len(sequence)):
+        # A patch gets the mean label of similar patches in the first frame and the 7 last ones.
         target = features(sequence.frames[t][0])
         weights = similar_patches(target, torch.stack([f for f, _ in context]), mask)
         soft = weights @ torch.cat([labels for _, labels in context])  # (h w, n)
         context = context[:1] + [*context[1:], (target, soft)][-N_CONTEXT:]
 
-        # Each object reaches 1 somewhere, even one that has left [DINO].
+        # Each channel is scaled to [0, 1], so that an object reaches 1 even after it has left [DINO].
         soft = F.interpolate(soft.T.unflatten(1, (h, w))[None], size, mode="bilinear", align_corners=False)[0]
         predicted = stretched(soft).argmax(0).float()
         predicted = F.interpolate(predicted[None, None], (H, W), mode="nearest-exact")[0, 0]
@@ -845,12 +913,17 @@ def video(encoder, sequences, name, args, save):
     for i in common.progress(in_turn(len(sequences)), desc="video", unit="sequence"):
         sequence = sequences[i]
         objects = range(1, int(sequence.ids(0).max()) + 1)
-        J, boundaries = {k: [] for k in objects}, {k: [] for k in objects}
+        J = {k: [] for k in objects}
+        boundaries = {k: [] for k in objects}
+
+        # The first mask is given, and saved as it is.
         if save:
             write_png(save / sequence.name / "00000.png", sequence.ids(0), palette())
         for t, predicted in follow(encoder, sequence, name == "davis"):
             if save:
                 write_png(save / sequence.name / f"{t:05d}.png", predicted, palette())
+
+            # The last frame counts in no measure [DAVIS].
             truth = sequence.ids(t)
             for k in objects if t < len(sequence) - 1 else ():
                 J[k].append(jaccard(predicted == k, truth == k))
@@ -891,18 +964,23 @@ def token_cut(features, shape):
     """features (h w, D) of a grid of `shape` (h, w) -> the object's patches (h, w) bool, the eigenvector (h, w), and
     whether there is something to cut: where all patches are alike, both are arbitrary. In float64 on the CPU, as the
     eigenvalue is of the size of 1e-5."""
+    # Patches are alike where the cosine of their features exceeds 0.2; weak edges join all others.
     f = F.normalize(features.double().cpu(), dim=1)
     W = (f @ f.T > ALIKE).double().clamp(min=EDGE)  # (N, N)
     root = W.sum(1).rsqrt()  # (N,), D^-1/2
 
-    # (D - W) v = lambda D v has the solutions v = D^-1/2 u with u of I - D^-1/2 W D^-1/2.
+    # (D - W) v = lambda D v has the solutions v = D^-1/2 u, where u is an eigenvector of I - D^-1/2 W D^-1/2.
     laplacian = torch.eye(len(W), dtype=torch.float64) - root[:, None] * W * root
     v = root * torch.linalg.eigh(laplacian).eigenvectors[:, min(1, len(W) - 1)]  # (N,)
-    foreground, seed = (v > v.mean()).view(shape), int(v.abs().argmax())
+
+    # The object is on the side of the patch with the largest |v| [TokenCut].
+    foreground = (v > v.mean()).view(shape)
+    seed = int(v.abs().argmax())
     foreground = foreground if foreground.flatten()[seed] else ~foreground
 
-    # Of the foreground keep what is connected to the seed.
-    mask, grown = torch.zeros(shape, dtype=torch.bool), torch.arange(len(v)).view(shape) == seed
+    # Keep the part of the foreground that is connected to the seed.
+    mask = torch.zeros(shape, dtype=torch.bool)
+    grown = torch.arange(len(v)).view(shape) == seed
     while (grown != mask).any():
         mask, grown = grown, dilated(grown) & (foreground | grown)
     return mask, v.view(shape), bool((W < 1).any())
@@ -914,14 +992,19 @@ def cut_features(encoder, image, shown=None):
 
     The features are the keys of all heads, or of an encoder without attention the last map. Without [CLS] the
     attention is the mean over patches."""
+    # Resize by Lanczos' filter, as TokenCut's code does.
     height, width = shown or encoder.fit(*image.shape[1:])
     picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).resize((width, height), Image.LANCZOS)
     x = encoder.normalise(torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None])
     h, w = height // encoder.stride, width // encoder.stride
     if encoder.attention is None:
         return encoder.last(x)[0].flatten(1).T, (h, w), None
+
+    # [CLS] and registers come before the patches, and are cut off.
     q, k = (v[0] for v in encoder.attend(x))  # (heads, N, d) each
-    before = k.shape[1] - h * w  # [CLS], and registers where there are some
+    before = k.shape[1] - h * w
+
+    # Attention is a mean over heads, of [CLS] or, without it, of all patches.
     query = q[:, :1] if before else q
     seen = (query @ k.mT / k.shape[2] ** 0.5).softmax(2)[..., before:].mean((0, 1))  # (h w,)
     return k.transpose(0, 1).flatten(1)[before:], (h, w), seen.view(h, w).cpu()
@@ -942,16 +1025,22 @@ def saliency(encoder, pairs, name, args, save):
         mask = F.interpolate(mask[None, None].float(), truth.shape, mode="nearest")[0, 0]
         if save:
             write_png(save / f"{pairs.name(i)}.png", (255 * mask).to(torch.uint8))
+
+        # Compare the mask with the truth at the size of the image.
         truth = truth > 0
         accuracy = ((mask > 0) == truth).double().mean()
         values = torch.tensor([cut, jaccard(mask > 0, truth), accuracy], dtype=torch.float64)
         found[i] = torch.cat([values, f_curve(mask, truth)])  # (3 + 255,)
+
+    # Max F-beta is the maximum of the mean curve, not the mean of the maxima [TokenCut].
     cut, iou, accuracy, *curve = (100 * torch.stack(gathered(found)).mean(0)).tolist()
     results = dict(IoU=iou, acc=accuracy, maxF=max(curve))
     if cut < 100:
         results["cut"] = cut
         share = f"{100 - cut:.0f} % of the images hold patches that are all alike (cosine above {ALIKE})"
         eval_probe.say(f"{encoder.path}: saliency on {name}: {share}; their masks are arbitrary")
+
+    # The row of scenes has other tasks as well, so that these metrics name their task.
     if name == "scenes":
         results = {f"saliency {metric}": value for metric, value in results.items()}
     feature = "last map" if encoder.attention is None else "keys of the last block"
@@ -971,9 +1060,13 @@ class Steps(torch.utils.data.Dataset):
         if batch_size % common.world_size():
             common.die(f"--batch-size {batch_size}: not divisible by the {common.world_size()} processes")
         self.data, self.view, self.seed, self.batch_size = data, view, seed, batch_size
+
+        # Each rank has its place in the global batch; a loader process does not know its rank.
         self.share = batch_size // common.world_size()
-        self.first = common.rank() * self.share  # a loader process does not know its rank
-        self.images = data.images  # a tensor or files, which makes a difference to `reading`
+        self.first = common.rank() * self.share
+
+        # `reading` starts loader processes only where images are files.
+        self.images = data.images
 
     def __getitem__(self, step):
         begin = step * self.batch_size + self.first
@@ -994,14 +1087,21 @@ def shuffled(seed, epoch, n):
 def train(name, model, steps, n, args, optimizer, rate, loss_of):
     """Train `model` for n steps; rate(t) multiplies each group's own rate. loss_of(model, batch) is the loss of a
     global batch, as far as the mean over ranks goes."""
-    parallel, peaks = common.distributed(model.train()), [group["lr"] for group in optimizer.param_groups]
+    parallel = common.distributed(model.train())
+    peaks = [group["lr"] for group in optimizer.param_groups]
+
+    # Dropout and samples depend on the step and the rank, not on earlier steps.
     for t, batch in enumerate(reading(steps, range(n), args.workers, name)):
         common.seed_everything(args.seed, name, t, common.rank())
         for group, peak in zip(optimizer.param_groups, peaks):
             group["lr"] = peak * rate(t)
+
+        # All ranks stop together, as one that stops alone leaves the others waiting.
         loss = loss_of(parallel, batch)
         if common.any_rank(int(not loss.isfinite())):
             common.die(f"{name}: the loss is not finite at step {t}; lower --lr ({peaks[0]:g})", 1)
+
+        # The backward pass averages gradients over ranks.
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -1015,17 +1115,25 @@ class Neck(nn.Module):
 
     def __init__(self, encoder, width, several=False):
         super().__init__()
-        pyramid, self.encoder = len(set(encoder.widths)) > 1, encoder
+        self.encoder = encoder
+
+        # A pyramid gives its four stages, a ViT four blocks or its last block four times.
         last = encoder.backbone.depth
+        pyramid = len(set(encoder.widths)) > 1
         self.layers = encoder.layers if several or pyramid else (last,) * 4
         widths = encoder.widths if several or pyramid else [encoder.dim] * 4
-        self.levels, groups = nn.ModuleList(), width // 8
+
+        # Each level is a 1x1 and a 3x3 convolution with group norms of eight channels a group.
+        self.levels = nn.ModuleList()
+        groups = width // 8
         for d in widths:
             first, second = nn.Conv2d(d, width, 1, bias=False), nn.Conv2d(width, width, 3, padding=1, bias=False)
             self.levels.append(nn.Sequential(first, nn.GroupNorm(groups, width), second, nn.GroupNorm(groups, width)))
 
     def forward(self, x):
-        maps = dict(zip(sorted(set(self.layers)), self.encoder.maps(x, sorted(set(self.layers)))))
+        # Compute each distinct map once.
+        layers = sorted(set(self.layers))
+        maps = dict(zip(layers, self.encoder.maps(x, layers)))
         out = []
         for i, (layer, level) in enumerate(zip(self.layers, self.levels)):
             size = tuple(max(1, side // (4 * 2**i)) for side in x.shape[2:])
@@ -1069,24 +1177,32 @@ class UPerHead(nn.Module):
 
     def __init__(self, encoder, classes, width):
         super().__init__()
-        self.neck, self.grids = Neck(encoder, width, several=True), (1, 2, 3, 6)
+        self.neck = Neck(encoder, width, several=True)
+        self.grids = (1, 2, 3, 6)
+
+        # Pyramid pooling adds means over four grids to the coarsest map.
         self.pools = nn.ModuleList(block(width, width, 1) for _ in self.grids)
         self.pooled = block(width * 5, width, 3)
+
+        # A feature pyramid adds coarse maps to finer ones; one convolution fuses all four.
         self.laterals = nn.ModuleList(block(width, width, 1) for _ in range(3))
         self.smooth = nn.ModuleList(block(width, width, 3) for _ in range(3))
         self.fuse, self.drop = block(width * 4, width, 3), nn.Dropout2d(0.1)
         self.classify = nn.Conv2d(width, classes, 1)
 
     def forward(self, x):
+        # Pyramid pooling gives the coarsest map the context of the whole image.
         resized = lambda y, like: F.interpolate(y, like.shape[2:], mode="bilinear", align_corners=False)
         *fine, coarse = self.neck(x)
         pools = [pool(F.adaptive_avg_pool2d(coarse, n)) for n, pool in zip(self.grids, self.pools)]
         coarse = self.pooled(torch.cat([coarse, *(resized(p, coarse) for p in pools)], 1))
 
-        # From coarse to fine, each map takes what the one above it knows.
+        # From coarse to fine, add to each map the coarser one above it.
         maps = [coarse]
         for y, lateral in zip(fine[::-1], self.laterals):
             maps.insert(0, lateral(y) + resized(maps[0], y))
+
+        # Fuse all maps at the size of the finest one, and classify.
         maps = [smooth(y) for smooth, y in zip(self.smooth, maps)] + [coarse]
         return self.classify(self.drop(self.fuse(torch.cat([resized(y, maps[0]) for y in maps], 1))))
 
@@ -1116,9 +1232,12 @@ def scaled(image, mask, long, short):
 def ade_view(side, mean, image, mask, generator):
     """The training view of ADE20K [mmsegmentation]: a random scale, a crop of `side` px in which no class covers more
     than three quarters, a flip, other colours. What is missing is the mean colour, of label IGNORE."""
+    # Scale the image by a random factor of its size in tests.
     draw = lambda low, high: low + (high - low) * torch.rand((), generator=generator).item()
     scale = draw(0.5, 2)
     image, mask = scaled(image, mask, int(LONG * scale), int(CROP * scale))
+
+    # Draw up to eleven crops, until no class covers three quarters of one.
     H, W = mask.shape
     for _ in range(11):
         top, left = int(draw(0, max(H - side, 0) + 1)), int(draw(0, max(W - side, 0) + 1))
@@ -1128,7 +1247,7 @@ def ade_view(side, mean, image, mask, generator):
             break
     image, part = flip_view(image[:, top : top + side, left : left + side], part, generator)
 
-    # Colours are changed before the borders are filled.
+    # Jitter the colours before borders are filled, so that borders keep the mean colour.
     jitter = common.ColorJitter(0.25, 0.5, 0.5, 0.1, p=0.5)
     x = 255 * jitter(image[None].float() / 255, jitter.sample(1, generator))[0]
     full = (255 * torch.tensor(mean)).view(3, 1, 1).expand(3, side, side).clone()
@@ -1150,10 +1269,14 @@ def sliding_logits(head, x, side, stride):
     Windows are padded with 0 to multiples of the stride."""
     H, W = x.shape[2:]
     total, times = 0, x.new_zeros(H, W)
+
+    # Windows overlap by a third; each pixel counts the windows that cover it.
     for top, bottom in windows(H, side, side * 2 // 3):
         for left, right in windows(W, side, side * 2 // 3):
             part = x[:, :, top:bottom, left:right]
             h, w = part.shape[2:]
+
+            # Pad the window to whole patches, and cut its logits back to its size.
             padded = F.pad(part, (0, -w % stride, 0, -h % stride))
             logits = F.interpolate(head(padded), padded.shape[2:], mode="bilinear", align_corners=False)
             total = total + F.pad(logits[0, :, :h, :w], (left, W - right, top, H - bottom))
@@ -1165,6 +1288,8 @@ def segmentation(encoder, pairs, name, args, save):
     """Train a head, segment the test images -> ({metric: percent}, details)."""
     steps, batch_size, lr, weight_decay = SEGMENTATION[name][args.head]
     steps, batch_size, lr = args.steps or steps, args.batch_size or batch_size, args.lr or lr
+
+    # The seed determines the weights of the head; its batch norm spans all ranks.
     classes = 150 if name == "ade20k" else 1 + len(common.BLOCK_CLASSES)
     common.seed_everything(args.seed, "segmentation")
     head = LinearHead(encoder, classes)
@@ -1172,33 +1297,40 @@ def segmentation(encoder, pairs, name, args, save):
         head = UPerHead(encoder, classes, 256 if name == "ade20k" else 64)
     head = common.batchnorm_over_ranks(head.to(encoder.device), encoder.device)
 
-    # Scenes are shown whole. Of ADE20K crops are shown, and windows as large.
+    # Scenes are used whole; ADE20K is trained on crops and tested on windows of the same size.
     first = pairs["train"][0][0]
     side = encoder.fit(first.shape[1])[0] if name == "scenes" else CROP // encoder.stride * encoder.stride
     view = partial(ade_view, side, encoder.backbone.mean) if name == "ade20k" else flip_view
     data = Steps(pairs["train"], view, args.seed, batch_size)
 
+    # The loss is the mean over the labelled pixels of all ranks.
     def loss_of(model, batch):
         images, masks = (torch.stack(v) for v in zip(*batch))
         masks = masks.long().to(encoder.device)
         logits = model(encoder.normalise(images, (side, side)))
         logits = F.interpolate(logits, masks.shape[1:], mode="bilinear", align_corners=False)
         total = F.cross_entropy(logits, masks, ignore_index=IGNORE, reduction="sum")
-        labelled = common.all_reduce((masks != IGNORE).sum())  # the mean is over those of all ranks
+        labelled = common.all_reduce((masks != IGNORE).sum())
         return total * common.world_size() / labelled.clamp(min=1)
 
+    # Train the head alone; the encoder is no module of it.
     optimizer = torch.optim.AdamW(head.parameters(), lr=lr, weight_decay=weight_decay)
     train(f"{name} segmentation", head, data, steps, args, optimizer, partial(polynomial, steps=steps), loss_of)
 
-    # Count what was taken for what, over the whole set.
-    matrix, rows = torch.zeros(classes, classes, dtype=torch.int64, device=encoder.device), in_turn(len(pairs["test"]))
+    # Add up the confusion matrix of each rank's test images.
+    matrix = torch.zeros(classes, classes, dtype=torch.int64, device=encoder.device)
+    rows = in_turn(len(pairs["test"]))
     for i, (image, mask) in zip(rows, reading(pairs["test"], rows, args.workers, f"{name} test images")):
         image = scaled(image, None, LONG, CROP)[0] if name == "ade20k" else image
         size = image.shape[1:] if name == "ade20k" else (side, side)
+
+        # Classify pixels at the size of the mask.
         logits = sliding_logits(head, encoder.normalise(image[None], size), side, encoder.stride)
         logits = F.interpolate(logits[None], mask.shape, mode="bilinear", align_corners=False)[0]
         predicted = logits.argmax(0)
         matrix += confusion_matrix(mask.long().to(encoder.device), predicted, classes)
+
+        # Files of ADE20K number their classes from 1.
         if save:
             write_png(save / f"{pairs['test'].name(i)}.png", (predicted + (name == "ade20k")).to(torch.uint8))
     scores, iou = segmentation_scores(common.all_reduce(matrix))
@@ -1238,17 +1370,22 @@ def detector(encoder, classes, side):
     from torchvision.models.detection.rpn import AnchorGenerator
     from torchvision.ops import MultiScaleRoIAlign
 
+    # Each level has anchors of one size and three shapes.
     scale = side / 384 if side else 1
     anchors = AnchorGenerator(tuple((int(32 * scale * 2**i),) for i in range(5)), ((0.5, 1.0, 2.0),) * 5)
     how = dict(image_mean=encoder.backbone.mean, image_std=encoder.backbone.std, rpn_anchor_generator=anchors)
     how |= dict(size_divisible=math.lcm(32, encoder.stride))
+
+    # On COCO all other settings are torchvision's defaults.
     if side is None:
         return FasterRCNN(DetectionNeck(encoder, 256), classes + 1, min_size=SHORT, max_size=1333, **how)
 
-    # Small heads, few proposals and few samples keep a step on scenes short.
+    # Small heads, few proposals and few samples make a step on scenes fast.
     how |= dict(min_size=side, max_size=side, rpn_batch_size_per_image=64, box_batch_size_per_image=64)
     for mode in ("train", "test"):
         how |= {f"rpn_pre_nms_top_n_{mode}": 300, f"rpn_post_nms_top_n_{mode}": 100}
+
+    # Regions are pooled from a level by their size, which is relative to that of a scene.
     how |= dict(box_roi_pool=MultiScaleRoIAlign(["0", "1", "2", "3"], 7, 2, canonical_scale=round(224 * scale)))
     how |= dict(box_head=TwoMLPHead(64 * 49, 256), box_predictor=FastRCNNPredictor(256, classes + 1))
     return FasterRCNN(DetectionNeck(encoder, 64), **how)
@@ -1279,34 +1416,43 @@ def stepwise(t, steps):
 
 def detection(encoder, sets, name, args, save):
     """Train a detector, find the boxes of the test images -> ({metric: percent}, details)."""
+    # Flags replace values of the recipe; images without a usable box are left out of training.
     steps, batch_size, lr, weight_decay = DETECTION[name]
     steps, batch_size, lr = args.steps or steps, args.batch_size or batch_size, args.lr or lr
     chosen, test, device = trainable(sets["train"]), sets["test"], encoder.device
     if not len(chosen):
         common.die(f"--images {args.images}: none of the training images has a box; take more")
+
+    # The seed determines the weights of the detector.
     common.seed_everything(args.seed, "detection")
     model = detector(encoder, len(test.categories), test.sizes[0][0] if name == "scenes" else None).to(device)
 
+    # Class 0 of torchvision's detectors is the background.
     def loss_of(model, batch):
         images = [image.to(device) / 255 for image, _, _ in batch]
         targets = [dict(boxes=boxes.to(device), labels=labels.to(device) + 1) for _, boxes, labels in batch]
         return sum(model(images, targets).values())
 
-    # Biases and norms do not decay.
+    # Weight decay is for matrices and kernels, not for biases and norms.
     groups = [[p for p in model.parameters() if (p.dim() > 1) == decays] for decays in (True, False)]
     groups = [dict(params=some, weight_decay=w) for some, w in zip(groups, (weight_decay, 0.0))]
-    data, rate = Steps(chosen, flip_boxes, args.seed, batch_size), partial(stepwise, steps=steps)
+    data = Steps(chosen, flip_boxes, args.seed, batch_size)
+    rate = partial(stepwise, steps=steps)
     train(f"{name} detection", model, data, steps, args, torch.optim.AdamW(groups, lr=lr), rate, loss_of)
 
-    # Detections go to rank 0, in COCO's format.
+    # Each rank finds the boxes of its test images, in COCO's format.
     found, rows = {}, in_turn(len(test))
     for i, (image, _, _) in zip(rows, reading(test, rows, args.workers, f"{name} test images")):
         with torch.no_grad():
             (out,) = model([image.to(device) / 255])
+
+        # COCO's boxes have a corner, a width and a height, and its categories their own numbers.
         boxes = torch.cat([out["boxes"][:, :2], out["boxes"][:, 2:] - out["boxes"][:, :2]], 1).tolist()
         each = zip(boxes, out["labels"].tolist(), out["scores"].tolist())
         ids = dict(image_id=test.ids[i])
         found[i] = [ids | dict(category_id=test.categories[c - 1], bbox=b, score=s) for b, c, s in each]
+
+    # Rank 0 saves and evaluates the detections of all ranks.
     detections = [d for some in gathered(found) for d in some]
     if save and common.rank() == 0:
         save.mkdir(parents=True, exist_ok=True)
@@ -1357,20 +1503,26 @@ def laid_out(x, how, seed):
     if how == "pca":
         x = x - x.mean(0)
         return x @ torch.linalg.svd(x, full_matrices=False).Vh[:2].T
+
+    # t-SNE and PaCMAP are imported where they are used, as they are optional.
     if how == "tsne":
         from sklearn.manifold import TSNE
 
         return torch.from_numpy(TSNE(init="pca", random_state=seed).fit_transform(x.numpy())).double()
     from pacmap import PaCMAP
 
-    logging.getLogger("pacmap").setLevel(logging.ERROR)  # it warns that it will be deterministic
+    # PaCMAP warns that a seed makes it deterministic, which is intended.
+    logging.getLogger("pacmap").setLevel(logging.ERROR)
     points = PaCMAP(n_components=2, random_state=seed).fit_transform(x.float().numpy(), init="pca")
     return torch.from_numpy(points).double()
 
 
 def map_neighbours(points, labels, k=10):
     """Percent of the k nearest neighbours of points (n, 2) that have the same label (n,)."""
-    k, same = min(k, len(points) - 1), []
+    k = min(k, len(points) - 1)
+    same = []
+
+    # Blocks of 1,024 rows bound the memory; no point is its own neighbour.
     for begin in range(0, len(points), 1024):
         distance = torch.cdist(points[begin : begin + 1024], points)
         rows = torch.arange(len(distance))
@@ -1381,12 +1533,17 @@ def map_neighbours(points, labels, k=10):
 
 def scatter(points, hues, title, side=400):
     """points (n, 2) with hues (n,) in [0, 1) -> a picture. It is drawn at twice the size, which smooths the dots."""
+    # The longer side of the points covers 92 % of the picture.
     low, high = points.amin(0), points.amax(0)
     places = ((points - (low + high) / 2) / (high - low).max().clamp(min=1e-12) * 0.92 + 0.5) * 2 * side
     colours = (255 * common.hsv_to_rgb(hues.float(), 0.75, 0.85)).long().tolist()
-    radius, canvas = max(2, min(8, 200 / len(points) ** 0.5)), Image.new("RGB", (2 * side, 2 * side), "white")
-    draw, places = ImageDraw.Draw(canvas), places.tolist()
-    for i in torch.randperm(len(places), generator=common.rng("scatter")).tolist():  # no class on top of others
+
+    # Dots shrink with their number; their random order puts no class on top of others.
+    radius = max(2, min(8, 200 / len(points) ** 0.5))
+    canvas = Image.new("RGB", (2 * side, 2 * side), "white")
+    draw = ImageDraw.Draw(canvas)
+    places = places.tolist()
+    for i in torch.randperm(len(places), generator=common.rng("scatter")).tolist():
         x, y = places[i]
         draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=tuple(colours[i]))
     canvas = canvas.resize((side, side), Image.LANCZOS)
@@ -1406,8 +1563,10 @@ class Corrupted:
 
 def embedding(cases, name, args):
     """Features of test images in the plane, a panel a checkpoint: [(label, Case)] -> [{metric: percent}]."""
-    how, panels, results, numbers = args.embedding, [], [], {}
+    how = args.embedding
+    panels, results, numbers = [], [], {}
     for i, (label, case) in enumerate(cases):
+        # Choose some of the classes at random, and evenly spaced images of them.
         data, transform = case.test, None
         rows = torch.arange(len(data))
         if args.classes and args.classes > len(data.classes):
@@ -1416,10 +1575,14 @@ def embedding(cases, name, args):
             chosen = torch.randperm(len(data.classes), generator=common.rng(args.seed, "classes"))[: args.classes]
             rows = torch.isin(data.labels, chosen).nonzero()[:, 0]
         rows = rows[eval_probe.evenly(len(rows), args.images or (1000 if how == "tsne" else 13_000))]
+
+        # Every method needs a number of points, and t-SNE is slow on many.
         if how == "tsne" and len(rows) > 5000:
             common.die(f"--embedding tsne: {len(rows):,} points take too long; --images takes fewer, at most 5,000")
         if len(rows) < (least := dict(pca=2, pacmap=7, tsne=31)[how]):
             common.die(f"--embedding {how}: {len(rows)} points; it needs {least} or more")
+
+        # All ranks compute features; rank 0 lays them out.
         if args.corruption:
             transform = Corrupted(args.corruption, case.backbone.img_size)
         seeds = dict(seed=eval_robustness.seeds_of(data, args.seed, args.corruption, 3))
@@ -1427,18 +1590,20 @@ def embedding(cases, name, args):
         if common.rank():
             continue
 
-        # A set without labels is one colour, and has no score.
+        # A set without labels has one colour and no score.
         points = laid_out(x, how, args.seed)
         labels = torch.zeros(len(rows), dtype=torch.int64) if data.labels is None else data.labels[rows]
         results.append({} if data.labels is None else {"map 10-NN": map_neighbours(points, labels)})
         panels.append([scatter(points, labels / (labels.max() + 1), f"{label}: class ({how})")])
         numbers |= {f"{i} points": points, f"{i} labels": labels, f"{i} name": label}
+
+        # A second panel shows the azimuth where the set has views.
         if "view" in data.factors:
             azimuth = data.factors["view"][rows, 0]
             panels[-1].append(scatter(points, azimuth / 360 % 1, f"{label}: azimuth ({how})"))
             numbers |= {f"{i} view": data.factors["view"][rows]}
 
-    # One column a checkpoint, one row a colouring.
+    # Each checkpoint has a column of the sheet, each colouring a row.
     if common.rank():
         return None
     side = panels[0][0].width
@@ -1461,16 +1626,19 @@ def full_gradients(model, x):
     """A ReLU network in eval mode, x (B, 3, H, W) -> its highest logits f (B,), and (value, gradient) of its input, as
     the first convolution sees it, and of the bias of each layer that has one, (C,) and (B, C, ...). Then f is the sum
     of all value * gradient [FullGrad, equation 3]."""
+    # Layers with a bias, and the input of the first one, contribute to the logits.
     layers = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear, nn.BatchNorm2d))]
     seen, handles = [], []
 
+    # The input becomes a leaf of the graph, so that it has a gradient.
     def enter(module, inputs):
         seen.append((inputs[0].detach().clone().requires_grad_(), None))
         return seen[0][0]
 
+    # A layer returns a copy of its output, as a ReLU in place would overwrite the recorded one.
     def leave(module, inputs, output):
         seen.append((output, bias_of(module)))
-        return output.clone()  # what follows may overwrite it
+        return output.clone()
 
     try:
         handles.append(layers[0].register_forward_pre_hook(enter))
@@ -1479,6 +1647,8 @@ def full_gradients(model, x):
     finally:
         for handle in handles:
             handle.remove()
+
+    # One backward pass serves all images, which do not interact in eval mode.
     gradients = torch.autograd.grad(logits.sum(), [value for value, _ in seen])
     values = [value.detach() if bias is None else bias.detach() for value, bias in seen]
     return logits.detach(), list(zip(values, gradients))
@@ -1493,9 +1663,12 @@ def psi(v):
 
 def fullgrad_map(model, x):
     """x (B, 3, H, W) -> saliency (B, H, W), at least 0."""
+    # The input counts by its colours; coordinate channels are no part of the picture.
     _, ((image, gradient), *layers) = full_gradients(model, x)
-    colours = (image * gradient)[:, :3]  # coordinate channels are no part of the picture
+    colours = (image * gradient)[:, :3]
     total = psi(colours).view_as(colours).sum(1)
+
+    # Add the bias of each layer times its gradient; linear layers have no map.
     for bias, gradient in layers:
         if gradient.dim() == 4:
             part = psi(bias.view(1, -1, 1, 1) * gradient).view_as(gradient)
@@ -1507,7 +1680,8 @@ def fullgrad(cases, name, args):
     """Where a linear classifier of objects looks: [(label, Case)] -> [{metric: percent}]."""
     rows, results, numbers = {}, [], {}
     for i, (label, case) in enumerate(cases):
-        data, device, normalise = case.test, case.device, common.Normalize(case.backbone.mean, case.backbone.std)
+        data, device = case.test, case.device
+        normalise = common.Normalize(case.backbone.mean, case.backbone.std)
         if case.train.labels is None:
             common.die(f"--figures fullgrad: {case.state['data_dir']} has no classes, and it needs a classifier")
         x_train = case.features(case.train)
@@ -1515,15 +1689,21 @@ def fullgrad(cases, name, args):
             continue
 
         # The classifier is that of eval_probe.py --tasks latents.
-        labels, generator = case.train.labels.to(device), common.rng(args.seed, "object")
+        labels = case.train.labels.to(device)
+        generator = common.rng(args.seed, "object")
         readout = eval_probe.linear_schedule(x_train.to(device), labels, generator)
-        model, maps, shown = nn.Sequential(case.backbone, readout).eval(), [], []
+        model = nn.Sequential(case.backbone, readout).eval()
+        maps, shown = [], []
+
+        # Masks allow a score, which is measured on 512 images.
         chosen = eval_probe.evenly(len(data), N_SHOWN if data.masks is None else 512)
         for part in chosen.split(64):
             images = common.CenterCrop(case.backbone.img_size, interpolation="bicubic")(data[part])
             maps.append(fullgrad_map(model, normalise(images.to(device).float() / 255)).cpu())
             shown.append(images.cpu())
         maps, shown = torch.cat(maps), torch.cat(shown)  # (n, H, W), (n, 3, H, W)
+
+        # Compare the share of saliency within the mask with the area of the mask.
         results.append({})
         if data.masks is not None:
             masks = data.masks[chosen].float()
@@ -1531,7 +1711,7 @@ def fullgrad(cases, name, args):
             found = {"fullgrad on object": share.mean(), "object area": masks.mean()}
             results[-1] = {metric: 100 * value.item() for metric, value in found.items()}
 
-        # Show some of the images, evenly spaced.
+        # Draw some of the images, evenly spaced.
         some = eval_probe.evenly(len(chosen), N_SHOWN)
         rows.setdefault(f"images of {label}", list(shown[some]))
         rows[f"FullGrad of {label}"] = [over(shown[j], heat(maps[j])) for j in some.tolist()]
@@ -1544,6 +1724,7 @@ def fullgrad(cases, name, args):
 
 def attention(subjects, pairs, name, args):
     """For some images: attention, eigenvector and mask of each ViT, and the truth. subjects: [(label, Encoder)]."""
+    # All encoders are compared on the same images, evenly spaced.
     items = [pairs[i] for i in eval_probe.evenly(len(pairs), N_SHOWN).tolist()]
     rows, numbers = {"image": [over(image, image) for image, _ in items]}, {}
     for i, (label, encoder) in enumerate(subjects):
@@ -1551,13 +1732,17 @@ def attention(subjects, pairs, name, args):
         for j, (image, truth) in enumerate(items):
             features, shape, seen = cut_features(encoder, image, shown_side(encoder, image, name))
             mask, v, _ = token_cut(features, shape)
-            v = v if mask[v == v.max()].any() else -v  # the sign is arbitrary: the object is red
+
+            # The sign of an eigenvector is arbitrary, and is chosen so that the object is red.
+            v = v if mask[v == v.max()].any() else -v
             wide = F.interpolate(mask[None, None].float(), truth.shape, mode="nearest")[0, 0]
             red = torch.tensor([255, 0, 0], dtype=torch.uint8).view(3, 1, 1).expand_as(image)
             parts["attention"].append(over(image, heat(seen)))
             parts["eigenvector"].append(over(image, heat(v)))
             parts["mask"].append(over(image, red, wide))
             numbers |= {f"{i} {j} attention": seen, f"{i} {j} eigenvector": v, f"{i} {j} mask": mask}
+
+        # Each encoder has three rows; the last row of the figure shows the true masks.
         rows |= {f"{kind} of {label}": tiles for kind, tiles in parts.items()}
         numbers[f"{i} name"] = label
     red = torch.tensor([255, 0, 0], dtype=torch.uint8).view(3, 1, 1)
@@ -1595,23 +1780,29 @@ def directories(args):
             common.die(f"--data {name}: unknown; there are {', '.join(known)}")
     if len(set(args.data)) < len(args.data):
         common.die(f"--data {' '.join(args.data)}: names a set twice")
+
+    # Rendered sets need no directory; every other set needs one.
     needing = [name for name in args.data if name != "scenes" and not name.startswith("blocks")]
     if len(needing) != len(args.data_dir):
         what = f"{len(args.data_dir)} directories for {len(needing)} sets ({' '.join(needing) or 'none needs one'})"
         common.die(f"--data-dir: {what}; name one for each, in the order of --data")
+
+    # Paths are made absolute, so that records do not depend on the working directory.
     places = {name: os.path.abspath(os.path.expanduser(root)) for name, root in zip(needing, args.data_dir)}
     for name, root in places.items():
         if not os.path.isdir(root):
-            common.die(
-                f"--data-dir {root}: no such directory; {name} is {LAYOUTS.get(name, 'as eval_probe.py reads it')}"
-            )
+            layout = LAYOUTS.get(name, "as eval_probe.py reads it")
+            common.die(f"--data-dir {root}: no such directory; {name} is {layout}")
     return dict.fromkeys(args.data) | places
 
 
 def plan(args):
     """What is to be done: [(task, set, directory)], [(figure, set or None, directory)], and lines that say what is not.
     Refuses what cannot work."""
-    places, used, notes = directories(args), set(), []
+    places = directories(args)
+    used, notes = set(), []
+
+    # Without --tasks, take every task that the sets allow, or none where only figures are asked for.
     named = args.data or ("scenes",)
     tasks = args.tasks
     if tasks is None:
@@ -1622,7 +1813,7 @@ def plan(args):
     if not tasks and not args.figures:
         common.die(f"--data {' '.join(args.data)}: serves figures only; name one by --figures, or a set for a task")
 
-    # Which set serves what?
+    # Pair each task and figure with every set that serves it.
     jobs, figures = [], []
     for part, out in [(task, jobs) for task in tasks] + [(figure, figures) for figure in args.figures]:
         serves = USES.get(part, tuple(common.DATA))
@@ -1632,6 +1823,8 @@ def plan(args):
             common.die(f"{flag} {part}: none of the sets named by --data serves it; name one of {', '.join(serves)}")
         used |= set(sets)
         out += [(part, name, places.get(name)) for name in sets or [None]]
+
+    # Refuse sets without a use, and detection without its package.
     if idle := [name for name in args.data if name not in used]:
         common.die(f"--data {idle[0]}: nothing that is asked for uses it; --tasks and --figures name what does")
     if "detection" in tasks and not installed("detection"):
@@ -1641,7 +1834,10 @@ def plan(args):
 
 def check(args, jobs, notes):
     """Refuse flags that nothing uses or that cannot work, before checkpoints are read; choose the embedding."""
-    tasks, trained = {task for task, *_ in jobs}, {"segmentation", "detection"}
+    tasks = {task for task, *_ in jobs}
+    trained = {"segmentation", "detection"}
+
+    # Refuse flags whose task or figure is not asked for.
     for flag, value, users in (
         ("head", args.head != "linear", {"segmentation"}),
         ("steps", args.steps, trained),
@@ -1654,15 +1850,21 @@ def check(args, jobs, notes):
     ):
         if value and not users & (tasks | set(args.figures)):
             common.die(f"--{flag}: goes with {' or '.join(sorted(users))}, which is not asked for")
+
+    # Refuse unknown corruptions and missing packages.
     if args.corruption and args.corruption not in eval_robustness.CORRUPTIONS:
         common.die(f"--corruption {args.corruption}: there are {', '.join(eval_robustness.CORRUPTIONS)}")
     if args.embedding in PACKAGES and not installed(args.embedding):
         package = PACKAGES[args.embedding]
         common.die(f"--embedding {args.embedding}: needs the package {package} (pip install {package}); pca needs none")
+
+    # PaCMAP is the default where it is installed.
     if "embedding" in args.figures and args.embedding is None:
         args.embedding = "pacmap" if installed("pacmap") else "pca"
         if args.embedding == "pca":
             notes.append("--embedding pca: the package pacmap is not installed (pip install pacmap)")
+
+    # Try to write into the output directories before hours of training.
     for flag, folder in (("out", args.out if args.figures else None), ("save", args.save)):
         try:
             if folder:
@@ -1686,6 +1888,8 @@ class Subject:
 def open_subjects(args, device, evaluation):
     """All checkpoints that can be read."""
     subjects = []
+
+    # A checkpoint that cannot be read costs its own row only.
     for path in args.checkpoints:
 
         def opened(path=path):
@@ -1694,6 +1898,7 @@ def open_subjects(args, device, evaluation):
             common.same_on_all_ranks(state["sha256"], complaint)
             return Encoder(backbone, path, device, args.amp), state
 
+        # Names are unique, except for runs that differ only in their seed.
         found = evaluation.attempt(path, opened, together=True)
         if found is not None:
             known = [(s.path, s.state) for s in subjects]
@@ -1704,11 +1909,16 @@ def open_subjects(args, device, evaluation):
 
 def measure(subject, task, name, root, data, args):
     """One task on one set: adds to the subject's row, and leaves a record."""
-    begin, encoder = time.monotonic(), subject.encoder
+    begin = time.monotonic()
+    encoder = subject.encoder
+
+    # Predictions have a directory named after the checkpoint, in characters that any file system allows.
     folder = None
     if args.save:
         parts = re.sub(r"[^\w.-]+", "-", subject.path.removesuffix("/checkpoint.pt")).strip("-.")
         folder = Path(args.save) / parts / f"{task}-{name}"
+
+    # Metrics of published sets are prefixed with the name of the set.
     results, details = TASKS[task](encoder, data, name, args, folder)
     results = {metric if name == "scenes" else f"{name} {metric}": value for metric, value in results.items()}
     subject.row |= results
@@ -1721,9 +1931,12 @@ def measure(subject, task, name, root, data, args):
 
 def make_figure(figure, name, root, data, subjects, args, device):
     """One figure of all subjects that it knows; what it measures goes to their rows and records."""
+    # Attention maps have no score, and rank 0 draws them alone.
     if figure == "attention":
         common.by_rank_0(lambda: attention([(s.name, s.encoder) for s in subjects], data, name, args))
         return
+
+    # The other figures use the sets and features of eval_probe.py.
     flags = dict(seed=args.seed, workers=args.workers, device=args.device, amp=args.amp)
     how = eval_probe.Args(args.checkpoints, ("equivariance",), data=name, data_dir=root, **flags)
     cases = [eval_probe.open_case(s.path, s.encoder.backbone, dict(s.state), how, device) for s in subjects]
@@ -1748,6 +1961,7 @@ def main(argv=None):
     """Every task and figure on every checkpoint; results are appended to the eval.jsonl beside each, and one table is
     printed. Returns its rows."""
     with eval_probe.Evaluation() as evaluation:
+        # Refuse impossible calls before checkpoints are read.
         eval_probe.checkpoints_first(argv, Args)
         args = common.parse(Args, lambda first: {}, argv, description=__doc__)
         common.check_ranges(args)
@@ -1755,6 +1969,8 @@ def main(argv=None):
         check(args, jobs, notes)
         named = args.data or (("scenes",) if jobs or args.figures == ("attention",) else ())
         eval_probe.check(eval_probe.Args(args.checkpoints, data=named[0] if named else None))
+
+        # The table is printed at the end in any case, even after an error.
         device = common.start(args.device)
         subjects = open_subjects(args, device, evaluation)
         rows = lambda: [(s.name, s.row) for s in subjects]
@@ -1772,12 +1988,15 @@ def main(argv=None):
             if part in USES:
                 sets[part, name] = load(part, name, root, side, args.images)
 
+        # A task that fails does not stop the others.
         for line in notes:
             eval_probe.say(line)
         for subject in subjects:
             for task, name, root in jobs:
                 part = partial(measure, subject, task, name, root, sets[task, name], args)
                 evaluation.attempt(f"{subject.path}: {task}", part)
+
+        # Figures leave out encoders that they cannot show, with a line for each.
         for figure, name, root in figures if subjects else ():
             some = [s for s in subjects if knows(figure, s.encoder)]
             for path in [s.path for s in subjects if not knows(figure, s.encoder)]:

@@ -123,8 +123,11 @@ class Args:
 
 def check(args):
     """Refuse what cannot work, before checkpoints are read."""
+    # Images may have changed since another call of the same process.
     for known in (labelled, load_frost):
-        known.cache_clear()  # images may have changed since another call of this process
+        known.cache_clear()
+
+    # Refuse an empty suite and unknown types.
     types = {"corruptions": CORRUPTIONS, "perturbations": PERTURBATIONS}
     if not args.suite:
         common.die(f"--suite: is empty; name at least one of {', '.join(SUITES)}")
@@ -132,7 +135,7 @@ def check(args):
         if odd := [name for name in args.types if name not in types[suite]]:
             common.die(f"--types {odd[0]}: not one of the {suite}; there are {', '.join(types[suite])}")
 
-    # Flags of some suites only.
+    # Refuse flags of suites that are not asked for.
     for flag, value, suites in (
         ("types", args.types, types),
         ("save-images", args.save_images, types),
@@ -144,12 +147,10 @@ def check(args):
     if args.suite_dir and not one_folder and args.suite != ("shifts",):
         common.die("--suite-dir: goes with --suite corruptions (one folder) or --suite shifts (one or more), alone")
 
-    # Directories that must be there, or that can be made.
+    # Directories of sets must exist and differ in name; a directory of pictures is made.
     if len({Path(path).resolve().name for path in args.suite_dir} | {"clean"}) <= len(args.suite_dir):
-        common.die(
-            f"--suite-dir {' '.join(args.suite_dir)}: two folders of one name, or one named clean; rename them, "
-            "their names head the columns"
-        )
+        why = "two folders of one name, or one named clean; rename them, their names head the columns"
+        common.die(f"--suite-dir {' '.join(args.suite_dir)}: {why}")
     for flag, folders in (("suite", args.suite_dir), ("frost", (args.frost_dir,) if args.frost_dir else ())):
         if missing := [folder for folder in folders if not os.path.isdir(folder)]:
             common.die(f"--{flag}-dir {missing[0]}: no such directory")
@@ -162,9 +163,12 @@ def check(args):
 
 def check_sets(args, classes):
     """Refuse published sets that do not fit, before probes are trained."""
+    # Shifted sets need folders of known classes.
     if args.suite == ("shifts",):
         for path in args.suite_dir:
             labelled(Path(path), classes)
+
+    # Every condition of a finished set must be there, as a file or as folders of classes.
     if args.suite == ("corruptions",) and args.suite_dir:
         root = Path(args.suite_dir[0])
         for name in corruption_names(args):
@@ -238,9 +242,12 @@ def constant(values, device, dtype=None):
 def gaussian_matrix(n, sigma, device, truncate=4.0, border="nearest"):
     """(n, n) that blurs a line of n pixels: int(truncate sigma + 1/2) taps to either side; border "nearest" or
     "symmetric" (dcba|abcd|dcba)."""
+    # Taps are Gaussian weights, cut off at `truncate` standard deviations.
     radius = int(truncate * sigma + 0.5)
     t = torch.arange(-radius, radius + 1)
     taps = torch.exp(-(t.double() ** 2) / (2 * sigma**2)) if radius else torch.ones(1, dtype=torch.float64)
+
+    # A tap beyond the border adds its weight to the pixel that repeats or mirrors it.
     columns = torch.arange(n)[:, None] + t  # (n, taps)
     if border == "nearest":
         columns = columns.clamp(0, n - 1)
@@ -260,8 +267,12 @@ def correlate(x, kernels, border):
     """x (B, C, S, S) with kernels (k, k), or one per image (B, 1, k, k), k odd, by FFT; border "reflect" or
     "replicate"."""
     S, r = x.shape[-1], kernels.shape[-1] // 2
-    size = (S + 2 * r + 31) // 32 * 32  # 224 and 32 px come to sizes with small factors
-    if border == "reflect" and r >= S:  # one reflection adds S - 1 pixels at most
+
+    # An FFT is fast where the size has small factors, as multiples of 32 have at 224 and 32 px.
+    size = (S + 2 * r + 31) // 32 * 32
+
+    # One reflection adds at most S - 1 pixels, so that wide borders need a second one.
+    if border == "reflect" and r >= S:
         x, r = F.pad(x, (S - 1,) * 4, border), r - S + 1
     y = F.pad(x, (r,) * 4, border)
     y = torch.fft.rfft2(y, s=(size, size)) * torch.fft.rfft2(kernels, s=(size, size)).conj()
@@ -288,6 +299,8 @@ def motion(x, radius, sigma, degrees):
     i, angle = torch.arange(w, device=x.device), degrees.to(exact(x.device)).deg2rad()[:, None]  # (w,), (B, 1)
     taps = torch.exp(-(i**2) / (2 * sigma**2))
     dx, dy = (i * angle.cos() - 0.5).ceil().long(), (i * angle.sin() - 0.5).ceil().long()  # (B, w)
+
+    # Taps that round to the same pixel add up their weights.
     side = 2 * w - 1
     kernels = torch.zeros(len(x), side * side, device=x.device)
     kernels.scatter_add_(1, (w - 1 + dy) * side + w - 1 + dx, (taps / taps.sum()).float().expand(len(x), -1))
@@ -336,21 +349,24 @@ def glass_blur(x, draws, sigma, delta, iterations):
 
     As a graph: new(p) points to new(q) where q came before p, and to old(q) elsewhere; following pointers of pointers
     until they no longer change resolves a pass at once. A GPU's host waits once a round, 4 to 6 rounds a pass."""
+    # Visit pixels from the last to the first, without a border of `delta` pixels.
     S, n = x.shape[-1], x.shape[-1] - 2 * delta
     y = (blur(x, sigma) + EPSILON).floor().flatten(2)  # (B, 3, S S)
     visited = torch.arange(S - delta, delta, -1, device=x.device)  # (n,) rows and columns in their order
     p = (visited[:, None] * S + visited).flatten()  # (n n,)
     inside = torch.zeros(S * S, dtype=torch.bool, device=x.device).index_fill_(0, p, True)
 
-    # Node p is new(p), node S S + p is old(p).
+    # Node p of the graph is new(p), node S S + p is old(p).
     old = S * S + torch.arange(S * S, device=x.device).expand(len(x), -1)  # (B, S S)
 
-    # A pass, the pointers followed to their ends, and the colours taken from there.
     for _ in range(iterations):
+        # Draw the neighbour of each pixel; one that was visited before has its new colour, others the old one.
         dx, dy = draws.integers(-delta, delta, n * n, 2).unbind(2)  # (B, n n) in the order of the visits
         q = p + dy * S + dx
         pointers = torch.cat([old, old], 1)  # (B, 2 S S)
         pointers[:, p] = torch.where(inside[q] & (q > p), q, q + S * S)
+
+        # Follow pointers of pointers until all of them end at old colours.
         new = pointers[:, : S * S]
         while True:
             further = pointers.gather(1, new)
@@ -367,9 +383,10 @@ def motion_blur(x, draws, radius, sigma):
 
 def zoom_blur(x, draws, step, count):
     """Mean of the image and `count` magnifications of it, by 1, 1 + step, 1 + 2 step, ..."""
-    total = 2 * x  # the image, and the magnification by 1
+    # The magnification by 1 is the image itself.
+    total = 2 * x
 
-    # Zooms as the original's range computes them: (1 + step) - 1 is not step, and one size at 32 px depends on it.
+    # The original's range steps by (1 + step) - 1, which is rounded; one size at 32 px depends on it.
     for i in range(1, count):
         total += centre_zoom(x, 1 + i * ((1 + step) - 1))
     return total / (count + 1)
@@ -393,6 +410,8 @@ def frost(x, draws, scene, ice, photographs=()):
     S = x.shape[-1]
     if not photographs:
         return scene * x + ice * frost_texture(draws, S, x.device)
+
+    # Each image has a photograph and a crop of its own.
     crops = []
     for i, (top, left) in zip(draws.integers(0, len(photographs)).tolist(), draws.uniform(0, 1, 2).tolist()):
         photograph = photographs[i]
@@ -403,13 +422,16 @@ def frost(x, draws, scene, ice, photographs=()):
 
 def frost_texture(draws, S, device):
     """Smooth noise of spectrum |k|^-beta, (B, 3, S, S), with the colours, contrast and beta of one of FROST."""
+    # Each image has the statistics of one photograph.
     kinds = constant(FROST, device)[draws.integers(0, len(FROST))]  # (B, 7)
     mean, std, beta = kinds[:, :3], kinds[:, 3:6], kinds[:, 6]
+
+    # Amplitudes fall with the frequency, and that of the mean is 0.
     ky, kx = torch.fft.fftfreq(S, device=device)[:, None], torch.fft.rfftfreq(S, device=device)
     k = (ky**2 + kx**2).sqrt()
     amplitude = torch.where(k > 0, k, 1.0) ** (-beta / 2)[:, None, None] * (k > 0)  # (B, S, S / 2 + 1)
 
-    # Random phases, then unit variance.
+    # White noise gives the phases; the texture has unit variance before it is coloured.
     z = torch.fft.rfft2(draws.normal(S, S))
     f = torch.fft.irfft2(z / z.abs().clamp(min=1e-12) * amplitude, s=(S, S))
     f = f / f.std((1, 2), correction=0, keepdim=True)
@@ -433,16 +455,21 @@ def plasma(u, decay):
     B, side = len(u), math.isqrt(u.shape[1] + 1)
     corners, amplitude, used = u.new_zeros(B, 1, 1), 100.0, 0
     while (m := corners.shape[1]) < side:
+        # The middle of a square is the mean of its corners plus noise.
         noise = amplitude**2 * u[:, used : used + 3 * m * m].view(B, 3, m, m)
         right, down = corners.roll(-1, 2), corners.roll(-1, 1)
         middle = (corners + right + down + right.roll(-1, 1)) / 4 + noise[:, 0]
 
-        # Between a corner and the one to its right, then the one below.
+        # The middle of a side is the mean of its two corners and the two nearest middles, plus noise.
         row = (corners + right + middle + middle.roll(1, 1)) / 4 + noise[:, 1]
         column = (corners + down + middle + middle.roll(1, 2)) / 4 + noise[:, 2]
+
+        # Interleave corners and middles to a grid of twice the side.
         quads = torch.stack([torch.stack([corners, row], 3), torch.stack([column, middle], 3)], 2)
         corners = quads.reshape(B, 2 * m, 2 * m)
         amplitude, used = amplitude / decay, used + 3 * m * m
+
+    # Scale each cloud to [0, 1].
     low = corners.amin((1, 2), True)
     return (corners - low) / (corners.amax((1, 2), True) - low)
 
@@ -469,7 +496,9 @@ def saturate(x, draws, factor, offset):
     V, m = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
     S = (V - m) / V.clamp(min=1)
     new = (factor * S + offset).clamp(0, 1)
-    grey = torch.cat([V, V * (1 - new), V * (1 - new)], 1)  # of hue 0, red
+
+    # Grey has hue 0, which is red.
+    grey = torch.cat([V, V * (1 - new), V * (1 - new)], 1)
     return torch.where(S > 0, V - (V - x) * new / torch.where(S > 0, S, 1), grey)
 
 
@@ -481,6 +510,7 @@ def contrast(x, draws, c):
 def elastic_transform(x, draws, alpha, sigma, amplitude):
     """An affine map that moves three points at random, coordinates in steps of 1/32 px as OpenCV's, then smooth
     displacements."""
+    # Three points and their random moves determine an affine map.
     B, _, S, _ = x.shape
     q, t = S // 2, S // 3
     corners = (q + t, q + t), (q + t, q - t), (q - t, q - t)
@@ -488,14 +518,14 @@ def elastic_transform(x, draws, alpha, sigma, amplitude):
     moved = (points + draws.uniform(-amplitude, amplitude, 3, 2)).float().to(points.dtype)  # (B, 3, 2)
     back = torch.linalg.solve(F.pad(moved, (0, 1), value=1.0), points.expand(B, 3, 2))  # (B, 3, 2)
 
-    # [x y 1] back is where pixel (x, y) comes from.
+    # Pixel (x, y) comes from [x y 1] back, in the fixed-point coordinates of OpenCV.
     line = torch.arange(S, device=x.device, dtype=points.dtype)
     across = (1024 * back[:, 0, None] * line[:, None]).round()  # (B, S, 2), from the column
     along = (1024 * (back[:, 1, None] * line[:, None] + back[:, 2, None])).round() + 16  # from the row
     source = ((along[:, :, None] + across[:, None]) / 32).floor() / 32  # (B, S, S, 2) x, y in pixels
     x = F.grid_sample(x, (2 * source / (S - 1) - 1).float(), "bilinear", "reflection", align_corners=True)
 
-    # Each pixel then moves by its own smooth displacement.
+    # Each pixel is then moved by its own smooth displacement.
     if alpha:
         noise = blur(draws.uniform(-1, 1, 2, S, S), sigma, truncate=3.0, border="symmetric")
         shift = alpha * noise.permute(0, 2, 3, 1)
@@ -509,11 +539,15 @@ def box_taps(n, m, device):
     """Pillow's box filter from n to m pixels: (taps) of (index (m,), weight (m,))."""
     scale = n / m
     support = 0.5 * max(scale, 1.0)
+
+    # Pixels within the support have equal weights; bounds are rounded as Pillow's.
     weights = torch.zeros(m, n, dtype=torch.float64)
     for i in range(m):
         centre = (i + 0.5) * scale
         for j in range(max(0, int(centre - support + 0.5)), min(n, int(centre + support + 0.5))):
             weights[i, j] = -0.5 < (j - centre + 0.5) / max(scale, 1.0) <= 0.5
+
+    # Weights have 22 bits, as Pillow's; sorting puts the pixels without weight last, where they are cut off.
     weights = (weights / weights.sum(1, keepdim=True) * 2**22).round() / 2**22
     most = int((weights > 0).sum(1).max())
     values, index = weights.sort(dim=1, descending=True, stable=True)
@@ -547,11 +581,13 @@ def jpeg(x, quality):
     not."""
     images = torch.stack(x.cpu().unbind(1), 3).numpy()  # (B, S, S, 3)
 
+    # Compress one image, and decode it in place.
     def compress(i):
         file = io.BytesIO()
         Image.fromarray(images[i]).save(file, "JPEG", quality=quality)
         images[i] = np.frombuffer(Image.open(file).tobytes(), np.uint8).reshape(images[i].shape)
 
+    # A single thread needs no pool.
     threads = 1 if x.device.type == "cpu" and torch.get_num_threads() == 1 else common.default_workers(None)
     if threads == 1:
         for i in range(len(images)):
@@ -565,6 +601,8 @@ def jpeg(x, quality):
 def spatter(x, draws, mean, std, sigma, threshold, strength, mud):
     drops = blur(draws.normal(1, *x.shape[2:]) * std + mean, sigma)
     drops = drops.masked_fill(drops < threshold, 0)  # (B, 1, S, S)
+
+    # Water adds light; mud covers the image with brown.
     if not mud:
         return x + water(drops, strength)
     mask = blur((drops > threshold).float(), strength)
@@ -579,6 +617,8 @@ def water(drops, strength):
     rims = mean3(distance(canny(drops))).floor()
     emboss = constant(((-2.0, -1, 0), (-1, 1, 1), (0, 1, 2)), drops.device)
     rims = F.conv2d(F.pad(equalize(rims), (1,) * 4, "reflect"), emboss[None, None]).clamp(0, 255)
+
+    # Drops are brightest along their rims, and the brightest point of an image has `strength`.
     light = drops * mean3(rims).round()
     light = light / light.amax((2, 3), True).clamp(min=1e-12) * strength
     return light * constant((175.0, 238.0, 238.0), drops.device).view(3, 1, 1)
@@ -597,10 +637,11 @@ def canny(x, low=50, high=150):
     m, S = gx.abs() + gy.abs(), x.shape[-1]
     around = F.pad(m, (1,) * 4)
 
-    def at(dy, dx):  # magnitudes of the neighbours at this offset
+    # Look up the magnitudes of the neighbours at an offset.
+    def at(dy, dx):
         return around[..., 1 + dy : 1 + dy + S, 1 + dx : 1 + dx + S]
 
-    # Directions end at 22.5 and 67.5 degrees, whose tangents are these numbers over 2^15.
+    # A gradient is flat below 22.5 degrees and steep above 67.5; tangents are multiplied by 2^15.
     flat = (gy.abs() << 15) < gx.abs() * 13573
     steep = (gy.abs() << 15) > gx.abs() * (13573 + 2**16)
     falling = (gx ^ gy) >= 0
@@ -623,11 +664,12 @@ def canny(x, low=50, high=150):
 
 def distance(edges, most=20):
     """To the nearest edge of (B, 1, S, S), by steps of 1, 1.4 (diagonal) and 2.1969 (a knight's), capped."""
-    lengths = {1: 1.0, 2: 1.4, 5: 2.1969}  # by the square of the step
+    # Lengths of steps are those of OpenCV's 5 x 5 mask, by the square of the step.
+    lengths = {1: 1.0, 2: 1.4, 5: 2.1969}
     offsets = [(dy, dx) for dy in range(-2, 3) for dx in range(-2, 3) if dy * dy + dx * dx in lengths]
     S, d = edges.shape[-1], torch.where(edges, 0.0, float(most))
 
-    # No path below the cap has more steps than it. A CPU stops as soon as nothing changes; a GPU's host never waits.
+    # A path below the cap has at most `most` steps; a CPU stops early, where a GPU would wait for its host.
     for _ in range(most):
         around = F.pad(d, (2,) * 4, value=most)
         nearer = d
@@ -706,10 +748,12 @@ def corrupt(x, name, severity, seeds, photographs=()):
     constants = (small if x.shape[-1] < SMALL else large)[severity - 1]
     constants = constants if isinstance(constants, tuple) else (constants,)
     more = dict(photographs=photographs) if name == "frost" else {}
+
+    # Codecs map uint8 to uint8 and draw no random numbers.
     if function in CODECS:
         return function(x, None, *constants)
 
-    # What fits into a CPU's caches is faster.
+    # Chunks that fit into the caches of a CPU are faster.
     chunk = 8 if x.device.type == "cpu" and x.shape[-1] >= SMALL else len(x)
     parts = []
     for part, part_seeds in zip(x.split(chunk), seeds.split(chunk)):
@@ -783,18 +827,21 @@ def warped(move, interpolation="bilinear", opencv=False):
 
     def frames(x, y, draws, n, *constants):
         """n frames (B, 3, S, S) of x (B, 3, H, W), S the side of y."""
+        # A frame shows the centre of the image; its pixels are in homogeneous coordinates.
         (H, W), S = x.shape[2:], y.shape[-1]
         top, left = round((H - S) / 2), round((W - S) / 2)
         v, u = torch.meshgrid(torch.arange(S) + top, torch.arange(S) + left, indexing="ij")
         pixels = torch.stack([u, v, torch.ones_like(u)], 2).double()  # (S, S, 3)
 
-        # Where each pixel of a frame comes from, in pixels of the source and then from -1 to 1.
+        # Map each pixel of a frame to its place in the source, in pixels and then from -1 to 1.
         for i in range(n):
             back = pixels @ torch.linalg.inv(move(i, W, H, *constants)).T  # (S, S, 3) homogeneous, in the source
             source = back[..., :2] / back[..., 2:]
             source = (32 * source).round() / 32 if opencv else source
             grid = ((2 * source + 1) / torch.tensor([W, H]) - 1).float()
             grid = common.send(grid, x.device).expand(len(x), -1, -1, -1)
+
+            # OpenCV blends the border into black, Pillow cuts it off.
             if opencv:
                 yield F.grid_sample(x, grid, interpolation, "zeros", align_corners=False).round()
             else:
@@ -835,8 +882,11 @@ def tilt(i, W, H, step):
     a, f = math.radians(step * (i - 15)), math.hypot(W, H)
     c, s = math.cos(a), math.sin(a)
     matrix = lambda rows: torch.tensor(rows, dtype=torch.float64)
+
+    # Move the centre to the origin, turn the plane about both axes, move it away by f, and project it.
     to_centre = matrix([[1, 0, -W / 2], [0, 1, -H / 2], [0, 0, 1]])
-    about_x, about_y = matrix([[1, 0, 0], [0, c, -s], [0, s, c]]), matrix([[c, 0, -s], [0, 1, 0], [s, 0, c]])
+    about_x = matrix([[1, 0, 0], [0, c, -s], [0, s, c]])
+    about_y = matrix([[c, 0, -s], [0, 1, 0], [s, 0, c]])
     away = matrix([[0, 0, 0], [0, 0, 0], [0, 0, f]])
     camera = matrix([[f, 0, W / 2], [0, f, H / 2], [0, 0, 1]])
     return camera @ (about_x @ about_y @ to_centre + away)
@@ -874,7 +924,10 @@ def perturb(x, name, seeds, size):
     function, large, small = PERTURBATIONS[name]
     constants = small if size < SMALL else large
     top, left = round((x.shape[2] - size) / 2), round((x.shape[3] - size) / 2)
-    chunk, out = 8 if x.device.type == "cpu" else 64, []
+
+    # Chunks bound the memory of the frames.
+    chunk = 8 if x.device.type == "cpu" else 64
+    out = []
     for image, image_seeds in zip(x.split(chunk), seeds.split(chunk)):
         image = image.float()
         y = image[:, :, top : top + size, left : left + size]
@@ -952,6 +1005,8 @@ def count_changes(scores, noise):
     order = ranking(scores)  # (B, n, C)
     ranks = order.argsort(-1)  # (B, n, C) of every class, from 0
     before = order[:, :1].expand(-1, scores.shape[1] - 1, -1) if noise else order[:, :-1]  # (B, n - 1, C)
+
+    # Compare places 1 to 5 of a frame with the ranks of the same classes in the other frame.
     after = ranks[:, 1:].gather(2, before[..., :5]).clamp(max=5)  # (B, n - 1, 5)
     moved = (after - torch.arange(after.shape[2], device=scores.device)).abs().sum()
     changed = before[..., 0] != order[:, 1:, 0]  # (B, n - 1)
@@ -1001,7 +1056,10 @@ class Subject:
         backbone, side = self.case.backbone, self.case.backbone.img_size
         if x.shape[-1] != side:
             x = common.resize(x, (side, side), "bicubic")
-        normalise, features = common.Normalize(backbone.mean, backbone.std), []
+        normalise = common.Normalize(backbone.mean, backbone.std)
+        features = []
+
+        # Chunks of 256 images bound the memory of the encoder; all probes read the same features.
         for chunk in x.split(256):
             with common.autocast(self.case.device, self.case.args.amp):
                 features.append(backbone.last_blocks(normalise(chunk.float() / 255)).float())
@@ -1056,12 +1114,14 @@ def measure(suite, sums, args):
     reader = None
     for job in suite.jobs:
         data, device = job.read(), job.subjects[0].case.device
+
+        # Jobs on the same images share a reader; ranks share the images.
         if reader is None or reader.data is not data:
             reader = common.Reader(data, args.workers)
         local_rows = first_of_classes(data, args.images_per_class)[common.rank() :: common.world_size()]
         job.images = len(local_rows)
 
-        # Every condition of a batch is made once, and scored by all subjects.
+        # Make every condition of a batch once, and score it with all subjects.
         for rows, x in reader.batches(job.source, local_rows, batch_size=job.batch_size, name=job.name):
             x = [image.to(device) for image in x] if isinstance(x, list) else common.send(x, device)
             labels = common.send(data.labels[rows], device)
@@ -1071,6 +1131,8 @@ def measure(suite, sums, args):
                     for part, scores in subject.scores(y).items():
                         sums[subject.path][part][c] += suite.count(condition, scores, labels)
             job.done += len(rows)
+
+    # Add up the counts of all ranks.
     for parts in sums.values():
         for part, n in parts.items():
             parts[part] = common.all_reduce(n)
@@ -1134,14 +1196,17 @@ def corruptions(subjects, data, args):
     names, size = corruption_names(args), side_of(subjects)
     photographs = load_frost(args.frost_dir, size)
     jpeg85 = args.jpeg85 and size >= SMALL
+
+    # The seeds of a condition do not depend on the other conditions of the call.
     conditions = [("clean", 0), *((name, severity) for name in names for severity in range(1, 6))]
     seeds = {c: seeds_of(data, args.seed, *c) for c in conditions}
 
+    # ImageNet-C was saved as JPEG of quality 85.
     def make(x, rows, condition):
         y = corrupt(x, *condition, seeds[condition][rows], photographs)
         return jpeg(y, 85) if jpeg85 else y
 
-    # Published files, each read for itself, or one reading of the clean images, from which all conditions are made.
+    # Read each published file by itself, or make all conditions from one reading of the clean images.
     if args.suite_dir:
         root = Path(args.suite_dir[0])
         read = lambda c: lambda subject: partial(finished, root, *c, data.classes)
@@ -1153,7 +1218,7 @@ def corruptions(subjects, data, args):
         jobs = [Job("corruptions", lambda: data, Source(size), conditions[1:], subjects, make, batch)]
         notes = resized("corruptions", size, subjects)
 
-    # Results with frost that is not the published one have a star.
+    # A star marks results whose frost is not the published one.
     star, frost_from = "", "photographs" if photographs else None
     if "frost" in names and not photographs and not args.suite_dir:
         star, frost_from = "*", "procedural"
@@ -1167,7 +1232,7 @@ def corruptions(subjects, data, args):
         over_severities = lambda top, name: [top[name, severity] for severity in range(1, 6)]
         mean = {name: sum(over_severities(top1, name)) / 5 for name in names}
 
-        # Means over the benchmark, where all of it was asked for, stand before the single corruptions.
+        # Means come before the single corruptions, and need all corruptions of the benchmark.
         values = dict(clean=top1["clean", 0])
         if set(BENCHMARK) <= set(names):
             values[f"mean{star}"] = mean_over(mean, BENCHMARK)
@@ -1176,21 +1241,21 @@ def corruptions(subjects, data, args):
                 values[f"mean top-5{star}"] = sum(every) / len(every)
             if star:
                 values["without frost"] = mean_over(mean, [name for name in BENCHMARK if name != "frost"])
+
+            # AlexNet's errors are known on ImageNet only.
             if on_imagenet(size, data):
                 errors = {name: [1 - v / 100 for v in over_severities(top1, name)] for name in BENCHMARK}
                 values[f"mCE{star}"] = mean_corruption_error(errors)
                 values[f"rel mCE{star}"] = mean_corruption_error(errors, 1 - values["clean"] / 100)
 
-        # The record counts each severity.
+        # The table has the mean over severities, the record the counts of each.
         values |= {name + star if name == "frost" else name: mean[name] for name in names}
         right = {f"{name} {s}".removesuffix(" 0"): counts[1:].tolist() for (name, s), counts in zip(conditions, n)}
         return values, dict(images=n[0, 0].item(), right=right)
 
-    details = dict(
-        jpeg85=jpeg85 and not args.suite_dir,
-        frost=frost_from,
-        source="files" if args.suite_dir else "made here",
-    )
+    # The record says where images and frost come from.
+    source = "files" if args.suite_dir else "made here"
+    details = dict(jpeg85=jpeg85 and not args.suite_dir, frost=frost_from, source=source)
     jobs = clean(subjects, conditions[0]) + jobs
     return Suite(conditions, jobs, count_right, 3, row, details, notes, partial(over_severity, conditions, star))
 
@@ -1216,13 +1281,16 @@ def perturbations(subjects, data, args):
     names, size = args.types or tuple(PERTURBATIONS), side_of(subjects)
     seeds = {name: seeds_of(data, args.seed, "sequence", name) for name in names}
 
+    # Whole images that differ in size are perturbed one by one.
     def make(x, rows, name):
         whole = [image[None] for image in x] if isinstance(x, list) else [x]
-        frames, part_seeds = [], seeds[name][rows].split([len(images) for images in whole])
+        part_seeds = seeds[name][rows].split([len(images) for images in whole])
+        frames = []
         for images, image_seeds in zip(whole, part_seeds):
             frames.append(perturb(images, name, image_seeds, size))
         return torch.cat(frames).flatten(0, 1)  # (B n, 3, S, S)
 
+    # Frames are scored as images, and compared within their sequence.
     def count(name, scores, labels):
         n = len(scores) // len(labels)
         right = count_right(name, scores, labels.repeat_interleave(n))
@@ -1234,6 +1302,7 @@ def perturbations(subjects, data, args):
         top1, top5 = by_name(100 * right / frames), by_name(100 * right5 / frames)
         flips, moved = by_name(changes / pairs), by_name(distances / pairs)
 
+        # A mean needs all of its types.
         summary = {}
         if set(PERTURBATIONS) <= set(names):
             summary = {"top-1": mean_over(top1, names), "top-5": mean_over(top5, names)}
@@ -1242,11 +1311,14 @@ def perturbations(subjects, data, args):
             if on_imagenet(size, data):
                 summary["mFR"] = mean_flip_rate(flips)
             summary["top-5 distance"] = mean_over(moved, TEST_PERTURBATIONS)
+
+        # With five classes or fewer, top-5 metrics say nothing.
         if len(data.classes) <= 5:
             summary = {k: v for k, v in summary.items() if not k.startswith("top-5")}
         record = dict(frames=n[0, 0].item(), top1=top1, top5=top5, flip_probability=flips, top5_distance=moved)
         return summary | top1, record
 
+    # An image becomes up to 41 frames, so that batches are small.
     batch = batch_of(size, subjects[0].case.device, small=32, large=8, gpu=64)
     jobs = [Job("perturbations", lambda: data, Source(size, whole=True), names, subjects, make, batch)]
     details = dict(codec="none", flips_over=TEST_PERTURBATIONS)
@@ -1256,6 +1328,7 @@ def perturbations(subjects, data, args):
 def augmentations(subjects, data, args):
     """CLeVER's test images: unaltered; with colours jittered; and flipped, turned by up to 90 degrees, or turned and
     deformed as well."""
+    # Each condition applies its operations in order; random ones are repeated in several passes.
     jitter, turn = common.ColorJitter(0.4, 0.4, 0.4, 0.1, p=1), common.Affine(90, interpolation="nearest")
     ops = {
         "Orig": [],
@@ -1266,6 +1339,7 @@ def augmentations(subjects, data, args):
     }
     conditions = [(name, k) for name in ops for k in range(args.passes if ops[name] else 1)]
 
+    # Parameters are drawn for the whole set, so that they do not depend on batches.
     def drawn():
         """Parameters for every image and condition -> make(x, rows, condition)."""
         params = {}  # {condition: [parameters (N, ...) of an op]}
@@ -1287,6 +1361,7 @@ def augmentations(subjects, data, args):
         means = {name: sum(values) / len(values) for name, values in passes.items()}
         return means, dict(images=n[0, 0].item(), passes=passes)
 
+    # Each size of encoder has a job of clean images and one of augmented ones.
     jobs = []
     for job in clean(subjects, conditions[0]):
         batch = batch_of(job.source.size, subjects[0].case.device, small=256, large=64, gpu=256)
@@ -1298,6 +1373,8 @@ def augmentations(subjects, data, args):
 def shifts(subjects, data, args):
     """Other images of the same classes: folders named after the classes; of `blocks` rendered stand-ins."""
     classes = {"clean": data.labels.unique()}  # of each set
+
+    # Published sets are read from folders; `blocks` has rendered stand-ins.
     if args.suite_dir:
         sets = {Path(path).resolve().name: partial(labelled, Path(path), data.classes) for path in args.suite_dir}
         read = lambda name: lambda subject: sets[name]
@@ -1310,8 +1387,9 @@ def shifts(subjects, data, args):
         jobs = at_own_size(name, read, name, subjects)
         classes[name] = jobs[0].read().labels.unique()
 
+    # Count twice, with all classes to choose from and with those of the set alone.
     def count(name, scores, labels):
-        kept = common.send(classes[name], scores.device)  # masked, only the classes of the set compete
+        kept = common.send(classes[name], scores.device)
         masked = torch.full_like(scores, -math.inf).index_copy(1, kept, scores[:, kept])
         return torch.cat([count_right(name, scores, labels), count_right(name, masked, labels)[1:]])
 
@@ -1321,6 +1399,8 @@ def shifts(subjects, data, args):
             images, top1, top5, masked, masked5 = counts
             record = dict(images=images, top1=top1, top5=top5, masked=masked, masked_top5=masked5)
             details[name] = record | dict(classes=len(classes[name]))
+
+            # Accuracy over the classes of the set is shown where the set lacks some.
             percent = [100 * right / images if images else math.nan for right in (top1, top5, masked)]
             values[name] = percent[0]
             if len(data.classes) > 5:
@@ -1349,13 +1429,13 @@ def class_index(folder, names, classes):
     """Class folders -> their classes: those of the same name, or, as in ImageNet-V2, of that number."""
     if len(names) < 2:
         common.die(f"--suite-dir {folder}: holds no class folders; one folder a class is expected")
+
+    # ImageNet-V2 numbers its folders in the order of the classes.
     numbers = all(name.isdigit() for name in names) and not set(names) <= set(classes)
     unknown = [name for name in names if (int(name) >= len(classes) if numbers else name not in classes)]
     if unknown:
-        common.die(
-            f"--suite-dir {folder}: {unknown[0]} is no class of the training images; folders are named like "
-            f"{classes[0]}, or 0 to {len(classes) - 1}"
-        )
+        why = f"{unknown[0]} is no class of the training images"
+        common.die(f"--suite-dir {folder}: {why}; folders are named like {classes[0]}, or 0 to {len(classes) - 1}")
     return torch.tensor([int(name) if numbers else classes.index(name) for name in names])
 
 
@@ -1379,15 +1459,13 @@ def finished(root, name, severity, classes):
     except (OSError, ValueError) as e:
         common.die(f"--suite-dir {root}: {name}.npy and labels.npy cannot be read ({e})")
 
-    # Severities follow one another.
+    # The five severities follow one another in the file, which is mapped into memory.
     n = len(images) // 5
     part = slice((severity - 1) * n, severity * n)
     labels = labels[part]
     if images.shape[1:] != (32, 32, 3) or len(labels) != n or int(labels.max()) >= len(classes):
-        common.die(
-            f"--suite-dir {root}: {name}.npy should hold 5 x N images of 32 x 32 x 3 and labels.npy their "
-            f"classes below {len(classes)}; found {images.shape}"
-        )
+        expected = f"5 x N images of 32 x 32 x 3 and labels.npy their classes below {len(classes)}"
+        common.die(f"--suite-dir {root}: {name}.npy should hold {expected}; found {images.shape}")
     pixels = torch.from_numpy(images[part].copy()).permute(0, 3, 1, 2)
     return common.ImageSet(images=pixels, labels=labels, classes=classes)
 
@@ -1397,13 +1475,13 @@ def find_finished(root, name, severity):
     array = root / f"{name}.npy"
     if array.is_file():
         return array
+
+    # ImageNet-C's archives group corruptions in folders, such as noise and blur.
     for place in (root / name / f"{severity}", *sorted(root.glob(f"*/{name}/{severity}"))):
         if place.is_dir():
             return place
-    common.die(
-        f"--suite-dir {root}: has neither {name}/{severity}/ nor {name}.npy; --types names the corruptions that "
-        "are there"
-    )
+    why = f"has neither {name}/{severity}/ nor {name}.npy"
+    common.die(f"--suite-dir {root}: {why}; --types names the corruptions that are there")
 
 
 @functools.lru_cache
@@ -1417,14 +1495,12 @@ def load_frost(folder, size):
     except OSError as e:
         common.die(f"--frost-dir {folder}: {e}")
 
-    # Crops of the encoder's size must fit into them.
+    # A crop of the size of an image must fit into each photograph.
     if size < SMALL:
         images = [fifth(x) for x in images]
     if not images or min(min(x.shape[1:]) for x in images) < size:
-        common.die(
-            f"--frost-dir {folder}: photographs of at least {size if size >= SMALL else 5 * size} px are needed, "
-            f"found {len(images)} images"
-        )
+        least = size if size >= SMALL else 5 * size
+        common.die(f"--frost-dir {folder}: photographs of at least {least} px are needed, found {len(images)} images")
     return tuple(images)
 
 
@@ -1436,11 +1512,13 @@ def fifth(x):
 
 def contact_sheet(path, rows, side=96):
     """{label: [uint8 (3, S, S)]} -> a picture, a row a label."""
+    # The margin has room for the longest label.
     columns, margin = max(map(len, rows.values())), 8 * max(map(len, rows)) + 8
     sheet = Image.new("RGB", (margin + columns * (side + 2), len(rows) * (side + 2)), "white")
     for i, (label, images) in enumerate(rows.items()):
         ImageDraw.Draw(sheet).text((4, i * (side + 2) + side // 2 - 6), label, fill="black")
         for j, x in enumerate(images):
+            # Small images keep sharp pixels when they grow; large ones are averaged when they shrink.
             tile = Image.fromarray(x.permute(1, 2, 0).contiguous().cpu().numpy())
             tile = tile.resize((side, side), Image.NEAREST if x.shape[-1] <= side else Image.BOX)
             sheet.paste(tile, (margin + j * (side + 2), i * (side + 2)))
@@ -1453,7 +1531,7 @@ def save_sheet(suite, data, size, args):
     x = Source(size, whole=suite == "perturbations")(data[first], first)  # (1, 3, H, W)
     photographs, rows = load_frost(args.frost_dir, size), {}
 
-    # The clean image and its five severities; or every fifth frame.
+    # Each type has a row, of the clean image and five severities, or of every fifth frame.
     if suite == "corruptions":
         for name in corruption_names(args):
             rows[name] = [x[0]]
@@ -1464,6 +1542,8 @@ def save_sheet(suite, data, size, args):
         for name in args.types or PERTURBATIONS:
             frames = perturb(x, name, seeds_of(data, args.seed, "sequence", name)[:1], size)[0]
             rows[name] = list(frames[::5])
+
+    # A picture that cannot be written costs a line, not the evaluation.
     try:
         contact_sheet(Path(args.save_images) / f"{suite}.png", rows)
     except OSError as e:
@@ -1478,7 +1558,8 @@ def save_sheet(suite, data, size, args):
 def run(name, subjects, data, args, evaluation, protocol, panels):
     """A suite -> the rows of its table, which is printed, and `panels` of the figure; a record a checkpoint. A suite
     that breaks off prints what it has counted."""
-    start, suite = time.monotonic(), SUITES[name](subjects, data, args)
+    start = time.monotonic()
+    suite = SUITES[name](subjects, data, args)
     sums = zeros(suite, subjects)
 
     def found(subject):  # {part: (results in percent, counts for the record)}
@@ -1487,6 +1568,8 @@ def run(name, subjects, data, args, evaluation, protocol, panels):
     def show():
         for note in suite.notes:
             eval_probe.say(note)
+
+        # A part of a subject is a row of the table; metrics that are not finite are left out.
         rows, curves = [], []
         for subject in subjects:
             for part, (values, _) in found(subject).items():
@@ -1497,6 +1580,7 @@ def run(name, subjects, data, args, evaluation, protocol, panels):
         panels.extend(panels_of(f" ({name})", rows, curves))
         return rows
 
+    # An interruption, also by a signal, prints the counts so far, and is then passed on.
     try:
         measure(suite, sums, args)
     except BaseException:
@@ -1506,7 +1590,7 @@ def run(name, subjects, data, args, evaluation, protocol, panels):
         show()
         raise
 
-    # A record beside each checkpoint, then the table.
+    # Append a record beside each checkpoint, then print the table.
     seconds = time.monotonic() - start
     for subject in subjects:
         parts = found(subject)
@@ -1531,17 +1615,23 @@ def main(argv=None):
     returns {suite: rows}."""
     panels, data = [], []  # of the figure; names of the sets
     with eval_probe.Evaluation() as evaluation:
+        # Refuse impossible calls before checkpoints are read.
         eval_probe.checkpoints_first(argv, Args)
         args = common.parse(Args, lambda first: {}, argv, description=__doc__)
         common.check_ranges(args)
         check(args)
+
+        # Probes are trained as in eval_probe.py, by the flags that both scripts have.
         fields = {f.name for f in dataclasses.fields(eval_probe.Args)}
         shared = {k: v for k, v in dataclasses.asdict(args).items() if k in fields}
         probing = eval_probe.Args(tasks=("linear",), **shared)
         eval_probe.check(probing)
         device = common.start(args.device)
-        torch.set_float32_matmul_precision("highest")  # corruptions need float32; containers may have chosen TF32
 
+        # Corruptions need float32, where containers may have chosen TF32.
+        torch.set_float32_matmul_precision("highest")
+
+        # The figure is drawn in any case, even after an error.
         def at_end():
             title = f"Linear probes of clean features on altered images of {', '.join(dict.fromkeys(data))}"
             if any("*" in panel.title for panel in panels):
@@ -1549,6 +1639,8 @@ def main(argv=None):
             evaluation.plot(args.plot, panels, title)
 
         evaluation.at_end = at_end
+
+        # Open all checkpoints that can be read, and evaluate them together.
         cases = eval_probe.open_all(probing, lambda state: probing, device, evaluation)
         subjects = [Subject(name, path, case) for path, name, case in cases]
         data += [subject.case.state["data"] for subject in subjects]
@@ -1562,15 +1654,15 @@ def evaluate(subjects, args, evaluation, panels):
     name, root = first.state["data"], first.state["data_dir"]
     if "shifts" in args.suite and not args.suite_dir and not name.startswith("blocks"):
         common.die(f"--suite-dir: name the folders of the shifted sets, such as ImageNet-V2's; {name} has no stand-in")
+
+    # All checkpoints need the same test images, as each batch is altered once for all of them.
     for subject in subjects:
         same = (subject.case.state["data"], subject.case.state["data_dir"]) == (name, root)
         if side_of([subject]) != size or not same or subject.case.train.classes != first.train.classes:
-            common.die(
-                f"{subject.path}: was trained on other data, or for images of another size, than {subjects[0].path};"
-                " name --data and --data-dir, or run them apart"
-            )
+            why = f"was trained on other data, or for images of another size, than {subjects[0].path}"
+            common.die(f"{subject.path}: {why}; name --data and --data-dir, or run them apart")
 
-    # Data that are missing or do not fit end the evaluation before probes are trained.
+    # Read all data before probes are trained, so that missing or unsuitable data end the evaluation early.
     data = common.load_data(name, root, "test", size) if name.startswith("blocks") else first.test
     load_frost(args.frost_dir, size)
     check_sets(args, data.classes)
@@ -1578,7 +1670,7 @@ def evaluate(subjects, args, evaluation, panels):
         for suite in set(args.suite) & {"corruptions", "perturbations"}:
             save_sheet(suite, data, size, args)
 
-    # Probes are trained on clean features, once for all suites; the features are then given back.
+    # Train probes on clean features, once for all suites, and release the features.
     for subject in list(subjects):
         subject.probe = evaluation.attempt(subject.path, subject.case.fit_probes)
         if subject.probe is None:
@@ -1586,7 +1678,9 @@ def evaluate(subjects, args, evaluation, panels):
         for large in {"x", "readers"} & set(vars(subject.case)):
             delattr(subject.case, large)
 
-    protocol, tables = dict(size=size, data=name, data_dir=root, device=device.type), {}
+    # A suite that fails does not stop the others.
+    protocol = dict(size=size, data=name, data_dir=root, device=device.type)
+    tables = {}
     for suite in args.suite if subjects else ():
         rows = evaluation.attempt(suite, partial(run, suite, subjects, data, args, evaluation, protocol, panels))
         if rows is not None:
