@@ -1,4 +1,4 @@
-"""Dense tasks on saved encoders: what do the frozen maps of tokens know, and what do the papers' figures look like?
+"""Dense tasks on saved encoders: small heads, or none, on frozen feature maps; and the papers' figures.
 
     python eval_dense.py runs/*/checkpoint.pt  # every task on scenes rendered on the spot, one table
     python eval_dense.py A B --data davis ecssd duts dut-omron --data-dir DAVIS ECSSD DUTS OMRON  # CLeVER, Table 5
@@ -8,7 +8,7 @@
     python eval_dense.py C D --figures embedding fullgrad  # CIPER, Figures 2 and 3
     python eval_dense.py A B --figures attention --data ecssd --data-dir ECSSD  # CLeVER, Figure 4
 
-Flow: checkpoints -> frozen encoders -> every task, which reads or trains on their maps -> a table, a row a checkpoint.
+Flow: checkpoints -> frozen encoders -> each task reads their maps, or trains a head on them -> one table.
 Seeds share a row. As soon as a task is finished its results are appended to eval.jsonl beside the checkpoint. The map
 is that of the last block through the final norm, without [CLS], before any neck; of ResNets and VMamba the last map.
 
@@ -25,9 +25,10 @@ Tasks, all in percent
                 over frames without the first and last, then over all objects. J&F is the mean of the two.
   saliency      No training: TokenCut cuts the graph of patches in two where keys of the last block differ [TokenCut].
                 W_ij is 1 if cos > 0.2, else 1e-5; v is the second smallest solution of (D - W) v = lambda D v; the
-                object is v > mean(v), where |v| is largest. IoU, accuracy and max F-beta (beta^2 0.3), means over
-                images. Encoders without attention use their last map. Where all patches are alike the mask is
-                arbitrary: `cut` is the percent of images with something to cut, where that is not 100.
+                object is the connected part of v > mean(v), or of its complement, that holds the patch with the
+                largest |v|. IoU, accuracy and max F-beta (beta^2 0.3), means over images. Encoders without attention
+                use their last map. Where all patches are alike the mask is arbitrary: `cut` is the percent of images
+                with something to cut, where that is not 100.
 
 Figures, PNG files in --out with their numbers in .npz files beside them
   embedding     Features of test images in the plane, a panel a checkpoint, coloured by class, and by azimuth where the
@@ -38,16 +39,17 @@ Figures, PNG files in --out with their numbers in .npz files beside them
   attention     Attention of [CLS], mean over heads, TokenCut's eigenvector and mask.
 
 `scenes` is the stand-in that needs no download: one to five of the rendered `blocks` on one floor, 96 px for encoders
-of less than 96 px, else 384. Nothing about it compares with published figures. A perfect map of 12 x 12 patches has an
-mIoU of 67 there, one of 24 x 24 patches 81, and the background alone 8; J of a first mask that never moves is 36.
+of less than 96 px, else 384. Nothing about it compares with published figures. The true labels, rounded to 12 x 12
+patches, reach an mIoU of 67 there, to 24 x 24 patches 81; background everywhere reaches 8. Repeating the first mask
+reaches a J of 36.
 
 Where the paper is silent. SER names no detector; ours is torchvision's, AdamW at 1e-4 [ViTDet], rate divided by ten
 after 2/3 and 8/9 of the steps [Detectron]. RECON says "HyperNet", which its successor calls UPerNet; ours stays frozen
 beneath it, has 256 channels and no auxiliary head. CLeVER follows DINO's and TokenCut's files; ours has no bilateral
-solver. CIPER and SER state neither images, settings nor severity of their figures: ours are the libraries' defaults and
-severity 3. Further differences: the loss of a pixel is divided by the labelled pixels, not all; positions of ViTs are
+solver. CIPER and SER do not say which images, settings or severity their figures use; ours are the packages' defaults
+and severity 3. Further differences: the loss is the mean over labelled pixels, not over all; positions of ViTs are
 resampled as in this repository; photometric distortion is ColorJitter. Several processes train the same linear head;
-detection and UPerNet's dropout are the same in law only.
+detection and UPerNet draw other random numbers on each, so their results differ as between seeds.
 
 Sources. DINO (arXiv 2104.14294), its eval_video_segmentation.py; DINOv2 (2304.07193); UPerNet (1807.10221), in
 open-mmlab/mmsegmentation; ViTDet (2203.16527); the DAVIS 2017 toolkit, davisvideochallenge/davis2017-evaluation;
@@ -369,7 +371,8 @@ def rendered(make, split, size, n, whole):
     # Large scenes would take a gigabyte of the cache, and parts of a set are not kept.
     if n < whole or size > 96:
         return make(split, size, n)
-    code = common.number_of(inspect.getsource(draw_scenes), inspect.getsource(make), common.code_of(common.blocks))
+    sources = [inspect.getsource(function) for function in (draw_scenes, some_objects, make)]
+    code = common.number_of(*sources, N_SCENES, N_SEQUENCES, N_FRAMES, common.code_of(common.blocks))
     return common.cached(f"{make.__name__}-{split}-{size}-{code:x}", lambda: make(split, size, n))
 
 
@@ -495,7 +498,7 @@ class Sequence:
 def davis_sequences(root):
     """The validation sequences of DAVIS-2017 (list of Sequence)."""
     listed = place_of("davis", root, "ImageSets/2017/val.txt")
-    names = listed.read_text().split()
+    names = listed.read_text(errors="replace").split()
     if not names:
         common.die(f"{listed}: names no sequence; davis is {LAYOUTS['davis']}")
     out = []
@@ -507,6 +510,8 @@ def davis_sequences(root):
         if len(frames) != len(masks) or len(frames) < 3:
             found = f"{len(frames)} frames and {len(masks)} masks"
             common.die(f"--data-dir {root}: {name} has {found}; at least 3, and as many of both, are expected")
+        if odd := [f for f, m in zip(frames, masks) if Path(f).stem != Path(m).stem]:
+            common.die(f"--data-dir {root}: {name} has no mask for its frame {odd[0]}")
 
         # The first mask defines the objects to follow, so that it must show one.
         files = [[str(folder / f) for f in some] for folder, some in zip(folders, (frames, masks))]
@@ -594,16 +599,18 @@ def parse_coco(file):
         categories = sorted(category["id"] for category in held["categories"])
         keys = "id", "image_id", "category_id", "bbox", "area", "iscrowd"
         rows = [[a[key] for key in keys] for a in held["annotations"]]
+        if len(images) < len(sizes):
+            common.die(f"{file}: two images have one id")
+
+        # Refuse boxes without an image or a category, and boxes that reach beyond their image.
+        for number, image, category, (x, y, w, h), *_ in rows:
+            if image not in images or category not in categories:
+                common.die(f"{file}: annotation {number} is of an image or a category that is not in the file")
+            height, width = sizes[images[image]]
+            if min(x, y) < -1 or min(w, h) < 0 or x + w > width + 1 or y + h > height + 1:
+                common.die(f"{file}: annotation {number} reaches beyond its image by more than a pixel")
     except (ValueError, KeyError, TypeError) as e:
         common.die(f"{file}: not the annotations of COCO ({type(e).__name__} {e}); copy it again")
-
-    # Refuse boxes without an image or a category, and boxes that reach beyond their image.
-    for name, image, category, (x, y, w, h), *_ in rows:
-        if image not in images or category not in categories:
-            common.die(f"{file}: annotation {name} is of an image or a category that is not in the file")
-        height, width = sizes[images[image]]
-        if min(x, y, w, h) < -1 or x + w > width + 1 or y + h > height + 1:
-            common.die(f"{file}: annotation {name} reaches beyond its image by more than a pixel")
     if not rows:
         common.die(f"{file}: holds no box")
 
@@ -696,6 +703,14 @@ def pixels_of(ids, values):
     return values.to(torch.uint8).gather(1, ids.flatten(1).long()).view_as(ids)
 
 
+def refuse(error):
+    """End with one line for a file or an image that does not fit. Only one rank may have seen it, and with a mistake
+    of the user's, code 2, the others would go on without it; so several processes end as a failure, code 1."""
+    # The error of a loader process is a traceback whose last line is the message.
+    line = str(error).splitlines()[-1].removeprefix("OSError: ")
+    common.die(line, 2 if common.world_size() == 1 else 1, alone=True)
+
+
 def reading(data, rows, workers, name):
     """Yield the items of some rows (list) in their order, behind a progress bar: from loader processes where they are
     files. A file that does not fit ends the program with one line."""
@@ -710,8 +725,7 @@ def reading(data, rows, workers, name):
             common.check_shared_memory(workers, 1.5 * sum(t.nbytes for t in common.tensors(data[rows[0]])))
         yield from common.progress(loader, total=len(rows), desc=name)
     except OSError as e:
-        # The error of a worker is a traceback whose last line is the message.
-        common.die(str(e).splitlines()[-1].removeprefix("OSError: "), alone=True)
+        refuse(e)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -764,7 +778,7 @@ class Encoder:
     def fit(self, *sides):
         """The nearest multiples of the stride, half to even."""
         if min(round(side / self.stride) for side in sides) < 1:
-            common.die(f"an image of {' x '.join(map(str, sides))} px is smaller than half a patch of {self.path}")
+            refuse(f"an image of {' x '.join(map(str, sides))} px is smaller than half a patch of {self.path}")
         return tuple(round(side / self.stride) * self.stride for side in sides)
 
     def normalise(self, images, size=None, std=None):
@@ -916,18 +930,21 @@ def video(encoder, sequences, name, args, save):
         J = {k: [] for k in objects}
         boundaries = {k: [] for k in objects}
 
-        # The first mask is given, and saved as it is.
-        if save:
-            write_png(save / sequence.name / "00000.png", sequence.ids(0), palette())
-        for t, predicted in follow(encoder, sequence, name == "davis"):
+        try:
+            # The first mask is given, and saved as it is.
             if save:
-                write_png(save / sequence.name / f"{t:05d}.png", predicted, palette())
+                write_png(save / sequence.name / "00000.png", sequence.ids(0), palette())
+            for t, predicted in follow(encoder, sequence, name == "davis"):
+                if save:
+                    write_png(save / sequence.name / f"{t:05d}.png", predicted, palette())
 
-            # The last frame counts in no measure [DAVIS].
-            truth = sequence.ids(t)
-            for k in objects if t < len(sequence) - 1 else ():
-                J[k].append(jaccard(predicted == k, truth == k))
-                boundaries[k].append(boundary_f(predicted == k, truth == k))
+                # The last frame counts in no measure [DAVIS].
+                truth = sequence.ids(t)
+                for k in objects if t < len(sequence) - 1 else ():
+                    J[k].append(jaccard(predicted == k, truth == k))
+                    boundaries[k].append(boundary_f(predicted == k, truth == k))
+        except OSError as e:
+            refuse(e)
         found[i] = [dict(sequence=sequence.name, object=k, J=over_time(J[k]), F=over_time(boundaries[k])) for k in J]
 
     # The mean is over objects, not over sequences.
@@ -1037,7 +1054,7 @@ def saliency(encoder, pairs, name, args, save):
     results = dict(IoU=iou, acc=accuracy, maxF=max(curve))
     if cut < 100:
         results["cut"] = cut
-        share = f"{100 - cut:.0f} % of the images hold patches that are all alike (cosine above {ALIKE})"
+        share = f"in {100 - cut:.0f} % of the images all patches are alike (cosine above {ALIKE})"
         eval_probe.say(f"{encoder.path}: saliency on {name}: {share}; their masks are arbitrary")
 
     # The row of scenes has other tasks as well, so that these metrics name their task.
@@ -1422,6 +1439,8 @@ def detection(encoder, sets, name, args, save):
     chosen, test, device = trainable(sets["train"]), sets["test"], encoder.device
     if not len(chosen):
         common.die(f"--images {args.images}: none of the training images has a box; take more")
+    if test.crowd.all():
+        common.die(f"--images {args.images}: none of the test images has a box; take more")
 
     # The seed determines the weights of the detector.
     common.seed_everything(args.seed, "detection")
@@ -1594,7 +1613,8 @@ def embedding(cases, name, args):
         points = laid_out(x, how, args.seed)
         labels = torch.zeros(len(rows), dtype=torch.int64) if data.labels is None else data.labels[rows]
         results.append({} if data.labels is None else {"map 10-NN": map_neighbours(points, labels)})
-        panels.append([scatter(points, labels / (labels.max() + 1), f"{label}: class ({how})")])
+        present, hue = labels.unique(return_inverse=True)  # even hues for the classes that are shown
+        panels.append([scatter(points, hue / len(present), f"{label}: class ({how})")])
         numbers |= {f"{i} points": points, f"{i} labels": labels, f"{i} name": label}
 
         # A second panel shows the azimuth where the set has views.
@@ -1891,9 +1911,13 @@ def open_subjects(args, device, evaluation):
 
     # A checkpoint that cannot be read costs its own row only.
     for path in args.checkpoints:
+        # All ranks can read it before they compare what they have read, or some would wait for ever.
+        read = evaluation.attempt(path, partial(eval_probe.load, path), together=True)
+        if read is None:
+            continue
 
-        def opened(path=path):
-            backbone, state = eval_probe.load(path)
+        def opened(path=path, read=read):
+            backbone, state = read
             complaint = lambda a, r, b: f"{path}: rank {r} holds another file than rank 0; copy it to all machines"
             common.same_on_all_ranks(state["sha256"], complaint)
             return Encoder(backbone, path, device, args.amp), state
@@ -1929,11 +1953,19 @@ def measure(subject, task, name, root, data, args):
     eval_probe.say(f"{subject.path}: {task} on {name}, {seconds:.1f} s")
 
 
+def labels_of(subjects):
+    """A label for each subject of a figure: its name, numbered where seeds of one configuration share it."""
+    names = [s.name for s in subjects]
+    numbered = lambda i: f"{names[i]} #{1 + names[:i].count(names[i])}" if names.count(names[i]) > 1 else names[i]
+    return [numbered(i) for i in range(len(names))]
+
+
 def make_figure(figure, name, root, data, subjects, args, device):
     """One figure of all subjects that it knows; what it measures goes to their rows and records."""
+    labels = labels_of(subjects)
     # Attention maps have no score, and rank 0 draws them alone.
     if figure == "attention":
-        common.by_rank_0(lambda: attention([(s.name, s.encoder) for s in subjects], data, name, args))
+        common.by_rank_0(lambda: attention(list(zip(labels, [s.encoder for s in subjects])), data, name, args))
         return
 
     # The other figures use the sets and features of eval_probe.py.
@@ -1941,7 +1973,7 @@ def make_figure(figure, name, root, data, subjects, args, device):
     how = eval_probe.Args(args.checkpoints, ("equivariance",), data=name, data_dir=root, **flags)
     cases = [eval_probe.open_case(s.path, s.encoder.backbone, dict(s.state), how, device) for s in subjects]
     make = embedding if figure == "embedding" else fullgrad
-    found = make(list(zip([s.name for s in subjects], cases)), name, args)
+    found = make(list(zip(labels, cases)), name, args)
     for subject, case, results in zip(subjects, cases, common.by_rank_0(lambda: found)):
         results = {f"{name} {metric}" if name else metric: value for metric, value in results.items()}
         protocol = dict(figure=figure, data=case.state["data"], data_dir=case.state["data_dir"], amp=args.amp)

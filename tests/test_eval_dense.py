@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import types
 
 import clever
 import common
@@ -299,7 +300,7 @@ def test_saliency_sees_what_is_planted(capsys):
     blind, _ = ed.saliency(stub(0.0), ed.Pairs(painted(ids), ids), "scenes", arguments(), None)
     assert all(math.isfinite(v) for v in blind.values()) and blind["saliency IoU"] < 50
     assert "saliency cut" not in scores and blind["saliency cut"] == 0
-    assert "100 % of the images hold patches that are all alike" in capsys.readouterr().err
+    assert "in 100 % of the images all patches are alike" in capsys.readouterr().err
 
 
 def test_detection_sees_what_is_planted():
@@ -1062,3 +1063,44 @@ def test_help_teaches_every_flag(capsys):
     assert "is silent" not in text and text.index("python ") < text.index("options")
     numbers = {f.name for f in common.dataclasses.fields(ed.Args) if any(t in str(f.type) for t in ("int", "float"))}
     assert numbers == set(common.ranges(ed.Args))
+
+
+@pytest.mark.parametrize("world, code", [(1, 2), (2, 1)])
+def test_a_file_that_one_rank_refuses_ends_all_of_them(world, code, monkeypatch, capsys):
+    """Code 2 is a mistake that all ranks see. With it the others would go on, and merge the rows of two sets."""
+    monkeypatch.setattr(common, "world_size", lambda: world)
+
+    class Broken(torch.utils.data.Dataset):
+        images = torch.zeros(1)
+
+        def __getitem__(self, i):
+            raise OSError("1.png: cannot be read as an image")
+
+    with pytest.raises(SystemExit) as end:
+        list(ed.reading(Broken(), [0], 0, "images"))
+    assert end.value.code == code and "1.png: cannot be read" in capsys.readouterr().err
+
+
+def test_seeds_of_one_configuration_have_labels_of_their_own():
+    names = ["ser", "none", "ser"]
+    assert ed.labels_of([types.SimpleNamespace(name=n) for n in names]) == ["ser #1", "none", "ser #2"]
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (dict(bbox=[0, 0, 5]), "not the annotations of COCO"),
+        (dict(bbox=None), "not the annotations of COCO"),
+        (dict(bbox=["a", 0, 5, 5]), "not the annotations of COCO"),
+        (dict(bbox=[2, 2, -1, 5]), "reaches beyond its image"),
+    ],
+)
+def test_boxes_that_are_none_are_one_line(change, words, tmp_path, capsys):
+    box = dict(id=1, image_id=1, category_id=1, bbox=[0, 0, 5, 5], area=25, iscrowd=0) | change
+    image = dict(id=1, height=10, width=10, file_name="1.jpg")
+    file = tmp_path / "instances.json"
+    for images, text in (([image], words), ([image, image], "two images have one id")):
+        file.write_text(json.dumps(dict(images=images, categories=[dict(id=1)], annotations=[box])))
+        with pytest.raises(SystemExit) as end:
+            ed.parse_coco(file)
+        assert end.value.code == 2 and text in capsys.readouterr().err
