@@ -72,6 +72,7 @@ def on_machines(tiny, root, *flags):
     return 0
 
 
+@pytest.mark.usefixtures("narrow")
 def test_F1_machines_without_a_common_disk_resume_together(tiny, tmp_path):
     for name in ("n0", "n1", "whole/n0", "whole/n1"):
         (tmp_path / name).mkdir(parents=True)
@@ -577,6 +578,7 @@ def test_S5_a_signal_to_one_rank_stops_all_at_the_same_step(tiny, tmp_path):
     assert common.load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 3
 
 
+@pytest.mark.usefixtures("narrow")
 def test_S6_when_a_rank_dies_the_others_end_and_the_checkpoint_stands(tiny, tmp_path, capfd):
     import torch.distributed as dist
 
@@ -755,6 +757,7 @@ def test_S7_all_ranks_take_part_in_the_same_collectives(tiny, tmp_path):
     assert code == 0 and first == second and len(first) > 50
 
 
+@pytest.mark.usefixtures("narrow")
 def test_S12_a_damaged_image_on_one_rank_is_one_line(folder, tiny, tmp_path):
     shutil.copytree(folder, tmp_path / "data")
     (tmp_path / "data" / "train" / "left" / "03.png").write_bytes(b"\x89PNG nothing more")
@@ -885,6 +888,7 @@ def test_C11_a_head_that_is_not_finite_is_not_saved_over_one_that_is(what, tiny,
     assert common.load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 2
 
 
+@pytest.mark.usefixtures("narrow")
 def test_T1_a_loss_that_is_not_finite_on_one_rank_stops_all_at_the_same_step(tiny, tmp_path):
     for code, lines in on_ranks(
         2,
@@ -933,6 +937,7 @@ def test_N8_every_step_draws_its_own_augmentations(folder, tiny):
     assert all(not torch.equal(tops[i], tops[j]) for i in range(4) for j in range(i))
 
 
+@pytest.mark.usefixtures("narrow")
 def test_N7_drop_path_resumes_to_the_bits(tiny, tmp_path):
     """Its draws come from the global generator, which is reseeded every step."""
     argv = [*tiny, "--drop-path", "0.5"]

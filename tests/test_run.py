@@ -18,6 +18,8 @@ import pytest
 import torch
 import torch.nn as nn
 
+pytestmark = pytest.mark.usefixtures("narrow")
+
 
 def state(value=0.0, n=1000):
     return dict(
@@ -46,7 +48,6 @@ def refused(capsys, call, *words):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.usefixtures("narrow")
 def test_C1_kill_at_any_moment_of_a_save_leaves_a_whole_checkpoint(tmp_path):
     path, rnd = tmp_path / "checkpoint.pt", random.Random(0)
     common.save_checkpoint(path, state(0))
@@ -285,7 +286,6 @@ def content(path):
         *((signal.SIGKILL, "mocov3", equi) for equi in ("augself", "stl", "equimod", "essl")),
     ],
 )
-@pytest.mark.usefixtures("narrow")
 def test_N7_C15_S1_S2_a_killed_run_resumes_to_the_bits_of_an_uninterrupted_one(tiny, tmp_path, how, base, equi):
     """A child trains and gets the signal in the middle of step 3 of 6; its successor ends where an undisturbed run
     ends. DINO's temperature, weight decay and frozen last layer are then in mid-schedule."""
@@ -327,7 +327,6 @@ def test_N7_C15_S1_S2_a_killed_run_resumes_to_the_bits_of_an_uninterrupted_one(t
     assert not same(whole, killed)  # the comparison sees what it should
 
 
-@pytest.mark.usefixtures("narrow")
 def test_C15_N7_resume_without_a_momentum_encoder_would_show(tiny, tmp_path, monkeypatch):
     """Negative control: the same resume, but the momentum encoder restarted, ends elsewhere."""
     ser.main([*tiny, "--out", str(tmp_path / "whole")])
@@ -341,7 +340,6 @@ def test_C15_N7_resume_without_a_momentum_encoder_would_show(tiny, tmp_path, mon
     assert not same(*(content(tmp_path / name / "checkpoint.pt") for name in ("whole", "part")))
 
 
-@pytest.mark.usefixtures("narrow")
 def test_N8_results_do_not_depend_on_workers(tiny, tmp_path):
     for workers in ("0", "2"):
         ser.main([*tiny, "--out", str(tmp_path / workers), "--workers", workers, "--max-steps", "2"])
@@ -503,7 +501,6 @@ def test_S3_sigterm_to_the_whole_group_with_busy_workers_saves_and_ends(tiny, tm
     assert time.monotonic() - killed < 10
 
 
-@pytest.mark.usefixtures("narrow")
 def test_resuming_continues_the_log(tiny, tmp_path):
     ser.main([*tiny, "--out", str(tmp_path), "--max-steps", "4"])
     log = tmp_path / "log.jsonl"
