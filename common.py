@@ -160,18 +160,22 @@ def parse(Args, values_in_force, argv=None, description=""):
     shown = os.environ.get("RANK", "0") == "0"
     cli = partial(tyro.cli, Args, args=argv, console_outputs=shown)
     try:
+        # The first pass leaves unknown flags alone; the second parses all flags over the defaults in force.
         first, _ = cli(return_unknown_args=True, add_help=False)
         args = cli(default=Args(**values_in_force(first)), description=description)
     except SystemExit as e:
+        # torchrun ends all ranks once one has ended, so the silent ranks give rank 0 time to print.
         if e.code and not shown:
             die("the command line")
         raise
 
+    # An unset shell variable arrives as an empty string, which no argument means.
     for name, value in vars(args).items():
         if value == "":
             die(f"{flag_name(name)}: is empty (an unset shell variable?); give a value or leave the flag out")
     if isinstance(getattr(args, "data_dir", None), str):
-        args.data_dir = os.path.abspath(os.path.expanduser(args.data_dir))  # probes start in other directories
+        # The evaluation may start in another directory, so the run stores an absolute path.
+        args.data_dir = os.path.abspath(os.path.expanduser(args.data_dir))
     return args
 
 
@@ -183,13 +187,14 @@ def flag_name(name):
 def check_run(args, recipes, *archs, warmup_within_epochs=True):
     """Refuse what no method script can work with: unknown names, numbers out of range, values that contradict each
     other. `archs` are tables of architectures. Arguments that a script does not have are not checked."""
+    # Every name must exist, and every number must be in its interval.
     check_data(args.data)
     if args.recipe not in recipes:
         die(f"--recipe {args.recipe or 'is missing'}: name one of {', '.join(recipes)} (for --data {args.data})")
     check_arch(args.arch, *archs)
     check_ranges(args)
 
-    # Ranges (low, high), and the strengths of the colour jitter (brightness, contrast, saturation, hue).
+    # A range starts with its lower end; the four strengths of the jitter end with the hue.
     for name in ("crop_scale", "local_scale", "equi_area"):
         low, high = getattr(args, name, (0, 1))
         if low > high:
@@ -198,6 +203,7 @@ def check_run(args, recipes, *archs, warmup_within_epochs=True):
     if jitter[3] > 0.5:
         die(f"--jitter {' '.join(map(str, jitter))}: hue is in turns, at most 0.5")
 
+    # The warm-up must end before the training does, and a ViT needs a whole number of patches.
     warmup = getattr(args, "warmup_epochs", 0)
     if warmup_within_epochs and args.epochs and warmup >= args.epochs:
         die(f"--warmup-epochs {warmup}: must be below --epochs {args.epochs}")
@@ -230,6 +236,8 @@ def check_ranges(args):
     """Refuse numbers outside their range. None is skipped, NaN refused."""
     for name, interval in ranges(type(args)).items():
         value = getattr(args, name)
+
+        # A bracket includes the end of an interval, a parenthesis excludes it.
         low, high = (float(v) for v in interval[1:-1].split(","))
         for v in value if isinstance(value, (tuple, list)) else [value]:
             above = v is None or (v >= low if interval[0] == "[" else v > low)
@@ -241,17 +249,20 @@ def check_ranges(args):
 def command(main):
     """Run a script's main() so that whatever ends it ends in one line: Ctrl-C (130), memory or disk that ran out, a
     process of the group that is gone (1). A reader that leaves (`| head`) or a full disk behind stdout ends nothing."""
+    # A closed pipe or a full disk behind the output must not end the training.
     sys.stdout, sys.stderr = (Unfailing(stream or open(os.devnull, "w")) for stream in (sys.stdout, sys.stderr))
     try:
         main()
     except KeyboardInterrupt:
         die("stopped by SIGINT", 130)
     except (MemoryError, RuntimeError, OSError) as e:
+        # A known failure ends in one line; any other keeps its traceback for debugging.
         line = one_line(e)
         if line is None:
             raise
         if line.startswith(GONE):
-            time.sleep(5)  # the process that ended has a better line, and torchrun ends this one
+            # The process that ended first prints a better message, and then torchrun kills the others.
+            time.sleep(5)
         die(line, 1, alone=True)
 
 
@@ -290,11 +301,13 @@ def die(message, code=2, alone=False):
     Every rank may call it for the same mistake: rank 0 prints, and the others wait. torchrun kills all processes as
     soon as one ends, so a rank that is still there after the wait made the mistake by itself, and prints. `alone`: it
     is known that no other rank made it."""
+    # Rank 0 prints for all ranks, and torchrun then kills those that wait.
     if not alone and os.environ.get("RANK", "0") != "0":
         time.sleep(5)
     with contextlib.suppress(OSError):  # nobody may be reading
         for bar in list(getattr(tqdm, "_instances", ())):
-            bar.close()  # or the line would be glued to it
+            # An open progress bar would share its line with the message.
+            bar.close()
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
     raise SystemExit(code)
 
@@ -306,6 +319,8 @@ def one_line(error):
     """What an error means that comes from the machine and not from the code, in one line; None for all others."""
     text = " ".join(str(error).split())
     has = lambda *words: any(w in text for w in words)
+
+    # Training most often runs out of memory: of the GPU, of the host, or of a loader process.
     if isinstance(error, torch.OutOfMemoryError) or has("CUDA error: out of memory"):
         return f"out of memory on the GPU: lower --batch-size or --img-size ({text[:120]})"
     if isinstance(error, MemoryError) or has("DefaultCPUAllocator", "out of memory"):
@@ -313,6 +328,8 @@ def one_line(error):
     if has("DataLoader"):
         advice = "lower --workers (0 reads in the main process), or give it more memory"
         return f"a loader process ended or hangs: {advice} ({text[:200]})"
+
+    # Another process may have ended, a compiler may be missing, or a disk may be full.
     if has("Connection closed by peer", "Connection reset by peer", "gloo", "NCCL"):
         return f"{GONE} ended or does not answer ({text[:160]})"
     if has("InvalidCxxCompiler", "Cannot find a working triton"):
