@@ -362,6 +362,7 @@ def rank():
 
 def from_torchrun():
     """RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE as torchrun sets them; those of one process where it did not."""
+    # A launcher or a batch system may have set these variables to something else.
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
     for name in names:
         value = os.environ.get(name, "0")
@@ -370,7 +371,7 @@ def from_torchrun():
     numbers = [int(os.environ.get(name, default)) for name, default in zip(names, (0, 0, 1, 1))]
     global_rank, local_rank, world, local_world = numbers
 
-    # What is left of another program's environment: a group without its parts, a rank outside its group.
+    # Variables of another program may name a group without its address, or a rank outside its group.
     missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if world > 1 and missing:
         problem = f"WORLD_SIZE={world} is in the environment and {missing[0]} is not"
@@ -385,6 +386,7 @@ def from_torchrun():
 def start(device="auto"):
     """Join the process group when torchrun started us; return the torch.device of this process. Gloo exchanges CPU
     tensors (flags, float64 tests), NCCL those on GPUs."""
+    # CUDA is preferred to MPS, and MPS to the CPU.
     _, local_rank, world, local_world = from_torchrun()
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if device == "auto":
@@ -401,6 +403,7 @@ def start(device="auto"):
                 resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
                 break
 
+    # Several processes need one GPU each, or share the CPU.
     if world > 1:
         if device == "mps":
             die("--device mps: several processes need CUDA or the CPU; use --device cpu")
@@ -408,7 +411,8 @@ def start(device="auto"):
             count = torch.cuda.device_count()
             die(f"--nproc_per_node {local_world}: this machine has {count} GPUs; start as many processes")
     if device == "cuda":
-        torch.cuda.set_device(local_rank)  # before NCCL looks which GPU is ours
+        # NCCL takes the current GPU, so each process chooses its own GPU first.
+        torch.cuda.set_device(local_rank)
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=timedelta(minutes=10))
         atexit.register(dist.destroy_process_group)
@@ -422,6 +426,8 @@ def send(x, device):
     Elsewhere the host waits. On MPS a copy that nobody waits for may read memory that is in use again."""
     if x.device.type != "cpu" or device.type != "cuda":
         return x.to(device)
+
+    # Only a copy from pinned memory leaves the host free to go on.
     if x.nbytes > 2**16 and not x.is_pinned():
         x = torch.empty_like(x, pin_memory=True).copy_(x)
     return x.to(device, non_blocking=True)
@@ -442,6 +448,8 @@ def by_rank_0(act):
     there, all ranks end."""
     if world_size() == 1:
         return act()
+
+    # Rank 0 acts; its result, or the exit code with which it ended, goes to all ranks.
     box = [None, None]  # the value; an exit code
     if rank() == 0:
         try:
@@ -502,6 +510,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        # Each rank's rows enter the loss of every rank, so their gradients add up.
         grad = grad.contiguous()
         dist.all_reduce(grad)
         return grad.chunk(dist.get_world_size())[dist.get_rank()]
@@ -547,6 +556,8 @@ class BatchNormOverRanks(nn.modules.batchnorm._BatchNorm):
         """x (b, C, ...) -> the same shape, normalised over the global batch and all but the channels."""
         if not self.training:
             return super().forward(x)
+
+        # The number n of values per channel corrects the bias of the running variance below.
         dims, n = [0, *range(2, x.dim())], x.numel() // x.shape[1] * world_size()
         view = lambda v: v.view(1, -1, *[1] * (x.dim() - 2))
 
@@ -554,10 +565,14 @@ class BatchNormOverRanks(nn.modules.batchnorm._BatchNorm):
         mean = all_reduce(x.mean(dims)) / world_size()  # (C,)
         centred = x - view(mean)
         var = all_reduce((centred * centred).mean(dims)) / world_size()  # (C,)
+
+        # The running statistics are updated without gradient, the variance as the unbiased one.
         with torch.no_grad():
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(var * n / (n - 1), self.momentum)
             self.num_batches_tracked += 1
+
+        # The batch is normalised, then scaled and shifted per channel.
         y = centred * view((var + self.eps).rsqrt())
         return y * view(self.weight) + view(self.bias) if self.affine else y
 
@@ -606,6 +621,7 @@ def ema_update(target, online, m):
 def clip_each_(parameters, most):
     """Scale down the gradient of every parameter tensor whose norm exceeds `most` (DINO clips each tensor by
     itself)."""
+    # The small constant avoids a division by zero, as in DINO.
     grads = [p.grad for p in parameters if p.grad is not None]
     norms = torch.stack(torch._foreach_norm(grads))
     torch._foreach_mul_(grads, (most / (norms + 1e-6)).clamp(max=1.0).unbind())
@@ -643,6 +659,8 @@ def write(path, content):
     """Write bytes so that a kill at any moment leaves either the old or the new file: a temporary file in the same
     directory, flushed to the disk, then renamed over the old one (over its target, if `path` is a link)."""
     path = Path(path).resolve()
+
+    # The content goes to a temporary file first, so that the old file stays whole until the rename.
     tmp = path.with_name(f"{path.name}.tmp")
     try:
         with open(tmp, "wb") as f:
@@ -684,6 +702,7 @@ def read_tensors(path, file=None):
     """What `save_checkpoint` wrote, or what an open `file` holds. torch.load does not look at the checksums of the
     zip file, so they are checked first; nothing compressed is inflated, no pickled code is run, and no tensor is
     larger than the file that claims it. Raises whatever a damaged file makes the readers raise."""
+    # Compressed members are refused, and the checksums of all others must be right.
     with zipfile.ZipFile(file or path) as z:
         if any(i.compress_type != zipfile.ZIP_STORED for i in z.infolist()) or z.testzip():
             raise ValueError(f"{path}: damaged")
@@ -693,7 +712,7 @@ def read_tensors(path, file=None):
             file.seek(0)
         return torch.load(file or path, map_location=device, weights_only=True)
 
-    # On the meta device tensors have a size but no memory.
+    # On the meta device tensors have a size but no memory, so an impossible size is found before it is allocated.
     size = file.seek(0, os.SEEK_END) if file else os.path.getsize(path)
     for t in tensors(read("meta")):
         if max(t.numel() * t.element_size(), t.untyped_storage().nbytes()) > size:
@@ -721,10 +740,14 @@ def load_checkpoint(path, file=None):
     path = Path(path)
     if not os.path.isfile(path):
         die(f"{path}: no such checkpoint file")
+
+    # A missing or damaged file is refused first.
     try:
         state = read_tensors(path, file)
     except Exception:  # a dozen different types
         die(f"{path}: not a checkpoint of this project, or damaged (truncated download? copy it again)")
+
+    # A file of another program, a newer format or diverged weights are refused as well.
     if not isinstance(state, dict) or set(state) != KEYS:
         die(f"{path}: not a checkpoint of this project (expected the keys {', '.join(sorted(KEYS))})")
     if state["format"] != FORMAT:
@@ -762,6 +785,7 @@ class Run:
     FREE = LOCAL | {"resume", "overwrite", "device", "compile", "max_steps", "save_every", "log_every"}
 
     def __init__(self, args, variant, model, optimizer):
+        # The run takes its name from the script, and its encoder from the model.
         self.script = Path(sys.modules[type(args).__module__].__file__)
         self.method = self.script.stem
         self.args, self.model, self.optimizer = args, model, optimizer
@@ -772,6 +796,7 @@ class Run:
         if args.resume and args.overwrite:
             die("--resume and --overwrite: contradict each other; give one of them")
 
+        # All ranks must train with the same arguments, and rank 0 claims the directory for all.
         def complaint(a, other, b):
             name = next(name for name in a if a[name] != b.get(name))
             return f"{flag_name(name)}: {a[name]} on rank 0 and {b[name]} on rank {other}; give all processes the same"
@@ -779,11 +804,12 @@ class Run:
         same_on_all_ranks({k: v for k, v in dataclasses.asdict(args).items() if k not in self.LOCAL}, complaint)
         by_rank_0(self._claim)
 
-        # The signal that came, whether the run waits for data, and torchrun's agent.
+        # The signal handler sets `signal` and interrupts a run that is `waiting`
+        # for data; `parent` is the process of torchrun.
         self.signal, self.waiting = None, False
         self.parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
-        # Values noted since they were last read and their first step; steps in the log, and when its last line came.
+        # Logged values stay on the device in `pending`, from step `first_pending` on, until a line of the log is due.
         self.pending, self.first_pending = [], 0
         self.logged, self.clock, self.torn = 0, 0.0, False
 
@@ -791,6 +817,7 @@ class Run:
 
     def _claim(self):
         """Make the directory, lock it against a second run, and prove that it can be written."""
+        # A file is created and removed, because permissions alone do not say whether a file system is writable.
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             if os.name == "posix":
@@ -800,6 +827,8 @@ class Run:
             probe.unlink()
         except OSError as e:
             die(f"--out {self.out}: cannot be written ({e.strerror}); choose another directory")
+
+        # An earlier run's checkpoint is replaced only on request.
         if self.path.exists() and not (self.args.resume or self.args.overwrite):
             advice = "add --resume to continue, --overwrite to start afresh, or choose another --out"
             die(f"--out {self.out}: already holds a checkpoint; {advice}")
@@ -808,10 +837,13 @@ class Run:
         """Lock the directory until `finish`, or the end of the process. File systems without locks do without."""
         import fcntl
 
+        # A second run in the same process keeps the lock of the first.
         path = self.out.resolve()
         if path in LOCKS:  # an earlier run of this process, which was refused or failed
             return
         LOCKS[path] = os.open(path, os.O_RDONLY)
+
+        # The lock is tried without waiting, so that a second run is refused at once.
         try:
             fcntl.flock(LOCKS[path], fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -831,6 +863,7 @@ class Run:
 
         Rank 0 reads the checkpoint for all. `data` is the training set: all ranks must see the same, and a run goes on
         with nothing else than it began with."""
+        # All ranks must see the same images, in the same order, before any of them resumes.
         self.data = data.fingerprint()
 
         def complaint(a, other, b):
@@ -838,6 +871,8 @@ class Run:
             return f"--data-dir: {what}; give all machines the same"
 
         same_on_all_ranks(self.data, complaint)
+
+        # Rank 0 reads the checkpoint, and every rank starts from its step.
         state = by_rank_0(lambda: self._read() if self.args.resume and self.path.exists() else None)
         self.resumed, self.begin = state is not None, 0
         if state is not None:
@@ -848,6 +883,7 @@ class Run:
 
     def _read(self):
         """The checkpoint to resume, if it is of this method, these arguments and these images."""
+        # The checkpoint must come from the same method, with the same arguments wherever they change the result.
         state = load_checkpoint(self.path)
         saved, now = state["args"], dataclasses.asdict(self.args)
         if state["method"] != self.method:
@@ -856,6 +892,8 @@ class Run:
             if now[name] != saved[name]:
                 there = f"the checkpoint in {self.out} was made with {saved[name]}"
                 die(f"{flag_name(name)} {now[name]}: {there}; resume with that or choose another --out")
+
+        # The checkpoint also records the images it was trained on; older checkpoints do not.
         seen = state["train_state"].get("data", self.data)
         if seen != self.data:
             what = f"holds other images than {self.path} has seen ({difference(seen, self.data)})"
@@ -865,6 +903,7 @@ class Run:
     def _load(self, state):
         """Take model and optimiser from a checkpoint. Whether the optimiser's kernels are fused is this device's
         choice, not that of the device on which the checkpoint was written."""
+        # The encoder is stored under its own names, and is put back into the whole model.
         encoder = {f"{self.model.evaluated}.{k}": v for k, v in state["backbone_state"].items()}
         try:
             optimizer = state["train_state"]["optimizer"]
@@ -880,7 +919,7 @@ class Run:
     def _prepare(self):
         """What the directory holds before the first step."""
         try:
-            # What an overwritten run has left must not pass for this one's.
+            # An overwritten run leaves files which a reader would take for those of the new run.
             if not self.resumed:
                 names = ["checkpoint.pt", "log.jsonl", "backbone.safetensors", "eval.jsonl"]
                 if of_a_run(os.listdir(self.out)):
@@ -888,12 +927,13 @@ class Run:
                 for name in names:
                     (self.out / name).resolve().unlink(missing_ok=True)
 
+            # The arguments and the source files are kept, so that the run can be understood and repeated later.
             write(self.out / "args.json", (json.dumps(dataclasses.asdict(self.args), indent=1) + "\n").encode())
             for source in {self.script, Path(__file__)}:
                 if source.resolve() != (self.out / source.name).resolve():
                     shutil.copy(source, self.out)
 
-            # Steps that were logged but not saved are done, and logged, again.
+            # Steps after the checkpoint are computed again, so their lines are dropped from the log.
             log = self.out / "log.jsonl"
             lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
             kept = [f"{line}\n" for line in lines if 0 <= step_of(line) < self.begin]
@@ -919,12 +959,13 @@ class Run:
             if s is not None and signal.getsignal(s) is not signal.SIG_IGN:
                 handlers[s] = signal.signal(s, self._on_signal)
 
+        # A resumed run counts, times and draws from its own first step on.
         self.bar = progress(total=total, initial=min(begin, total), unit="step", leave=True)
         self.first_pending = self.logged = begin
         self.clock, batches = time.monotonic(), loader.batches(range(begin, total))
         try:
             for step in range(begin, total):
-                # Without a batch a signal has come. The script computes the step at `yield`.
+                # No batch means that a signal came; otherwise the script computes its step at `yield`.
                 batch = self._wait(batches)
                 if batch is None:
                     self._stop(step, self.signal)
@@ -932,16 +973,18 @@ class Run:
                 yield step, *batch
                 self.bar.update()
 
-                # A rank whose torchrun is gone stops as if it had been asked to.
+                # A rank whose torchrun has ended stops as if it had received SIGTERM.
                 orphan = self.parent is not None and os.getppid() != self.parent
                 self._stop_if_asked(step + 1, signal.SIGTERM if orphan else 0)
                 if self.due(step) and step + 1 < total:
                     self.save(step + 1)
 
-            # The end, unless a resumed run was at its end already.
+            # The last checkpoint is written, unless the resumed run was complete already.
             if begin < total or not self.resumed:
                 self.save(total, last=True)
-                self._stop_if_asked(total)  # a signal came within that save
+
+                # A signal may have come while the last checkpoint was written.
+                self._stop_if_asked(total)
             else:
                 self.say(f"{self.path} is finished: {begin} of {total} steps")
         finally:
@@ -987,15 +1030,21 @@ class Run:
     def save(self, step, last=False):
         """Write checkpoint.pt from rank 0; return whether it was written. Weights that are not finite never replace
         those that are. A full disk costs one line during the run, and at its end the exit code."""
+        # The encoder is stored apart from the rest, so that evaluation can load it without the script's own classes.
         self.flush()
         heads = {k: v for k, v in self.model.state_dict().items() if not k.startswith(f"{self.model.evaluated}.")}
         train_state = dict(heads=heads, optimizer=self.optimizer.state_dict(), data=self.data)
+
+        # Weights with NaN or infinity on any rank stop all ranks before a good checkpoint is overwritten.
         if any_rank(int(not finite([self.encoder.state_dict(), train_state]))):
             die(f"the weights are not finite after step {step - 1}; lower --lr; {self._last_good()}", 1)
+
+        # The checkpoint holds everything that evaluation and resuming need.
         state = dict(format=FORMAT, method=self.method, args=dataclasses.asdict(self.args), step=step)
         state |= dict(backbone=self.encoder.description, backbone_state=self.encoder.state_dict())
         state |= dict(train_state=train_state)
 
+        # Only rank 0 writes, but all ranks must learn whether it succeeded.
         error = 0
         if rank() == 0:
             try:
@@ -1020,12 +1069,13 @@ class Run:
 
     def introduce(self, data, loader, peak, chance):
         """Print what is about to run: data, recipe in force, learning rate after scaling, the loss of pure chance."""
+        # The recipe shows what is computed, not where.
         recipe = " ".join(f"{k}={v}" for k, v in dataclasses.asdict(self.args).items() if k not in self.FREE)
         epochs = f"{self.args.epochs} epochs of {loader.steps_per_epoch} steps"
         where = f"on {world_size()} x {self.device.type}, into {self.out}"
         lines = [f"{self.method}: {len(data):,} images of {self.args.data}, {epochs}, {where}", f"  {recipe}"]
 
-        # What the data lack: files that cannot be read, labels, a test split.
+        # Unreadable files are counted on the screen and listed by name in the run directory.
         if data.skipped:
             listed = self.out / "skipped.txt"
             lines.append(f"  {len(data.skipped)} images cannot be read and are left out; they are listed in {listed}")
@@ -1035,6 +1085,7 @@ class Run:
         if data.note:
             lines.append(f"  {data.note}")
 
+        # The learning rate grows linearly with the batch size, and chance is what the loss should fall below.
         count = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         scaled = "" if peak == self.args.lr else f"{self.args.lr:g} x {self.args.batch_size}/256 = "
         rate = f"learning rate {scaled}{peak:g} at its peak"
@@ -1043,6 +1094,7 @@ class Run:
     def picture(self, name, views, n=8):
         """Write what the model sees: a row of `n` images for each normalised (b, 3, H, W) in `views`."""
         if rank() == 0:
+            # The normalisation is undone, and a view with too few images is padded with white.
             mean, std = (torch.tensor(v).view(3, 1, 1) for v in (self.encoder.mean, self.encoder.std))
             side, rows = max(64, self.args.img_size), []
             for v in views:
@@ -1065,6 +1117,7 @@ class Run:
         need not wait for the device every step; each is then checked: a value that is not finite ends the run with
         exit code 1, naming the step and the components, and the last good checkpoint stays.
         """
+        # A CPU checks every step at once; a GPU is read only for a line of the log.
         self.names = list(values)
         self.pending.append(torch.stack([scalar(v, self.device) for v in values.values()]))  # (names,)
         due = is_logged(self.args, step)
@@ -1079,11 +1132,14 @@ class Run:
             y = gather(features.detach())  # (B, D)
             line |= collapse_monitors(y) if rank() == 0 else {}
 
+        # Throughput and waiting time are averages since the last line of the log.
         now = time.monotonic()
         done, seconds = step + 1 - self.logged, now - self.clock
         line |= dict(images_per_s=round(done * self.args.batch_size / seconds, 1))
         line |= dict(data_wait=round(self.loader.waited / seconds, 4), memory_gb=round(memory_gb(self.device), 3))
         self.logged, self.clock, self.loader.waited = step + 1, now, 0.0
+
+        # Rank 0 writes the line and shows the losses on the progress bar.
         if rank() == 0:
             self._append(line)
             self.bar.set_postfix_str(" ".join(f"{k} {v:.3f}" for k, v in row.items()), refresh=False)
@@ -1103,13 +1159,15 @@ class Run:
         """Average what is pending over ranks, check it, and return the last step's values."""
         if not self.pending:
             return {}
+
+        # One collective averages all pending steps over ranks.
         values = torch.stack(self.pending)  # (steps, names)
         if world_size() > 1:
             dist.all_reduce(values)
             values /= world_size()
         values = values.tolist()
 
-        # The first step that is not finite ends the run.
+        # The first step whose values are not finite ends the run.
         for i, row in enumerate(values):
             if not all(map(math.isfinite, row)):
                 what = ", ".join(f"{k} {v:.4g}" for k, v in zip(self.names, row))
@@ -1125,9 +1183,12 @@ class Run:
     def finish(self, untrained, train, test):
         """After the last step: export the encoder for timm, score it by k-NN beside the untrained one, say what is
         next."""
+        # The encoder is written for timm, whatever its score.
         encoders = self.encoder, untrained.get_submodule(untrained.evaluated)
         if rank() == 0:
             self.say(export_backbone(self.out / "backbone.safetensors", self.encoder))
+
+        # The k-NN score needs labelled training and test images of the same classes.
         if test is None or train.labels is None or train.classes != test.classes:
             notes = [data.note for data in (train, test) if data is not None and data.note]
             self.say(f"no k-NN score: {'; '.join(notes) or 'the data has no test split with the same classes'}")
@@ -1136,6 +1197,7 @@ class Run:
             others = f"the untrained encoder: {before:.3f}; chance: {1 / len(train.classes):.3f}"
             self.say(f"k-NN accuracy on test images: {trained:.3f} ({others})")
 
+        # Equivariance needs no labels, so any images serve.
         data = train if test is None else test
         trained, before = (turn_equivariance(encoder, data, self.device, self.args) for encoder in encoders)
         self.say(f"equivariance of the last map, a quarter turn: {trained:.3f} (the untrained encoder: {before:.3f})")
@@ -1178,6 +1240,7 @@ def scalar(v, device):
 def collapse_monitors(y):
     """y (B, D) -> per-dimension standard deviation of the normalised features (1/sqrt(D) is healthy, 0 is collapse) and
     effective rank: the exponential of the entropy of the covariance's eigenvalues (1 is collapse, D the most)."""
+    # Features that all point in the same direction have no spread.
     y = F.normalize(y.float(), dim=1)
     y = y - y.mean(0)
     std = float((y * y).mean(0).sqrt().mean())
@@ -1191,6 +1254,8 @@ def collapse_monitors(y):
         effective = float(torch.exp(-(p * torch.log(p.clamp(min=1e-12))).sum()))
     except torch.linalg.LinAlgError:  # all features alike, or not finite: a monitor ends no run
         effective = math.nan
+
+    # JSON has no NaN, so the log writes null.
     monitors = dict(feature_std=std, effective_rank=effective)
     return {name: value if math.isfinite(value) else None for name, value in monitors.items()}
 
