@@ -558,7 +558,8 @@ class BatchNormOverRanks(nn.modules.batchnorm._BatchNorm):
             return super().forward(x)
 
         # The number n of values per channel corrects the bias of the running variance below.
-        dims, n = [0, *range(2, x.dim())], x.numel() // x.shape[1] * world_size()
+        dims = [0, *range(2, x.dim())]
+        n = x.numel() // x.shape[1] * world_size()
         view = lambda v: v.view(1, -1, *[1] * (x.dim() - 2))
 
         # The variance of the global batch is the biased one, as in any batch norm that trains.
@@ -806,12 +807,18 @@ class Run:
 
         # The signal handler sets `signal` and interrupts a run that is `waiting`
         # for data; `parent` is the process of torchrun.
-        self.signal, self.waiting = None, False
+        self.signal = None
+        self.waiting = False
         self.parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
         # Logged values stay on the device in `pending`, from step `first_pending` on, until a line of the log is due.
-        self.pending, self.first_pending = [], 0
-        self.logged, self.clock, self.torn = 0, 0.0, False
+        self.pending = []
+        self.first_pending = 0
+
+        # `logged` steps were in the log when its last line came at `clock`; a full disk may have `torn` that line.
+        self.logged = 0
+        self.clock = 0.0
+        self.torn = False
 
     # ---- the directory and the checkpoint in it ----
 
@@ -874,7 +881,8 @@ class Run:
 
         # Rank 0 reads the checkpoint, and every rank starts from its step.
         state = by_rank_0(lambda: self._read() if self.args.resume and self.path.exists() else None)
-        self.resumed, self.begin = state is not None, 0
+        self.resumed = state is not None
+        self.begin = 0
         if state is not None:
             self.begin = state["step"]
             self._load(state)
@@ -949,7 +957,8 @@ class Run:
         Before each step the global generators are reseeded from (seed, step, rank). SIGTERM, SIGHUP and SIGINT, and
         the end of torchrun, save at the next step boundary, on all ranks at the same one, and exit with 128 + the
         signal's number; a second SIGINT ends at once."""
-        begin, total = self.begin, min(loader.total_steps, self.args.max_steps or loader.total_steps)
+        begin = self.begin
+        total = min(loader.total_steps, self.args.max_steps or loader.total_steps)
         self.total, self.loader = total, loader
 
         # A signal that the shell has switched off (nohup, a job in the background) stays off.
@@ -962,7 +971,8 @@ class Run:
         # A resumed run counts, times and draws from its own first step on.
         self.bar = progress(total=total, initial=min(begin, total), unit="step", leave=True)
         self.first_pending = self.logged = begin
-        self.clock, batches = time.monotonic(), loader.batches(range(begin, total))
+        self.clock = time.monotonic()
+        batches = loader.batches(range(begin, total))
         try:
             for step in range(begin, total):
                 # No batch means that a signal came; otherwise the script computes its step at `yield`.
@@ -1096,7 +1106,8 @@ class Run:
         if rank() == 0:
             # The normalisation is undone, and a view with too few images is padded with white.
             mean, std = (torch.tensor(v).view(3, 1, 1) for v in (self.encoder.mean, self.encoder.std))
-            side, rows = max(64, self.args.img_size), []
+            side = max(64, self.args.img_size)
+            rows = []
             for v in views:
                 images = (v[:n].float().cpu() * std + mean).clamp(0, 1)
                 images = F.interpolate(images, (side, side))  # (up to n, 3, side, side)
@@ -1137,7 +1148,9 @@ class Run:
         done, seconds = step + 1 - self.logged, now - self.clock
         line |= dict(images_per_s=round(done * self.args.batch_size / seconds, 1))
         line |= dict(data_wait=round(self.loader.waited / seconds, 4), memory_gb=round(memory_gb(self.device), 3))
-        self.logged, self.clock, self.loader.waited = step + 1, now, 0.0
+        self.logged = step + 1
+        self.clock = now
+        self.loader.waited = 0.0
 
         # Rank 0 writes the line and shows the losses on the progress bar.
         if rank() == 0:
