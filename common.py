@@ -1327,6 +1327,7 @@ class Paths(Sequence):
 
     def __init__(self, root, names):
         """root: the folder; names: an iterable of relative names, "/" between their parts, in the order to keep."""
+        # Names are joined in portions, so that a million of them are never a million Python strings at once.
         names, text = iter(names), bytearray()
         while some := list(itertools.islice(names, 4096)):
             text += os.fsencode("\0".join(some)) + b"\0"
@@ -1352,6 +1353,7 @@ class Paths(Sequence):
 
     def subset(self, rows):
         """The names of some rows (n,), in their order."""
+        # Each chosen name is copied with its NUL, byte by byte, from its place in the whole text.
         begin = F.pad(self.ends[:-1] + 1, (1, 0))  # (N,)
         text, other = [], copy.copy(self)
         for some in rows.cpu().split(1 << 16):
@@ -1420,12 +1422,13 @@ def open_image(path):
     Greys of another range (floats, signed, 12 or 32 bits) are refused, because no file says which value is white."""
     try:
         with Image.open(path) as image:
-            # Of a TIFF, tag 258 holds the bits of each sample, and 339 their format (1: unsigned).
+            # In a TIFF, tag 258 gives the bits per sample, and tag 339 their format (1: unsigned).
             tags = getattr(image, "tag_v2", {})
             wide = image.mode.startswith("I;16") or image.mode == "I" and image.format in ("PNG", "PPM")  # 0 to 65535
             if image.mode[0] in "IF" and not wide or 12 in tags.get(258, ()) or {2, 3} & set(tags.get(339, ())):
                 raise ValueError("neither 8-bit nor 16-bit greys of 0 to 65535; scale and convert it to one of these")
 
+            # Orientation, depth and transparency are brought to upright 8-bit RGB.
             image = ImageOps.exif_transpose(image)
             if wide:
                 image = Image.fromarray((np.asarray(image, np.float64) / 257).round().clip(0, 255).astype(np.uint8))
@@ -1443,6 +1446,7 @@ def visible(folder):
     directory of a run are no data."""
     folders, images, others = [], [], []
     try:
+        # One listing of the folder suffices, because its entries know whether they are folders.
         with os.scandir(folder) as entries:
             for e in entries:
                 name = e.name
@@ -1457,6 +1461,8 @@ def visible(folder):
     except OSError as e:
         reason = f"this folder cannot be listed ({e.strerror or e})"
         die(f"{printable(folder)}: {reason}; change its permissions or move it away")
+
+    # Pictures beside the log of a run are not training images.
     return sorted(folders), [] if of_a_run(others) else images
 
 
@@ -1468,9 +1474,12 @@ def of_a_run(names):
 def image_names(root, below="", above=()):
     """Yield the image files below `root`, relative to it, whatever the depth, in the order of their whole paths. Links
     are followed, but not back to a folder that holds them."""
+    # A folder that is open further up is skipped, because its link would lead around forever.
     here = os.path.realpath(f"{root}/{below}")
     if here in above:
         return
+
+    # A folder sorts with a slash at its end, as its files sort in the list of all paths.
     folders, files = visible(f"{root}/{below}"[:-1])
     for name in sorted([*(f"{f}/" for f in folders), *files]):
         if name[-1] == "/":
@@ -1498,6 +1507,8 @@ def split_folders(root):
     tree is refused.
     """
     folders, loose = visible(root)
+
+    # A name such as Train/ or validation/ marks a split, and no split may have two folders.
     named = {kind: [f for f in folders if f.lower() in names] for kind, names in SPLITS.items()}
     found = {kind: some[0] for kind, some in named.items() if some}
     if twice := next((some for some in named.values() if len(some) > 1), None):
@@ -1505,11 +1516,13 @@ def split_folders(root):
     if len(found) != 1:
         return found, folders
 
-    # One folder has the name of a split. `below` gives "f/1.png" or, where the images are nested, "f/deeper/2.png".
+    # One folder has the name of a split. A path below it has two slashes or more where its images are in class folders.
     ((kind, name),) = found.items()
     below = lambda f: image_names(root, f"{f}/")
     nested = lambda f: any(n.count("/") > 1 for n in below(f))
     others = [f for f in folders if f != name and next(below(f), None)]
+
+    # The position of the other images decides whether the folder is a split or a class.
     if not others and not loose:
         return found if kind == "train" or nested(name) else {}, folders
     if nested(name) and not any(map(nested, others)):
@@ -1532,7 +1545,7 @@ def imagefolder(root, split, classes=None):
     if not os.path.isdir(root):
         die(f"--data-dir {root}: no such directory, or none that may be entered; an image folder is {LAYOUT}")
 
-    # The split's folder; the whole tree where there are no splits.
+    # A tree without splits is one training set; a tree with splits needs train/.
     splits, folders = split_folders(root)
     holds = f"{root} holds {', '.join(f'{printable(f)}/' for f in folders[:8]) or 'no folders'}"
     if splits and "train" not in splits:
@@ -1542,7 +1555,7 @@ def imagefolder(root, split, classes=None):
         return None
     folder = root / name
 
-    # Number the classes in the order of their paths (None: images of no class) while the names pass by.
+    # Classes are numbered as they appear while the names are read (None for images outside class folders).
     index, labels = {}, array("q")
 
     def noted(names):
@@ -1556,7 +1569,7 @@ def imagefolder(root, split, classes=None):
     if not paths:
         die(f"--data-dir {folder}: holds no images ({', '.join(sorted(SUFFIXES))})")
 
-    # Say what is missing: a test split, labels, a class. A tree without labels may hold folders of other things.
+    # Missing splits and labels are no error, but the note explains them to whoever needs them.
     notes = []
     if split == "train" and len(splits) < 2:
         notes.append(f"no test split: {holds}; val/ or test/ is expected beside train/")
@@ -1566,6 +1579,8 @@ def imagefolder(root, split, classes=None):
         notes.append(f"no labels: {where}; move them into {folder}/<class>/")
     elif len(index) < 2:
         notes.append(f"no labels: {folder} holds images in one class folder, {printable(*index)}/; two are needed")
+
+    # An empty class folder among full ones is a mistake, except for the directory of a run.
     if None not in index and (splits or len(index) > 1):
         for c in sorted(set(visible(folder)[0]) - set(index)):
             ours = any(of_a_run(files) for _, _, files in os.walk(folder / c))
@@ -1575,7 +1590,7 @@ def imagefolder(root, split, classes=None):
     if None in index or len(index) < 2:
         return ImageSet(paths=paths, note="; ".join(notes))
 
-    # Paths and classes are not sorted alike: a-b/1.png comes before a/1.png.
+    # Labels are renumbered by sorted class name, because paths sort differently (a-b/1.png comes before a/1.png).
     found = sorted(index)
     labels = torch.tensor([found.index(c) for c in index])[torch.frombuffer(labels, dtype=torch.int64)]  # (N,)
     return ImageSet(paths=paths, labels=labels, classes=tuple(found), note="; ".join(notes))
@@ -1602,6 +1617,7 @@ def threediebench(root, split, workers=None, skip_corrupt=False, **_):
     root, part = Path(root), dict(train="train", test="val")[split]
 
     def load(name, kinds, what):
+        # The lists are beside the object folders, or in data/ as in the repository of SIE.
         path = next((p for p in (root / name, root / "data" / name) if os.path.isfile(p)), None)
         if path is None:
             source = "from the data folder of SIE's repository (github.com/facebookresearch/SIE)"
@@ -1614,7 +1630,7 @@ def threediebench(root, split, workers=None, skip_corrupt=False, **_):
             die(f"{path}: holds {values.dtype} of shape {values.shape}; a list of {what} is expected")
         return values
 
-    # The lists must fit each other, and be the same on all machines.
+    # The published lists must fit each other, and be the same on all machines.
     objects = [str(o).strip("/") for o in load(f"{part}_images.npy", "U", "names")]
     labels = torch.from_numpy(load(f"{part}_labels.npy", "iu", "whole numbers").astype(np.int64))
     if len(objects) != len(labels):
@@ -1629,19 +1645,26 @@ def threediebench(root, split, workers=None, skip_corrupt=False, **_):
     def of_objects(look, like):
         """look(object's folder) of every object, each rank its share: (objects, ...), shape and type as `like`."""
         local = [root / name for name in objects[rank() :: world_size()]]
+
+        # Each rank looks at every W-th object.
         out = like.new_zeros(math.ceil(len(objects) / world_size()), *like.shape)
         found = progress(in_workers(look, local, workers), desc=f"latents of {split}", unit="object")
         for i, z in enumerate(found):
             if isinstance(z, str):
                 die(z, alone=True)
             out[i] = z
+
+        # The gathered shares are interleaved back into the order of the objects, without the padding.
         return gather(out).unflatten(0, (world_size(), -1)).transpose(0, 1).flatten(0, 1)[: len(objects)].clone()
 
+    # The cached latents are valid as long as no file of the data set has changed.
     stamps = of_objects(partial(stamp_of, complete=not skip_corrupt), torch.tensor(0))  # (objects,)
     key = number_of(str(root.resolve()), objects, code_of(latents_of))
     make = lambda: dict(stamps=stamps, latents=of_objects(latents_of, torch.zeros(50, 7)))
     kept = cached(f"3diebench-{key:x}", make, lambda kept: torch.equal(kept["stamps"], stamps))
     z = kept["latents"].flatten(0, 1)  # (N, 7)
+
+    # Views of one object share its label and group, and factors describe how each view was rendered.
     return ImageSet(
         paths=Paths(root, (f"{name}/image_{v}.jpg" for name in objects for v in range(50))),
         labels=labels.repeat_interleave(50),
@@ -1654,6 +1677,7 @@ def threediebench(root, split, workers=None, skip_corrupt=False, **_):
 def stamp_of(folder, complete):
     """A number () that changes with the latents in the folder of an object of 3DIEBench; or what is wrong there.
     `complete`: no image may be missing."""
+    # Sizes and times of the files change whenever the latents do.
     latents = [f"latent_{v}.npy" for v in range(50)]
     images = [f"image_{v}.jpg" for v in range(50)] if complete else []
     try:
@@ -1673,12 +1697,14 @@ def latents_of(folder):
     for v in range(50):
         path = f"{folder}/latent_{v}.npy"
 
-        # What is no latent stays NaN.
+        # A file without seven numbers leaves NaN, which the check below refuses.
         z = np.full(7, np.nan)
         with contextlib.suppress(Exception):  # numpy raises whatever a damaged file makes it raise
             read = np.load(path, mmap_mode="r", allow_pickle=False)
             if read.shape == (7,) and read.dtype.kind in "fiu":
                 z = np.array(read, np.float32)
+
+        # The ranges also catch latents in degrees, or in another order.
         if not np.isfinite(z).all():
             return f"{path}: not 7 numbers, all finite; copy it again"
         if abs(z[:3]).max() > math.pi / 2 + 1e-3 or abs(z[[3, 6]] - 0.5).max() > 0.5 + 1e-3:
@@ -1702,6 +1728,8 @@ def transfer_set(name, root, split, **_):
     sun397 needs the authors' Training_01.txt and Testing_01.txt (19,850 images each) beside its folder or in it."""
     if os.path.isdir(root) and "train" in split_folders(root)[0]:
         return imagefolder(root, split)
+
+    # torchvision checks the files and reads the splits; SUN397 has none.
     kind, train_parts, test_parts = TRANSFER[name]
     build = getattr(torchvision.datasets, kind)
     try:
@@ -1730,6 +1758,8 @@ def transfer_set(name, root, split, **_):
         if unknown := set(paths) - set(label):
             die(f"{found}: lists {printable(min(unknown))}, which is not there")
         labels = [label[p] for p in paths]
+
+    # Relative paths make the fingerprint independent of the machine.
     paths = Paths(root, (os.path.relpath(p, root) for p in paths))
     return ImageSet(paths=paths, labels=torch.tensor(labels), classes=tuple(parts[0].classes))
 
@@ -1739,6 +1769,8 @@ def cub200(root, split, **_):
     images/; or prepared as an image folder."""
     if os.path.isdir(root) and "train" in split_folders(root)[0]:
         return imagefolder(root, split)
+
+    # The archive may have been unpacked with its folder or without.
     nested = Path(root) / "CUB_200_2011"
     root = nested if os.path.isdir(nested) else Path(root)
     lists = ("images", "image_class_labels", "train_test_split", "classes")
@@ -1747,6 +1779,8 @@ def cub200(root, split, **_):
         texts = [os.fsdecode((root / f"{name}.txt").read_bytes()) for name in lists]
         images, labels, train, classes = ([line.split() for line in text.splitlines()] for text in texts)
         label, part = dict(labels), dict(train)
+
+        # An image belongs to the training set where its flag is 1.
         chosen = [(path, int(label[i]) - 1) for i, path in images if (part[i] == "1") == (split == "train")]
         classes = tuple(c for _, c in classes)
     except OSError as e:
@@ -1754,6 +1788,8 @@ def cub200(root, split, **_):
     except (ValueError, KeyError) as e:
         problem = f"{', '.join(lists)}.txt of cub200 do not fit each other ({printable(e)})"
         die(f"--data-dir {root}: {problem}; copy them again")
+
+    # Class numbers in the lists start at 1.
     paths, labels = Paths(root / "images", (path for path, _ in chosen)), torch.tensor([y for _, y in chosen])
     return ImageSet(paths=paths, labels=labels, classes=classes)
 
@@ -1770,6 +1806,7 @@ def core50(root, split, sessions=(1, 2), **_):
     "train" are the frames of `sessions` (numbers from 1), "test" those of all others. Labels are the 10 categories of
     five objects each, groups the objects, factors session and frame (N,) int64; sessions count from 0 there.
     """
+    # Every session belongs to the training or the test set, and neither set may be empty.
     root = Path(root) / "core50_128x128" if os.path.isdir(Path(root) / "core50_128x128") else Path(root)
     folders = visible(root)[0] if os.path.isdir(root) else ()
     there = {int(f[1:]): f for f in folders if f[0] == "s" and f[1:].isdecimal()}
@@ -1778,7 +1815,7 @@ def core50(root, split, sessions=(1, 2), **_):
         wanted = f"to train on {' '.join(map(str, sessions))}, test on the rest"
         die(f"--data-dir {root}: core50 is s1/o1/C_01_01_000.png ... s11/; {found}, {wanted}")
 
-    # Frames are told by their names, (session, object, frame); other files are no part of the set.
+    # The name of a frame gives its session, object and number; other files do not belong to the set.
     found = []
     for s, folder in there.items():
         if (s in sessions) != (split == "train"):
@@ -1787,22 +1824,28 @@ def core50(root, split, sessions=(1, 2), **_):
             if not re.fullmatch(r"[^/]+/o[^/]*/C_[^/]*_[^/]*_[^/]*\.png", name):
                 continue
             number = re.fullmatch(r"[^/]+/o(\d+)/C_(\d+)_(\d+)_(\d+)\.png", name)
+
+            # The session and object in the name must agree with the folders.
             place, *number = map(int, number.groups()) if number else (0, 0)
             if not 1 <= place <= 50 or number[:2] != [s, place]:
                 right = "s<session>/o<object>/C_<session>_<object>_<frame>.png with objects 1 to 50"
                 die(f"{printable(root / name)}: not a frame of CORe50, {right}")
             found.append((*number, name))
+
+        # Every object folder of a session must hold frames.
         objects = {f for f in visible(root / folder)[0] if re.fullmatch(r"o\d+", f)}
         if bare := objects - {f"o{number}" for session, number, *_ in found if session == s}:
             die(f"{root / folder / min(bare)}: this folder of CORe50 has no frames C_*_*_*.png; unpack it again")
 
-    # Every session that trains has frames, and one of the others.
+    # Each training session needs frames, and the test set needs some from any session.
     empty = set(sessions) - {session for session, *_ in found}
     if split != "train":
         empty = set() if found else set(there) - set(sessions)
     if empty:
         names = ", ".join(f"s{s}" for s in sorted(empty))
         die(f"--data-dir {root}: no frames o1/C_*_01_*.png in {names}; unpack it again")
+
+    # Five consecutive objects form a category.
     session, number, frame, names = zip(*sorted(found))
     session, number, frame = (torch.tensor(v) for v in (session, number, frame))  # (N,) each
     factors, labels = dict(session=session - 1, frame=frame), (number - 1) // 5
@@ -1822,13 +1865,15 @@ def tdw(root, split, skip_corrupt=False, **_):
     if skip_corrupt:
         die("--skip-corrupt: tdw identifies images by their number, so none can be left out; leave the flag out")
 
-    # The images of the split, in the order of their names.
+    # An image's place in the sorted names identifies its view, so none may be missing.
     nested = Path(root) / "spherical_photoreal_64x64_DoF" / split
     folder = nested if os.path.isdir(nested) and not os.path.isdir(Path(root) / split) else Path(root) / split
     paths = [folder / name for name in sorted(visible(folder)[1])] if os.path.isdir(folder) else []
     if len(paths) != 12_096:
         right = "tdw has 12,096 images in train/ and in test/, numbered by the order of their names"
         die(f"--data-dir {folder}: {right}; found {len(paths):,}")
+
+    # The toys are small enough to keep all images in memory.
     try:
         images = [open_image(p) for p in progress(paths, desc=f"reading {split}", unit="image")]
     except OSError as e:
@@ -1836,7 +1881,7 @@ def tdw(root, split, skip_corrupt=False, **_):
     if len({image.shape for image in images}) > 1:
         die(f"--data-dir {folder}: images of several sizes; tdw's are 64 x 64")
 
-    # The number of an image says what it shows.
+    # The place in the list gives the object, distance, elevation and azimuth, the last changing fastest.
     i = torch.arange(12_096)
     view = torch.stack([i % 36 * 10.0, i // 36 % 7 * 10 + 10.0, i // 252 % 4 * 0.1 + 0.3], 1)  # (N, 3)
     objects, images = i // 1008, torch.stack(images)
@@ -1846,6 +1891,7 @@ def tdw(root, split, skip_corrupt=False, **_):
 def known_part(data, fraction, seed):
     """A share of every class, at random from the seed, of whole objects where there are several images of one: an
     ImageSet. For experiments in which the parameters or the labels of only some images are known."""
+    # Views of one object are either all known or all unknown.
     groups = torch.arange(len(data)) if data.groups is None else data.groups
     g, kept = rng(seed, "known"), []
     for c in data.labels.unique():
@@ -1868,9 +1914,12 @@ def unreadable(data, rows):
 def without_unreadable(data, workers):
     """Open every image once, each rank its share, and leave out those that cannot be read: they are then in
     `skipped`."""
+    # The ranks divide the files among them and then exchange what they found.
     chunks = torch.arange(len(data))[rank() :: world_size()].split(256)
     found = progress(in_workers(partial(unreadable, data), chunks, workers), desc="opening images", unit="x 256")
     bad = set().union(*from_all_ranks({row for rows in found for row in rows}))
+
+    # All ranks keep the same images, in the same order.
     keep = torch.tensor([i for i in range(len(data)) if i not in bad], dtype=torch.long)
     if not len(keep):
         die(f"--data-dir {data.paths.root}: none of the {len(data)} images can be read")
@@ -1900,11 +1949,14 @@ def cached(name, make, current=lambda kept: True):
     """make(), a dict of tensors and plain values, kept as a file in the user's cache directory, where there is one.
     What is read there must be what was written, by its digest, and `current`. If one rank finds it otherwise, all make
     it: make() may gather."""
+    # The file counts only if its digest is right and its source has not changed.
     home, value = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), None
     path = Path(home) / "equivariant-ssl" / f"{name}.pt"
     with contextlib.suppress(Exception):  # no such file yet, or a damaged one
         kept = read_tensors(path)
         value = kept if kept.pop("digest") == digest_of(kept) and current(kept) else None
+
+    # All ranks make the value when one lacks it; rank 0 stores it.
     if any_rank(int(value is None)):
         value = make()
         with contextlib.suppress(OSError):  # nowhere to keep it
@@ -1928,11 +1980,14 @@ def digest_of(value):
 
 def code_of(function):
     """A hash of the source of a function of this file, and of all functions and constants of this file that it uses."""
+    # Every name that a function uses is followed to the function or constant behind it.
     names, text = [function.__name__], {}
     for name in names:  # grows as it goes
         value = globals().get(name)
         if name not in text and inspect.isfunction(value):
             text[name], codes = inspect.getsource(value), [value.__code__]
+
+            # Nested functions and comprehensions have code objects of their own.
             for code in codes:
                 names += code.co_names
                 codes += [c for c in code.co_consts if isinstance(c, types.CodeType)]
