@@ -1328,7 +1328,8 @@ class Paths(Sequence):
     def __init__(self, root, names):
         """root: the folder; names: an iterable of relative names, "/" between their parts, in the order to keep."""
         # Names are joined in portions, so that a million of them are never a million Python strings at once.
-        names, text = iter(names), bytearray()
+        names = iter(names)
+        text = bytearray()
         while some := list(itertools.islice(names, 4096)):
             text += os.fsencode("\0".join(some)) + b"\0"
         self.root = str(root)
@@ -1655,7 +1656,8 @@ def threediebench(root, split, workers=None, skip_corrupt=False, **_):
             out[i] = z
 
         # The gathered shares are interleaved back into the order of the objects, without the padding.
-        return gather(out).unflatten(0, (world_size(), -1)).transpose(0, 1).flatten(0, 1)[: len(objects)].clone()
+        shares = gather(out).unflatten(0, (world_size(), -1))  # (W, objects / W, ...)
+        return shares.transpose(0, 1).flatten(0, 1)[: len(objects)].clone()
 
     # The cached latents are valid as long as no file of the data set has changed.
     stamps = of_objects(partial(stamp_of, complete=not skip_corrupt), torch.tensor(0))  # (objects,)
@@ -1748,7 +1750,8 @@ def transfer_set(name, root, split, **_):
 
     # torchvision gives SUN397 whole; the authors' lists say which images train.
     if name == "sun397":
-        folder, listing = Path(root) / "SUN397", dict(train="Training_01.txt", test="Testing_01.txt")[split]
+        folder = Path(root) / "SUN397"
+        listing = dict(train="Training_01.txt", test="Testing_01.txt")[split]
         found = next((p for p in (Path(root) / listing, folder / listing) if os.path.isfile(p)), None)
         if found is None:
             die(f"--data-dir {root}: sun397 needs {listing}, from the authors' Partitions.zip")
@@ -1790,7 +1793,8 @@ def cub200(root, split, **_):
         die(f"--data-dir {root}: {problem}; copy them again")
 
     # Class numbers in the lists start at 1.
-    paths, labels = Paths(root / "images", (path for path, _ in chosen)), torch.tensor([y for _, y in chosen])
+    paths = Paths(root / "images", (path for path, _ in chosen))
+    labels = torch.tensor([y for _, y in chosen])
     return ImageSet(paths=paths, labels=labels, classes=classes)
 
 
@@ -1807,7 +1811,8 @@ def core50(root, split, sessions=(1, 2), **_):
     five objects each, groups the objects, factors session and frame (N,) int64; sessions count from 0 there.
     """
     # Every session belongs to the training or the test set, and neither set may be empty.
-    root = Path(root) / "core50_128x128" if os.path.isdir(Path(root) / "core50_128x128") else Path(root)
+    nested = Path(root) / "core50_128x128"
+    root = nested if os.path.isdir(nested) else Path(root)
     folders = visible(root)[0] if os.path.isdir(root) else ()
     there = {int(f[1:]): f for f in folders if f[0] == "s" and f[1:].isdecimal()}
     if set(sessions) - set(there) or not set(there) - set(sessions):
@@ -1848,7 +1853,8 @@ def core50(root, split, sessions=(1, 2), **_):
     # Five consecutive objects form a category.
     session, number, frame, names = zip(*sorted(found))
     session, number, frame = (torch.tensor(v) for v in (session, number, frame))  # (N,) each
-    factors, labels = dict(session=session - 1, frame=frame), (number - 1) // 5
+    factors = dict(session=session - 1, frame=frame)
+    labels = (number - 1) // 5
     paths = Paths(root, names)
     return ImageSet(paths=paths, labels=labels, classes=CORE50_CLASSES, groups=number - 1, factors=factors)
 
@@ -1884,7 +1890,8 @@ def tdw(root, split, skip_corrupt=False, **_):
     # The place in the list gives the object, distance, elevation and azimuth, the last changing fastest.
     i = torch.arange(12_096)
     view = torch.stack([i % 36 * 10.0, i // 36 % 7 * 10 + 10.0, i // 252 % 4 * 0.1 + 0.3], 1)  # (N, 3)
-    objects, images = i // 1008, torch.stack(images)
+    objects = i // 1008
+    images = torch.stack(images)
     return ImageSet(images=images, labels=objects, classes=TDW_CLASSES, groups=objects, factors=dict(view=view))
 
 
@@ -1950,8 +1957,9 @@ def cached(name, make, current=lambda kept: True):
     What is read there must be what was written, by its digest, and `current`. If one rank finds it otherwise, all make
     it: make() may gather."""
     # The file counts only if its digest is right and its source has not changed.
-    home, value = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), None
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     path = Path(home) / "equivariant-ssl" / f"{name}.pt"
+    value = None
     with contextlib.suppress(Exception):  # no such file yet, or a damaged one
         kept = read_tensors(path)
         value = kept if kept.pop("digest") == digest_of(kept) and current(kept) else None
@@ -1985,7 +1993,8 @@ def code_of(function):
     for name in names:  # grows as it goes
         value = globals().get(name)
         if name not in text and inspect.isfunction(value):
-            text[name], codes = inspect.getsource(value), [value.__code__]
+            text[name] = inspect.getsource(value)
+            codes = [value.__code__]
 
             # Nested functions and comprehensions have code objects of their own.
             for code in codes:
