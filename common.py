@@ -2072,27 +2072,28 @@ def rotation_matrix(q):
 
 def render_chunk(boxes, colors, rotation, floor_hue, light_hue, distance, size):
     """`render_blocks` for the few images whose rays fit in the cache."""
+    # One ray passes through each quarter of a pixel.
     n, S = len(boxes), 2 * size  # 2x2 rays a pixel, P = S * S
     u = ((torch.arange(S) + 0.5) / S * 2 - 1) * HALF_VIEW  # (S,)
     y, x = torch.meshgrid(-u, u, indexing="ij")  # (S, S)
     rays = torch.stack([x, y, -torch.ones_like(x)]).view(3, -1)  # (3, P)
 
-    # Turn the camera and the light, not the object: in its own frame its boxes are axis-aligned.
+    # The camera and the light are turned instead of the object, so that the object's boxes are axis-aligned.
     to_object = rotation_matrix(rotation).mT  # (n, 3, 3)
     d = to_object @ rays  # (n, 3, P)
     d = torch.where(d.abs() < 1e-9, 1e-9, d)
     camera = to_object[..., 2] * distance[:, None]  # (n, 3)
     light = (to_object @ torch.tensor(LIGHT_DIRECTION))[..., None]  # (n, 3, 1)
 
-    # Along each axis, camera + t d is between the box's two faces for t in midway -+ reach. The
-    # ray hits the box if it enters the last of these three slabs before it leaves the first.
+    # Along each axis, camera + t d is between the two faces of a box for t in midway -+ reach. The ray hits the box if
+    # it enters the last of the three slabs before it leaves the first.
     centre, half = boxes[..., :3] - camera[:, None], boxes[..., 3:] / 2  # (n, K, 3)
     midway, reach = centre[..., None] / d[:, None], half[..., None] / d.abs()[:, None]  # (n, K, 3, P)
     enter, leave = (midway - reach).amax(2), (midway + reach).amin(2)  # (n, K, P)
     t, part = torch.where(enter < leave, enter, torch.inf).min(1, keepdim=True)  # (n, 1, P)
     hit = t < torch.inf
 
-    # Lambert: the visible face is across the axis that was entered last; its normal opposes d.
+    # The visible face is across the axis that the ray entered last; its normal opposes d, its shading is Lambert's.
     part = part.expand(-1, 3, -1)  # (n, 3, P)
     near_face = centre.mT.gather(2, part) - half.mT.gather(2, part) * d.sign()  # (n, 3, P)
     axis = (near_face / d).argmax(1, keepdim=True)  # (n, 1, P)
@@ -2100,12 +2101,13 @@ def render_chunk(boxes, colors, rotation, floor_hue, light_hue, distance, size):
     light_rgb = hsv_to_rgb(light_hue, 0.5, 1.0)[..., None]  # (n, 3, 1)
     surface = colors.mT.gather(2, part) * (AMBIENT + DIFFUSE * light_rgb * lambert)  # (n, 3, P)
 
-    # The floor, darker towards the corners.
+    # The floor gets darker towards the corners.
     floor = hsv_to_rgb(floor_hue, 0.35, 0.6)[..., None]  # (n, 3, 1)
     floor = floor * (AMBIENT + DIFFUSE * light_rgb * LIGHT_DIRECTION[2])
     vignette = 1 - 2 * (x**2 + y**2).view(-1)  # (P,)
     rgb = torch.where(hit, surface, floor * vignette).clamp(max=1).view(n, 3, S, S)
 
+    # The four rays of a pixel are averaged.
     images = (F.avg_pool2d(rgb, 2) * 255).round().to(torch.uint8)  # (n, 3, size, size)
     masks = F.avg_pool2d(hit.view(n, S, S).float(), 2) >= 0.5  # (n, size, size)
     return images, masks
@@ -2120,6 +2122,7 @@ def render_blocks(boxes, colors, rotation, floor_hue, light_hue, size, distance=
     which the sphere fills the image. Returns images (n, 3, size, size) uint8 and masks (n, size, size) bool, true where
     the object covers at least half of the pixel.
     """
+    # Scenes are traced in chunks, because all rays at once would not fit in the cache.
     distance = torch.full((len(boxes),), CAMERA_DISTANCE) if distance is None else distance  # (n,)
     scenes = (boxes, colors, rotation, floor_hue, light_hue, distance)
     n_chunk = max(1, rays_per_chunk // (2 * size) ** 2)
@@ -2142,16 +2145,18 @@ def random_objects(labels, generator, turn=0.0):
     m, K = parts.shape[:2]
     between = lambda low, high, *shape: low + (high - low) * torch.rand(m, *shape, generator=generator)
 
-    # Stretch the object, move and thicken its boxes, and scale all to the sphere of radius 1.
+    # Each object is a stretched copy of its class with moved and thickened boxes, scaled to the sphere of radius 1.
     stretch = between(0.85, 1.2, 1, 3)  # (m, 1, 3)
     centre = (parts[..., :3] + between(-0.05, 0.05, K, 3)) * stretch  # (m, K, 3)
     extent = parts[..., 3:] * between(1.0, 1.3, K, 3) * stretch  # (m, K, 3)
+
+    # Centring before scaling makes the object fill the sphere.
     low, high = (centre - extent / 2).amin(1, True), (centre + extent / 2).amax(1, True)  # (m, 1, 3)
     centre = centre - (low + high) / 2
     radius = (centre.abs() + extent / 2).norm(dim=2).amax(1)[:, None, None]  # (m, 1, 1)
     boxes = torch.cat([centre, extent], 2) / radius  # (m, K, 6)
 
-    # Vary the hues of the class.
+    # Each part keeps the typical hue of its class, up to some noise.
     typical = torch.rand(len(BLOCK_CLASSES), K, generator=rng("paint"))[labels]  # (m, K)
     hue = (typical + 0.08 * torch.randn(m, K, generator=generator) + turn) % 1
     return boxes, hsv_to_rgb(hue, between(0.35, 0.7, K), between(0.7, 1.0, K))
@@ -2174,11 +2179,14 @@ def blocks(split, size=32, seed=0):
     light_hue (N,) in [0, 1); masks (N, size, size) bool; boxes (N, 4) top, left, height, width of the mask in fractions
     of the image. The scenes depend on the seed and not on the size.
     """
+    # The "hues" split draws the same scenes as "test", so that only the paint differs.
     scenes = "train" if split == "train" else "test"
     generator, m = rng("blocks", scenes, seed), N_OBJECTS[scenes]
     labels = torch.arange(m) % len(BLOCK_CLASSES)  # (m,)
     boxes, colors = random_objects(labels, generator, 0.5 if split == "hues" else 0.0)  # (m, K, 6), (m, K, 3)
     groups = torch.arange(m).repeat_interleave(N_VIEWS)  # (N,)
+
+    # All views of an object differ in rotation, floor and light.
     angles = (torch.rand(len(groups), 3, generator=generator) - 0.5) * math.pi  # (N, 3)
     hues = torch.rand(2, len(groups), generator=generator)  # (2, N)
     factors = dict(rotation=quaternion_from_angles(angles), floor_hue=hues[0], light_hue=hues[1])
@@ -2197,12 +2205,13 @@ def blocks_views(split, size=32, seed=0):
     in degrees and distance, and session (N,) int64. The grid of views has 12 azimuths, 3 elevations and 3 distances;
     the light stands where the camera stands. A session is a hue of the floor and one of the light, which vary a
     little from image to image."""
+    # The "seen" and the test split draw the same objects.
     generator = rng("blocks-views", "train" if split == "train" else "test", seed)
     m = 50 if split == "train" else 20
     labels = torch.arange(m) % len(BLOCK_CLASSES)  # (m,)
     boxes, colors = random_objects(labels, generator)  # (m, K, 6), (m, K, 3)
 
-    # All combinations (object, session, view); of the test objects a third, other views in each session.
+    # Every object is seen in every session, but a test object shows only a third of the views in each.
     axes = (torch.tensor(list(axis), dtype=torch.float32) for axis in (AZIMUTHS, ELEVATIONS, DISTANCES))
     grid = torch.cartesian_prod(*axes)  # (108, 3)
     places = torch.arange(m), torch.tensor(BLOCK_SESSIONS[split]), torch.arange(len(grid))
@@ -2212,12 +2221,12 @@ def blocks_views(split, size=32, seed=0):
         groups, session, view = groups[kept], session[kept], view[kept]
     view = grid[view]  # (N, 3)
 
-    # Turn the object about its axis by the azimuth, then tilt it towards the camera by the elevation.
+    # The object is turned about its axis by the azimuth, then tilted towards the camera by the elevation.
     azimuth, elevation, zero = *view[:, :2].deg2rad().T / 2, torch.zeros(len(view))  # (N,) each; half angles
     turn = torch.stack([zero, azimuth.sin(), zero, azimuth.cos()], 1)  # (N, 4)
     tilt = torch.stack([elevation.sin(), zero, zero, elevation.cos()], 1)  # (N, 4)
 
-    # A floor of any hue, a warm light.
+    # The hue of the floor covers the whole circle over the sessions, and that of the light only its warm fifth.
     hues = torch.stack([session / 11, 5 * session % 11 / 55])  # (2, N)
     floor_hue, light_hue = (hues + 0.02 * torch.randn(2, len(view), generator=generator)) % 1
     scene = dict(rotation=multiply(tilt, turn), floor_hue=floor_hue, light_hue=light_hue, distance=view[:, 2])
@@ -2249,6 +2258,7 @@ def pose_target(name, factors, i, j):
 
 def imagenet(wnids, root, split, **_):
     """An ImageNet in folders: train/<wnid>/*.JPEG and val/<wnid>/*.JPEG, of some `wnids`, or (None) of all 1,000."""
+    # A set of other classes is easier or harder, so its accuracy must not pass for that of ImageNet.
     name, expected = ("imagenet100", len(wnids)) if wnids else ("imagenet", 1000)
     data = imagefolder(root, split, wnids)
     if data is None or len(data.classes) != expected:
@@ -2307,14 +2317,20 @@ def load_data(name, root, split, size, skip_corrupt=False, workers=None, session
     which `blocks` and `blocks-views` are rendered; everything else keeps its own. `skip_corrupt` opens every file first
     and leaves out the ones that cannot be read. `sessions`: those of core50 that train."""
     check_data(name)
+
+    # Only the rendered sets do without files.
     if not name.startswith("blocks"):
         if root is None:
             die(f"--data-dir: {name} needs the directory of its images")
         if os.path.isdir(root):
             visible(root)  # one that cannot be listed ends here, whatever the set
+
+    # A split must exist on all machines or on none.
     data = DATA[name].read(root, split, size=size, sessions=sessions, workers=workers, skip_corrupt=skip_corrupt)
     if not same_on_ranks(data is None):
         die(f"--data-dir {root}: some machines have a {split} split there, others have none; copy the data set anew")
+
+    # Sets which were loaded whole have no unreadable files left.
     opens = skip_corrupt and data is not None and data.images is None
     return without_unreadable(data, workers) if opens else data
 
@@ -2348,6 +2364,7 @@ class Loader(torch.utils.data.Dataset):
     """
 
     def __init__(self, data, policies, draw, args, device, sampler=None):
+        # Worker processes have no process group, so rank and share are noted while there is one.
         self.data, self.policies, self.draw, self.device, self.sampler = data, policies, draw, device, sampler
         self.seed, self.batch_size, self.workers = args.seed, args.batch_size, args.workers
         self.rank, self.share = rank(), args.batch_size // world_size()  # a worker process does not know them
@@ -2357,6 +2374,7 @@ class Loader(torch.utils.data.Dataset):
         self.total_steps = args.epochs * self.steps_per_epoch
         self.waited = 0.0  # seconds in which there was nothing else to do
 
+        # An epoch has at least one batch, and every rank an equal part of it.
         B, world = args.batch_size, world_size()
         if self.items < B and args.epochs:
             what = "objects" if self.items < len(data) else "images"
@@ -2367,10 +2385,12 @@ class Loader(torch.utils.data.Dataset):
 
     def rows(self, step):
         """What this rank's views show: {view: rows of the data set (b,)}."""
+        # The order of an epoch is cut into consecutive batches.
         epoch, k = divmod(step, self.steps_per_epoch)
         items = order_of_epoch(self.items, self.seed, epoch)[k * self.batch_size :][: self.batch_size]  # (B,)
 
-        # All views show the same images, or those that the sampler names. A copy: a slice takes the whole order along.
+        # All views show the same images, or those that the sampler names. The rows are copied, because a slice would
+        # keep the whole order in memory.
         rows = dict.fromkeys(self.policies, items)
         if self.sampler is not None:
             rows = self.sampler(items, epoch, rng(self.seed, "pairs", step))
@@ -2378,17 +2398,20 @@ class Loader(torch.utils.data.Dataset):
 
     def __getitem__(self, step):
         """The batch of a step, {view: (crops or finished images, params)} and {view: rows of the data set (b,)}."""
+        # Without a sampler all views share the same images, which are opened once.
         rows, first = self.rows(step), self.rank * self.share
         if self.sampler is None:
             opened = self.data[next(iter(rows.values()))]  # (b, 3, H, W), or b images of any size
+
+        # The parameters are drawn for the global batch, so that they do not depend on the number of ranks.
         made = {}
         for view, (batch_rows, params) in self.draw(rng(self.seed, "views", step)).items():
-            # Of the view's rows of the global batch, and their parameters, take those of this rank.
+            # A rank takes those rows of the view, and their parameters, which belong to its part of the batch.
             local = ((batch_rows >= first) & (batch_rows < first + self.share)).nonzero()[:, 0]
             params = {name: value[local] for name, value in params.items()}
             places = batch_rows[local] - first  # (n,)
 
-            # Cut out the crops, or make the whole view.
+            # Only the crops are cut out where the device does the rest; otherwise the whole view is made.
             images = opened if self.sampler is None else self.data[rows[view]]
             if isinstance(images, list):
                 images = [images[i] for i in places.tolist()]
@@ -2401,13 +2424,13 @@ class Loader(torch.utils.data.Dataset):
     def batches(self, steps):
         """Yield (views {name: float (n, 3, H, W)}, {name: params}, {name: rows of the data set (b,)}) for each of
         `steps`. Views are on the device, all else on the CPU."""
-        # A batch in bytes. Grids may be larger than the crop, and there are parameters.
+        # The bytes of a batch are estimated with a margin for larger grids and for parameters.
         size = 0
         for view, (rows, _) in self.draw(rng(self.seed, "views", 0)).items():
             size += len(rows) // world_size() * 3 * self.policies[view].crop.size ** 2
         size *= 1.5 if self.crop_only else 6
 
-        # One pass over all steps, so the workers live as long as the run.
+        # One pass covers all steps, so that the workers live as long as the run.
         files = self.data.images is None
         workers = default_workers(self.workers, size) if files else 0
         check_shared_memory(workers, size)
@@ -2415,7 +2438,7 @@ class Loader(torch.utils.data.Dataset):
         pin = self.device.type == "cuda" and files
         loader = torch.utils.data.DataLoader(self, batch_size=None, sampler=steps, pin_memory=pin, **how)
 
-        # Note how long the device had nothing else to do.
+        # `waited` sums the seconds in which the device had nothing else to do.
         batches, self.waited = unbroken(loader), 0.0
         while True:
             begin = time.monotonic()
@@ -2465,6 +2488,8 @@ def default_workers(workers, batch=0):
     machine, and no more than can keep two batches of `batch` bytes each in shared memory."""
     if workers is not None:
         return workers
+
+    # A container or a batch system may give the process fewer cores than the machine has.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     local = local_processes()
     fit = free_shared_memory() / (2 * local * max(batch, 1))
@@ -2484,6 +2509,7 @@ def check_shared_memory(workers, batch):
 def detach_worker(_):
     """A loader worker leaves the process group, so that a SIGTERM to all of it lets the main process save first. It
     lets go of the run's lock, which would outlive a killed main process in it."""
+    # One thread per worker avoids more threads than cores.
     torch.set_num_threads(1)
     while LOCKS:
         os.close(LOCKS.popitem()[1])
