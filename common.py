@@ -2087,9 +2087,12 @@ def render_chunk(boxes, colors, rotation, floor_hue, light_hue, distance, size):
 
     # Along each axis, camera + t d is between the two faces of a box for t in midway -+ reach. The ray hits the box if
     # it enters the last of the three slabs before it leaves the first.
-    centre, half = boxes[..., :3] - camera[:, None], boxes[..., 3:] / 2  # (n, K, 3)
-    midway, reach = centre[..., None] / d[:, None], half[..., None] / d.abs()[:, None]  # (n, K, 3, P)
-    enter, leave = (midway - reach).amax(2), (midway + reach).amin(2)  # (n, K, P)
+    centre = boxes[..., :3] - camera[:, None]  # (n, K, 3)
+    half = boxes[..., 3:] / 2
+    midway = centre[..., None] / d[:, None]  # (n, K, 3, P)
+    reach = half[..., None] / d.abs()[:, None]
+    enter = (midway - reach).amax(2)  # (n, K, P)
+    leave = (midway + reach).amin(2)
     t, part = torch.where(enter < leave, enter, torch.inf).min(1, keepdim=True)  # (n, 1, P)
     hit = t < torch.inf
 
@@ -2222,7 +2225,8 @@ def blocks_views(split, size=32, seed=0):
     view = grid[view]  # (N, 3)
 
     # The object is turned about its axis by the azimuth, then tilted towards the camera by the elevation.
-    azimuth, elevation, zero = *view[:, :2].deg2rad().T / 2, torch.zeros(len(view))  # (N,) each; half angles
+    azimuth, elevation = view[:, :2].deg2rad().T / 2  # (N,) each; half angles
+    zero = torch.zeros(len(view))
     turn = torch.stack([zero, azimuth.sin(), zero, azimuth.cos()], 1)  # (N, 4)
     tilt = torch.stack([elevation.sin(), zero, zero, elevation.cos()], 1)  # (N, 4)
 
@@ -2365,10 +2369,14 @@ class Loader(torch.utils.data.Dataset):
 
     def __init__(self, data, policies, draw, args, device, sampler=None):
         # Worker processes have no process group, so rank and share are noted while there is one.
-        self.data, self.policies, self.draw, self.device, self.sampler = data, policies, draw, device, sampler
-        self.seed, self.batch_size, self.workers = args.seed, args.batch_size, args.workers
-        self.rank, self.share = rank(), args.batch_size // world_size()  # a worker process does not know them
-        self.crop_only = data.images is not None or device.type != "cpu"  # the rest is done on the device
+        self.data, self.sampler = data, sampler
+        self.policies, self.draw = policies, draw
+        self.device, self.workers = device, args.workers
+        self.seed, self.batch_size = args.seed, args.batch_size
+        self.rank, self.share = rank(), args.batch_size // world_size()
+
+        # Only crops are made first where the set is in memory or a GPU does the rest.
+        self.crop_only = data.images is not None or device.type != "cpu"
         self.items = len(data if sampler is None else sampler)
         self.steps_per_epoch = self.items // args.batch_size  # the incomplete last batch is dropped
         self.total_steps = args.epochs * self.steps_per_epoch
@@ -2399,7 +2407,8 @@ class Loader(torch.utils.data.Dataset):
     def __getitem__(self, step):
         """The batch of a step, {view: (crops or finished images, params)} and {view: rows of the data set (b,)}."""
         # Without a sampler all views share the same images, which are opened once.
-        rows, first = self.rows(step), self.rank * self.share
+        rows = self.rows(step)
+        first = self.rank * self.share
         if self.sampler is None:
             opened = self.data[next(iter(rows.values()))]  # (b, 3, H, W), or b images of any size
 
@@ -2439,7 +2448,8 @@ class Loader(torch.utils.data.Dataset):
         loader = torch.utils.data.DataLoader(self, batch_size=None, sampler=steps, pin_memory=pin, **how)
 
         # `waited` sums the seconds in which the device had nothing else to do.
-        batches, self.waited = unbroken(loader), 0.0
+        batches = unbroken(loader)
+        self.waited = 0.0
         while True:
             begin = time.monotonic()
             made, rows = next(batches, (None, None))
