@@ -2582,10 +2582,12 @@ def resize_weights(offset, length, full, size, interpolation):
     offset, length = offset.view(-1, 1, 1), length.view(-1, 1, 1)  # (n, 1, 1) each
     scale = length / size  # source pixels per output pixel
 
-    # Positions of output and source pixels from the offset on, and their distance in units of the filter.
+    # The distance between output and source pixels is in units of the filter, which widens when the image shrinks.
     centre = (torch.arange(size, device=offset.device)[:, None] + 0.5) * scale  # (n, size, 1)
     pixel = torch.arange(full, device=offset.device) + 0.5 - offset  # (n, 1, full)
     t = (pixel - centre).abs_().div_(scale.clamp(min=1))  # (n, size, full)
+
+    # The filter is a triangle or a cubic, and pixels outside the box weigh nothing.
     if interpolation == "bilinear":
         w = (1 - t).clamp_(min=0)
     else:
@@ -2602,6 +2604,7 @@ def crop_resize(images, boxes, size, interpolation="bilinear"):
     Returns uint8 (n, 3, size, size). Two matmuls do the whole batch on a GPU and for small outputs; otherwise a CPU is
     several times faster image by image, with its uint8 kernel. The two ways agree within one level of 255.
     """
+    # On a GPU, and for small outputs, one matrix product resizes the columns and another the rows.
     if isinstance(images, torch.Tensor) and (images.device.type != "cpu" or size <= 40):
         H, W = images.shape[2:]
         top, left, h, w = send(boxes.float(), images.device).unbind(1)  # (n,) each
@@ -2610,6 +2613,8 @@ def crop_resize(images, boxes, size, interpolation="bilinear"):
         x = (images.float().flatten(1, 2) @ columns.mT).clamp_(0, 255)  # (n, 3 * H, size) as uint8 would overflow
         x = rows[:, None] @ x.unflatten(1, (3, H))  # (n, 3, size, size)
         return x.round_().clamp_(0, 255).to(torch.uint8)
+
+    # A CPU resizes larger crops, and images of a folder, one by one with its uint8 kernel.
     crops = [image[None, :, top : top + h, left : left + w] for image, (top, left, h, w) in zip(images, boxes.tolist())]
     return torch.cat([resize(crop, (size, size), interpolation) for crop in crops])
 
@@ -2638,6 +2643,7 @@ class RandomResizedCrop:
 
     def sample(self, n, generator=None, tries=10):
         """Candidates `area` and `aspect`, (n, 10) float, and `corner`, (n, 2) in [0, 1)."""
+        # Ten candidates per image are drawn, as torchvision tries ten times.
         log_aspect = uniform((n, tries), math.log(self.ratio[0]), math.log(self.ratio[1]), generator)  # (n, 10)
         area, corner = uniform((n, tries), *self.scale, generator), torch.rand(n, 2, generator=generator)
         return {"area": area, "aspect": log_aspect.exp(), "corner": corner}
@@ -2647,6 +2653,8 @@ class RandomResizedCrop:
         pixels."""
         if "top" in params:
             return
+
+        # The first candidate that fits into the image is the box, at a uniformly random position.
         H, W = sizes.double().unbind(1)  # (n,) each
         area, aspect = params.pop("area") * (H * W)[:, None], params.pop("aspect").double()  # (n, 10) each
         h, w = (area / aspect).sqrt().round(), (area * aspect).sqrt().round()
@@ -2655,11 +2663,13 @@ class RandomResizedCrop:
         h, w = h.gather(1, first)[:, 0], w.gather(1, first)[:, 0]  # (n,) each
         top, left = (params.pop("corner") * torch.stack([H - h + 1, W - w + 1], 1)).floor().unbind(1)
 
-        # Where none fits: in the centre, as much of the image as the aspect ratios allow.
+        # Where no candidate fits, the box is central, as large as the allowed aspect ratios permit.
         none = ~fits.any(1)  # (n,) bool
         h = torch.where(none, torch.minimum(H, (W / self.ratio[0]).round()), h)
         w = torch.where(none, torch.minimum(W, (H * self.ratio[1]).round()), w)
         top, left = torch.where(none, (H - h) // 2, top), torch.where(none, (W - w) // 2, left)
+
+        # Fractions of the image describe the box independently of its resolution.
         box = {"top": top / H, "left": left / W, "height": h / H, "width": w / W}
         params |= {name: fraction.float() for name, fraction in box.items()}
 
@@ -2696,6 +2706,7 @@ class CenterCrop:
 
     def __call__(self, images, params=None):
         """uint8 (n, 3, H, W), or a list of uint8 (3, H_i, W_i) -> uint8 (n, 3, size, size)."""
+        # Images of one size are resized together, images of a folder one by one.
         crops = []
         for x in [images] if isinstance(images, torch.Tensor) else [image[None] for image in images]:
             x = middle(x)
@@ -2753,7 +2764,7 @@ class Affine:
         a = params["angle"].to(x.dtype).deg2rad()  # (n,)
         shift = torch.stack([params["shift_x"], params["shift_y"]], 1).to(x.dtype)  # (n, 2)
 
-        # From the output back to the input, first in pixels, then in half sides, as affine_grid counts.
+        # The inverse map goes from output to input pixels, and then to half sides, the unit of affine_grid.
         inverse = torch.stack([a.cos(), a.sin(), -a.sin(), a.cos()], 1).view(-1, 2, 2)  # (n, 2, 2)
         half = torch.tensor([W / 2, H / 2], dtype=x.dtype)
         linear, offset = inverse * half / half[:, None], (-inverse @ shift[..., None]) / half[:, None]
@@ -2784,12 +2795,13 @@ class Elastic:
 
     def warp(self, x, seed):
         """x (m, 3, H, W), seed (m,) -> (m, 3, H, W)."""
+        # Blurred noise gives neighbouring pixels similar shifts.
         m, _, H, W = x.shape
         noise = hash_noise(send(seed, x.device), 2 * H * W).view(m, 2, H, W).to(x.dtype) * 2 - 1
         shift = self.smooth.blur(noise, torch.full((m,), self.smooth.sigma[0]))  # (m, 2, H, W) along x and y
         scale = send((self.alpha / torch.tensor([W, H])).to(shift.dtype), x.device)  # (2,) from pixels to half sides
 
-        # Shift the points at which the pixels of the image itself are sampled.
+        # The shifts displace the points at which the image is sampled.
         eye = torch.eye(2, 3, dtype=x.dtype, device=x.device).expand(m, 2, 3)
         grid = F.affine_grid(eye, x.shape, align_corners=False)  # (m, H, W, 2), from -1 to 1
         grid = grid + shift.permute(0, 2, 3, 1) * scale
@@ -2838,11 +2850,13 @@ def shift_hue_(x, turns):
     high, low = torch.maximum(torch.maximum(r, g), b), torch.minimum(torch.minimum(r, g), b)
     chroma = high - low
 
-    # The hue times the chroma, then the shifted hue in [0, 6).
+    # The hue is first computed times the chroma, then divided by it, shifted, and wrapped into [0, 6).
     in_green, in_blue = (b - r).add_(chroma, alpha=2), (r - g).add_(chroma, alpha=4)
     h = torch.where(high == r, g - b, torch.where(high == g, in_green, in_blue))
     h.div_(chroma.clamp(min=1e-8)).add_(6 * column(turns, x)[:, 0])
     h.sub_(torch.floor(h / 6), alpha=6)
+
+    # Each channel rises and falls along its own ramp over the circle of hues.
     ramps = (h - 3).abs_().sub_(1), 2 - (h - 2).abs_(), 2 - (h - 4).abs_()
     for channel, ramp in zip((r, g, b), ramps):
         torch.addcmul(low, ramp.clamp_(0, 1), chroma, out=channel)
@@ -2857,12 +2871,14 @@ class ColorJitter:
     each sample from first to last, 0 brightness, 1 contrast, 2 saturation, 3 hue."""
 
     def __init__(self, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0, p=0.8, shuffle=True):
+        # A single number v means a range around the identity.
         factors = {"brightness": brightness, "contrast": contrast, "saturation": saturation}
         self.ranges = {name: v if isinstance(v, tuple) else (max(0, 1 - v), 1 + v) for name, v in factors.items()}
         self.ranges["hue"] = hue if isinstance(hue, tuple) else (-hue, hue)
         self.p, self.shuffle = p, shuffle
 
     def sample(self, n, generator=None):
+        # Samples that are left alone get the identity's factors and the fixed order.
         on = torch.rand(n, generator=generator) < self.p  # (n,) bool
         order = torch.rand(n, 4, generator=generator).argsort(1)  # (n, 4)
         params = {"order": torch.where(on[:, None] & self.shuffle, order, torch.arange(4))}
@@ -2881,19 +2897,20 @@ class ColorJitter:
         factor = torch.stack([params["brightness"], params["contrast"], params["saturation"]], 1)  # (n, 3)
         hue, order = params["hue"], params["order"]
 
-        # The place of the hue step: 4 without a shift, 5 where nothing at all is done. ends[t] samples have turn <= t.
+        # The hue step of a sample has turn 0 to 3, 4 without a shift, or 5 if nothing changes. ends[t] samples have at
+        # most turn t.
         turn = torch.where(hue != 0, (order == 3).int().argmax(1), 4)  # (n,)
         turn[(factor == 1).all(1) & (hue == 0)] = 5
         ends = torch.bincount(turn, minlength=6).cumsum(0).tolist()
 
-        # Sort the samples by it, and their factors in the order of use.
+        # The samples are sorted by their turn, and their factors put in the order of use.
         rows = turn.argsort()[: ends[4]]  # (m,)
         hue, blends = hue[rows], order[rows][order[rows] != 3].view(-1, 3)  # (m,), (m, 3)
         factor = factor[rows].gather(1, blends)  # (m, 3)
         rows = send(rows, x.device)
         y = x.index_select(0, rows)  # (m, 3, S, S)
 
-        # Shift the hues that are due, then blend: kind 0 with black, 1 with the mean luma, 2 with the luma.
+        # Each step shifts the hues that are due, then blends with black (kind 0), the mean luma (1) or the luma (2).
         for step, (first, end) in enumerate(zip([0, *ends], ends[:4])):
             if first < end:
                 shift_hue_(y[first:end], hue[first:end])
@@ -2941,9 +2958,12 @@ class GaussianBlur:
 
     def blur(self, x, sigma):
         """x (m, C, H, W), sigma (m,) -> (m, C, H, W). Every plane is a channel with its own kernel, axis by axis."""
+        # A side of s pixels reflects only once, so it limits the kernel.
         m, C, H, W = x.shape
         ry, rx = min(self.radius, H - 1), min(self.radius, W - 1)
         x = F.pad(x.reshape(1, C * m, H, W), (rx, rx, ry, ry), mode="reflect")  # (1, C * m, H + 2 * ry, W + 2 * rx)
+
+        # A separable kernel per sample blurs one axis after the other.
         sigma = send(sigma, x.device)[:, None]  # (m, 1)
         for radius, taps in ((rx, (1, -1)), (ry, (-1, 1))):
             t = torch.arange(-radius, radius + 1, dtype=x.dtype, device=x.device) / sigma  # (m, 2 * radius + 1)
@@ -3014,11 +3034,14 @@ class Compose:
 
     def run(self, images, params, crop):
         """On a GPU all at once; on a CPU in chunks that stay in its cache, which makes it twice as fast."""
+        # A chunk holds about 2^18 pixels, which is little enough for the cache.
         n, side = len(images), crop.size if crop else images.shape[3]
         chunk = max(8, 2**18 // side**2) if images[0].device.type == "cpu" else n
         out = None
         for first in range(0, n, chunk):
             part = slice(first, first + chunk)
+
+            # The crop comes first, on uint8 pixels, and every other op follows on floats in [0, 1].
             x, p = images[part], {name: v[part] for name, v in params.items()}  # (chunk, ...)
             x = crop(x, p) if crop else x  # (chunk, 3, S, S)
             x = x.contiguous().float().div_(255) if x.dtype == torch.uint8 else x.clone()
@@ -3052,6 +3075,7 @@ def family(name, size):
 
 def family_target(name, p, size):
     """Parameters p of a family -> numbers that describe them (n, K), at most 1 in size, and 0 where nothing is done."""
+    # Each target is divided by the largest value of its family.
     if name == "rotation":
         columns = [p["angle"] / 45]
     elif name == "color":
@@ -3115,6 +3139,7 @@ class ViT(VisionTransformer):
     feature = "final [CLS]"
 
     def __init__(self, arch="vit_small", img_size=224, patch_size=16, cls_layer=0, pos="learned", drop_path=0.0):
+        # timm builds the encoder; a class token may enter later than in timm, so it has no position there.
         has_cls = cls_layer is not None
         super().__init__(
             img_size=img_size,
@@ -3129,6 +3154,8 @@ class ViT(VisionTransformer):
         )
         self.cls_layer, self.patch_size, self.grid = cls_layer, patch_size, img_size // patch_size
         self.dim, self.depth = self.embed_dim, len(self.blocks)
+
+        # The fixed table replaces timm's learned one and gets no gradient.
         if pos == "sincos":
             table = sincos_positions(self.grid, self.grid, self.dim)
             self.pos_embed.data = F.pad(table, (0, 0, int(cls_layer == 0), 0))  # a row of zeros for [CLS]
@@ -3137,6 +3164,7 @@ class ViT(VisionTransformer):
     def positions(self, h, w):
         """The table of positions, resampled bicubically where the grid is not the one it was made for: (1, h w,
         dim)."""
+        # A [CLS] at the input has its own position in the first row.
         table = self.pos_embed[:, -(self.grid**2) :]
         if (h, w) == (self.grid, self.grid):
             return table
@@ -3150,9 +3178,12 @@ class ViT(VisionTransformer):
     def run_blocks(self, x, taps=()):
         """x (B, 3, H, W) -> z, the normalised tokens after the last block, and {k: tokens after block k} for `taps`,
         all (B, N, embed_dim). From block cls_layer + 1 on (from 0 if cls_layer is 0) [CLS] is row 0."""
+        # Patches are embedded and their positions added, so that tokens are a map before the first block.
         h, w = self.cells(x)
         z = self.patch_embed.proj(x).flatten(2).transpose(1, 2) + self.positions(h, w)  # (B, h w, embed_dim)
         tapped = {}
+
+        # [CLS] joins the map at its own block, and only an input [CLS] has a position.
         for k, block in enumerate(self.blocks):
             if k == self.cls_layer:
                 cls = self.cls_token + self.pos_embed[:, :1] if k == 0 else self.cls_token
@@ -3173,6 +3204,7 @@ class ViT(VisionTransformer):
     def last_blocks(self, x, n=4):
         """x (B, 3, H, W) -> the [CLS] after each of the last n blocks that have one, each through the final norm,
         side by side (B, n dim); the last of them is `forward(x)`. What linear probes of ViTs look at."""
+        # Blocks before the [CLS] enters have none to give.
         layers = range(max(self.depth - n, self.cls_layer) + 1, self.depth + 1)
         tapped = self.trace(x, layers)[1]
         return torch.cat([self.norm(tapped[k][:, 0]) for k in layers], dim=1)
@@ -3222,12 +3254,13 @@ class ResNet(Pyramid, torchvision.models.ResNet):
     al. 2018]."""
 
     def __init__(self, arch="resnet18", img_size=224, stem="imagenet", coords=False):
+        # The last of four stages is eight times as wide as the first, times the expansion of a block.
         block, layers, width = RESNETS[arch]
         super().__init__(block, layers)
         self.coords, self.fc = coords, nn.Identity()
         self.dim = 8 * width * block.expansion
 
-        # Another width and another stem than torchvision's, then its initial values for all.
+        # torchvision's constructor is fixed to width 64 and the ImageNet stem, so other layers replace its own.
         if width != 64:
             self.inplanes, self.bn1 = width, nn.BatchNorm2d(width)
             for i, n in enumerate(layers):
@@ -3237,6 +3270,8 @@ class ResNet(Pyramid, torchvision.models.ResNet):
             self.conv1, self.maxpool = nn.Conv2d(channels, width, 3, 1, 1, bias=False), nn.Identity()
         else:
             self.conv1 = nn.Conv2d(channels, width, 7, 2, 3, bias=False)
+
+        # All convolutions draw torchvision's initial values again.
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
                 nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
@@ -3251,11 +3286,14 @@ class ResNet(Pyramid, torchvision.models.ResNet):
     def trace(self, x, taps=()):
         """x (B, 3, H, W) -> y (B, dim), the mean over the last map, in float32 also under autocast, and {k: map after
         stage k (B, h, w, C)} for `taps`."""
+        # The two coordinate channels are the same for all images of the batch.
         if self.coords:
             B, _, H, W = x.shape
             across, down = (torch.linspace(-1, 1, n, device=x.device, dtype=x.dtype) for n in (W, H))
             position = torch.stack([across.expand(H, W), down[:, None].expand(H, W)])  # (2, H, W): x, y
             x = torch.cat([x, position.expand(B, 2, H, W)], 1)  # (B, 5, H, W)
+
+        # Each stage ends in a map, and the representation averages the last.
         z, tapped = self.maxpool(self.relu(self.bn1(self.conv1(x)))), {}
         for k, stage in enumerate((self.layer1, self.layer2, self.layer3, self.layer4), 1):
             z = stage(z)  # (B, C, h, w)
@@ -3274,9 +3312,12 @@ def make_backbone(arch, mean, std, img_size, inv=None, **kwargs):
     """The encoder that a checkpoint's "backbone" describes. It keeps that description, and in `mean`, `std`,
     `img_size` what it expects as input; `dim` is the width of `backbone(x)`, `inv` that of its invariant part, which
     comes first (None: it is not split)."""
+    # A name of an option chooses a script's own encoder, before the architecture does.
     check_arch(arch, BACKBONES)
     kind = next(name for name in (*kwargs, arch) if name in BACKBONES)
     backbone = BACKBONES[kind](arch=arch, img_size=img_size, **kwargs)
+
+    # The encoder keeps its normalisation and size, so that a checkpoint is complete without the arguments.
     backbone.mean, backbone.std, backbone.img_size = mean, std, img_size
     backbone.inv = getattr(backbone, "inv", inv)
     backbone.description = dict(arch=arch, mean=list(mean), std=list(std), img_size=img_size, inv=inv, **kwargs)
@@ -3287,8 +3328,12 @@ def load_backbone(path, file=None):
     """Checkpoint, read from `file` where it is open -> (frozen encoder in eval mode, checkpoint dict). Strict:
     weights that do not fit are an error."""
     state = load_checkpoint(path, file)
+
+    # A script with encoders of its own registers them when imported.
     if state["method"] in METHODS:
-        importlib.import_module(state["method"])  # encoders of its own are in the table then
+        importlib.import_module(state["method"])
+
+    # The description rebuilds the encoder, and the weights must fit it exactly.
     try:
         backbone = make_backbone(**state["backbone"])
         backbone.load_state_dict(state["backbone_state"])
@@ -3307,7 +3352,7 @@ def export_backbone(path, backbone):
     if isinstance(arguments, str):
         return f"{path.name}: not written, {arguments}"
 
-    # Both must give the same features of a random image.
+    # timm's twin and the encoder must agree on a random image, or the export is refused.
     backbone, twin = copy.deepcopy(backbone).cpu().eval(), timm.create_model(**arguments).eval()
     twin.load_state_dict(backbone.state_dict())
     x = torch.randn(2, 3, d["img_size"], d["img_size"], generator=rng("export"))
@@ -3316,6 +3361,7 @@ def export_backbone(path, backbone):
     if not error <= 1e-5:
         return f"{path.name}: not written, timm's features differ by {error:.1e}"
 
+    # The metadata holds timm's arguments and the normalisation of the images.
     metadata = dict(timm=json.dumps(arguments)) | {name: json.dumps(d[name]) for name in ("img_size", "mean", "std")}
     try:
         write(path, save({k: v.contiguous() for k, v in backbone.state_dict().items()}, metadata))
@@ -3356,11 +3402,14 @@ class Reader:
         """Yield (rows (b,), op(their images, their parameters)) in the order of `rows` (n,), behind a progress bar.
         op can be pickled and makes images of `op.size` px; params: a dict of (N, ...) for the whole set. `pin`: in
         pinned memory, for a GPU."""
+        # The loader starts once, for batches of the first pass's size, and its item list is refilled for each pass.
         if self.loader is None:
             self.loader = self._start(1.5 * batch_size * 3 * op.size**2, pin)
         chunks = rows.split(batch_size) if len(rows) else ()
         part = lambda chunk: {key: value[chunk].numpy() for key, value in (params or {}).items()}
         self.items[:] = [(op, chunk.numpy(), part(chunk)) for chunk in chunks]
+
+        # A pass which breaks off leaves workers in an unknown state, so the next one starts new ones.
         try:
             for x, chunk in zip(progress(unbroken(self.loader), total=len(chunks), desc=name, unit="batch"), chunks):
                 yield chunk, x
@@ -3370,6 +3419,7 @@ class Reader:
 
     def _start(self, batch, pin):
         """The loader of all passes, for batches of `batch` bytes."""
+        # Images in memory need no workers; prefetched batches of files must fit in shared memory.
         files = self.data.images is None
         workers = default_workers(self.workers, batch) if files else 0
         check_shared_memory(workers, batch)
@@ -3402,17 +3452,18 @@ def features(
 
     Batches go straight to their place on rank 0, where 1.28 million images of D = 1,536 take 4 N D = 7.9 GB. A GPU
     collects 16 batches first, because it waits for each copy: 16 * 4 * 256 W D = 200 MB on W = 8 ranks."""
+    # By default the view is the centre crop at the encoder's own size, and the encoder encodes it.
     reader = data if isinstance(data, Reader) else Reader(data, workers)
     transform = transform or CenterCrop(backbone.img_size, interpolation="bicubic")
     normalise = Normalize(backbone.mean, backbone.std)
     encode = backbone if encode is None else encode
 
-    # Every rank encodes as many rows; what is too much is cut off.
+    # Every rank encodes equally many rows, because gathering needs equal sizes; surplus rows are dropped.
     rows, world = torch.arange(len(reader.data)) if rows is None else rows, world_size()
     even = math.ceil(len(rows) / world) * world
     local = rows[torch.arange(even) % len(rows)][rank() :: world]
 
-    # Encode batches, of which `encoded` are not in `out` yet.
+    # Batches are encoded in eval mode; a GPU keeps several in `encoded` before it copies them to `out`.
     out, begin, encoded = None, 0, []
     training, gpu = backbone.training, device.type == "cuda"
     backbone.eval()
@@ -3424,12 +3475,14 @@ def features(
         if gpu and len(encoded) < 16 and done < len(local):
             continue
 
-        # Collect what all ranks have encoded. Rank r has the rows r, r + W, ...
+        # Rank 0 gathers what all ranks encoded; rank r has the rows r, r + W, and so on.
         y, encoded = torch.cat(encoded), []  # (b, D)
         parts = [y]
         if world > 1:
             parts = [torch.empty_like(y) for _ in range(world)] if rank() == 0 else None
             dist.gather(y, parts)
+
+        # The output is allocated once the width of the features is known.
         if out is None:
             out = torch.empty(0 if rank() else len(rows), y.shape[1])
         for r, part in enumerate(parts or ()):
@@ -3444,8 +3497,11 @@ def features(
 def knn(train, train_labels, test, k=20, temperature=0.07, *, classes):
     """Weighted k-nearest-neighbour vote of DINO: cosine similarity, weights exp(sim / T). Features (N, D) and (M, D),
     labels (N,) -> class scores (M, classes); the highest wins, ties go to the lower class. k is cut to N."""
+    # On the unit sphere the inner product is the cosine similarity.
     train, test = F.normalize(train, dim=1), F.normalize(test, dim=1)
     train_labels, scores = send(train_labels, train.device), []
+
+    # A chunk's similarities take 512 x N numbers, so that memory stays bounded.
     for chunk in test.split(512):
         sim, index = (chunk @ train.T).topk(min(k, len(train)), dim=1)  # (m, k)
         votes = torch.zeros(len(chunk), classes, device=train.device)
@@ -3456,10 +3512,12 @@ def knn(train, train_labels, test, k=20, temperature=0.07, *, classes):
 def knn_accuracy(backbone, train, test, device, args, most=(8_000, 2_000)):
     """The score at the end of a run: 20-NN on test images; sets larger than `most` are thinned evenly, to stay
     quick."""
+    # Evenly spaced rows keep the shares of the classes in a set that is sorted by class.
     rows = [torch.arange(min(n, len(d))) * len(d) // min(n, len(d)) for n, d in zip(most, (train, test))]
     how = dict(amp=args.amp, workers=args.workers, name="k-NN")
     x, x_test = (features(backbone, d, device, rows=r, **how) for d, r in zip((train, test), rows))
 
+    # Rank 0 has all features, so it alone computes the vote.
     def accuracy():
         scores = knn(x, train.labels[rows[0]], x_test, classes=len(train.classes))
         return (scores.argmax(1) == test.labels[rows[1]]).float().mean().item()
@@ -3473,6 +3531,7 @@ def turn_equivariance(backbone, data, device, args, most=400):
     Mean cosine between f(x) turned by 90 degrees and f(x turned by 90 degrees), where f gives the tokens after the
     last block and the final norm, less their mean. 1: the map turns with the image; 0: the two maps are unrelated.
     `eval_probe.py --tasks equivariance` measures the same over more images, angles and groups."""
+    # Evenly spaced images represent the whole set.
     norm, shape = getattr(backbone, "norm", nn.Identity()), []
     rows = torch.arange(min(most, len(data))) * len(data) // min(most, len(data))
 
@@ -3485,6 +3544,7 @@ def turn_equivariance(backbone, data, device, args, most=400):
     how = dict(amp=args.amp, workers=args.workers, name="equivariance")
     maps = features(backbone, data, device, encode=maps_of, rows=rows, **how).unflatten(1, (2, *shape))
 
+    # Without their mean, maps that are alike everywhere do not count as equivariant. Rank 0 alone has the maps.
     def cosine():
         moved, there = torch.rot90(maps[:, 0], 1, (1, 2)), maps[:, 1]
         centred = (z - z.mean((0, 1, 2)) for z in (moved, there))
