@@ -2615,8 +2615,11 @@ def crop_resize(images, boxes, size, interpolation="bilinear"):
         return x.round_().clamp_(0, 255).to(torch.uint8)
 
     # A CPU resizes larger crops, and images of a folder, one by one with its uint8 kernel.
-    crops = [image[None, :, top : top + h, left : left + w] for image, (top, left, h, w) in zip(images, boxes.tolist())]
-    return torch.cat([resize(crop, (size, size), interpolation) for crop in crops])
+    resized = []
+    for image, (top, left, h, w) in zip(images, boxes.tolist()):
+        crop = image[None, :, top : top + h, left : left + w]  # (1, 3, h, w)
+        resized.append(resize(crop, (size, size), interpolation))
+    return torch.cat(resized)
 
 
 def image_sizes(images):
@@ -2645,7 +2648,8 @@ class RandomResizedCrop:
         """Candidates `area` and `aspect`, (n, 10) float, and `corner`, (n, 2) in [0, 1)."""
         # Ten candidates per image are drawn, as torchvision tries ten times.
         log_aspect = uniform((n, tries), math.log(self.ratio[0]), math.log(self.ratio[1]), generator)  # (n, 10)
-        area, corner = uniform((n, tries), *self.scale, generator), torch.rand(n, 2, generator=generator)
+        area = uniform((n, tries), *self.scale, generator)
+        corner = torch.rand(n, 2, generator=generator)
         return {"area": area, "aspect": log_aspect.exp(), "corner": corner}
 
     def place(self, params, sizes):
@@ -2656,7 +2660,8 @@ class RandomResizedCrop:
 
         # The first candidate that fits into the image is the box, at a uniformly random position.
         H, W = sizes.double().unbind(1)  # (n,) each
-        area, aspect = params.pop("area") * (H * W)[:, None], params.pop("aspect").double()  # (n, 10) each
+        area = params.pop("area") * (H * W)[:, None]  # (n, 10)
+        aspect = params.pop("aspect").double()
         h, w = (area / aspect).sqrt().round(), (area * aspect).sqrt().round()
         fits = (0 < h) & (h <= H[:, None]) & (0 < w) & (w <= W[:, None])
         first = fits.int().argmax(1, keepdim=True)  # (n, 1)
@@ -2767,7 +2772,8 @@ class Affine:
         # The inverse map goes from output to input pixels, and then to half sides, the unit of affine_grid.
         inverse = torch.stack([a.cos(), a.sin(), -a.sin(), a.cos()], 1).view(-1, 2, 2)  # (n, 2, 2)
         half = torch.tensor([W / 2, H / 2], dtype=x.dtype)
-        linear, offset = inverse * half / half[:, None], (-inverse @ shift[..., None]) / half[:, None]
+        linear = inverse * half / half[:, None]
+        offset = (-inverse @ shift[..., None]) / half[:, None]  # (n, 2, 1)
         theta = send(torch.cat([linear, offset], 2), x.device)  # (n, 2, 3)
         grid = F.affine_grid(theta, x.shape, align_corners=False)  # (n, H, W, 2)
         return F.grid_sample(x, grid, self.interpolation, "zeros", align_corners=False)
@@ -2783,7 +2789,8 @@ class Elastic:
     seed of the noise; 0 where not applied."""
 
     def __init__(self, alpha=100.0, sigma=5.0, p=0.5):
-        self.alpha, self.p, self.smooth = alpha, p, GaussianBlur((sigma, sigma), kernel=int(8 * sigma + 1))
+        self.alpha, self.p = alpha, p
+        self.smooth = GaussianBlur((sigma, sigma), kernel=int(8 * sigma + 1))
 
     def sample(self, n, generator=None):
         on = torch.rand(n, generator=generator) < self.p  # (n,) bool
@@ -2851,7 +2858,8 @@ def shift_hue_(x, turns):
     chroma = high - low
 
     # The hue is first computed times the chroma, then divided by it, shifted, and wrapped into [0, 6).
-    in_green, in_blue = (b - r).add_(chroma, alpha=2), (r - g).add_(chroma, alpha=4)
+    in_green = (b - r).add_(chroma, alpha=2)
+    in_blue = (r - g).add_(chroma, alpha=4)
     h = torch.where(high == r, g - b, torch.where(high == g, in_green, in_blue))
     h.div_(chroma.clamp(min=1e-8)).add_(6 * column(turns, x)[:, 0])
     h.sub_(torch.floor(h / 6), alpha=6)
@@ -2905,7 +2913,8 @@ class ColorJitter:
 
         # The samples are sorted by their turn, and their factors put in the order of use.
         rows = turn.argsort()[: ends[4]]  # (m,)
-        hue, blends = hue[rows], order[rows][order[rows] != 3].view(-1, 3)  # (m,), (m, 3)
+        hue = hue[rows]  # (m,)
+        blends = order[rows][order[rows] != 3].view(-1, 3)  # (m, 3)
         factor = factor[rows].gather(1, blends)  # (m, 3)
         rows = send(rows, x.device)
         y = x.index_select(0, rows)  # (m, 3, S, S)
@@ -3152,7 +3161,8 @@ class ViT(VisionTransformer):
             no_embed_class=cls_layer != 0,
             **VITS[arch],
         )
-        self.cls_layer, self.patch_size, self.grid = cls_layer, patch_size, img_size // patch_size
+        self.cls_layer = cls_layer
+        self.patch_size, self.grid = patch_size, img_size // patch_size
         self.dim, self.depth = self.embed_dim, len(self.blocks)
 
         # The fixed table replaces timm's learned one and gets no gradient.
@@ -3220,7 +3230,8 @@ class ViT(VisionTransformer):
     def tokens(self, x, after):
         """x (B, 3, H, W) -> the patch tokens after block `after`, un-normalised, as a map (B, h, w, dim); after
         several: a list."""
-        (h, w), layers = self.cells(x), after if isinstance(after, tuple) else (after,)
+        h, w = self.cells(x)
+        layers = after if isinstance(after, tuple) else (after,)
         tapped = self.trace(x, layers)[1]
         maps = [tapped[k][:, -h * w :].unflatten(1, (h, w)) for k in layers]
         return maps if isinstance(after, tuple) else maps[0]
@@ -3294,7 +3305,8 @@ class ResNet(Pyramid, torchvision.models.ResNet):
             x = torch.cat([x, position.expand(B, 2, H, W)], 1)  # (B, 5, H, W)
 
         # Each stage ends in a map, and the representation averages the last.
-        z, tapped = self.maxpool(self.relu(self.bn1(self.conv1(x)))), {}
+        z = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        tapped = {}
         for k, stage in enumerate((self.layer1, self.layer2, self.layer3, self.layer4), 1):
             z = stage(z)  # (B, C, h, w)
             if k in taps:
@@ -3353,7 +3365,8 @@ def export_backbone(path, backbone):
         return f"{path.name}: not written, {arguments}"
 
     # timm's twin and the encoder must agree on a random image, or the export is refused.
-    backbone, twin = copy.deepcopy(backbone).cpu().eval(), timm.create_model(**arguments).eval()
+    backbone = copy.deepcopy(backbone).cpu().eval()
+    twin = timm.create_model(**arguments).eval()
     twin.load_state_dict(backbone.state_dict())
     x = torch.randn(2, 3, d["img_size"], d["img_size"], generator=rng("export"))
     with torch.no_grad():
@@ -3459,13 +3472,16 @@ def features(
     encode = backbone if encode is None else encode
 
     # Every rank encodes equally many rows, because gathering needs equal sizes; surplus rows are dropped.
-    rows, world = torch.arange(len(reader.data)) if rows is None else rows, world_size()
+    rows = torch.arange(len(reader.data)) if rows is None else rows
+    world = world_size()
     even = math.ceil(len(rows) / world) * world
     local = rows[torch.arange(even) % len(rows)][rank() :: world]
 
     # Batches are encoded in eval mode; a GPU keeps several in `encoded` before it copies them to `out`.
-    out, begin, encoded = None, 0, []
-    training, gpu = backbone.training, device.type == "cuda"
+    out = None
+    begin, encoded = 0, []
+    gpu = device.type == "cuda"
+    training = backbone.training
     backbone.eval()
     for _, x in reader.batches(transform, local, params, batch_size, name, pin=gpu):
         x = normalise(send(x, device).float() / 255)
@@ -3476,7 +3492,8 @@ def features(
             continue
 
         # Rank 0 gathers what all ranks encoded; rank r has the rows r, r + W, and so on.
-        y, encoded = torch.cat(encoded), []  # (b, D)
+        y = torch.cat(encoded)  # (b, D)
+        encoded = []
         parts = [y]
         if world > 1:
             parts = [torch.empty_like(y) for _ in range(world)] if rank() == 0 else None
@@ -3499,7 +3516,8 @@ def knn(train, train_labels, test, k=20, temperature=0.07, *, classes):
     labels (N,) -> class scores (M, classes); the highest wins, ties go to the lower class. k is cut to N."""
     # On the unit sphere the inner product is the cosine similarity.
     train, test = F.normalize(train, dim=1), F.normalize(test, dim=1)
-    train_labels, scores = send(train_labels, train.device), []
+    train_labels = send(train_labels, train.device)
+    scores = []
 
     # A chunk's similarities take 512 x N numbers, so that memory stays bounded.
     for chunk in test.split(512):
@@ -3532,7 +3550,8 @@ def turn_equivariance(backbone, data, device, args, most=400):
     last block and the final norm, less their mean. 1: the map turns with the image; 0: the two maps are unrelated.
     `eval_probe.py --tasks equivariance` measures the same over more images, angles and groups."""
     # Evenly spaced images represent the whole set.
-    norm, shape = getattr(backbone, "norm", nn.Identity()), []
+    norm = getattr(backbone, "norm", nn.Identity())
+    shape = []  # h, w, D of a map, known after the first batch
     rows = torch.arange(min(most, len(data))) * len(data) // min(most, len(data))
 
     def maps_of(x):
