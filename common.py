@@ -154,7 +154,9 @@ def parse(Args, values_in_force, argv=None, description=""):
     `values_in_force(first) -> dict` looks up defaults. The second parses over those, so `--help` shows what would
     run."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    description = description.partition("\n\nWhere the paper is silent")[0]  # the rest is for readers of the file
+
+    # The help ends before the notes on the paper, which are for readers of the file.
+    description = description.partition("\n\nWhere the paper is silent")[0]
 
     # Only rank 0 shows tyro's own messages.
     shown = os.environ.get("RANK", "0") == "0"
@@ -450,7 +452,7 @@ def by_rank_0(act):
         return act()
 
     # Rank 0 acts; its result, or the exit code with which it ended, goes to all ranks.
-    box = [None, None]  # the value; an exit code
+    box = [None, None]
     if rank() == 0:
         try:
             box[0] = act()
@@ -694,7 +696,8 @@ def sync(fd):
 
 def save_checkpoint(path, state):
     """`write` tensors and plain values, such that `read_tensors` reads them."""
-    buffer = io.BytesIO()  # so that a full disk raises a plain OSError
+    # The bytes are collected in memory first, so that a full disk raises a plain OSError.
+    buffer = io.BytesIO()
     torch.save(state, buffer)
     write(path, buffer.getbuffer())
 
@@ -844,9 +847,9 @@ class Run:
         """Lock the directory until `finish`, or the end of the process. File systems without locks do without."""
         import fcntl
 
-        # A second run in the same process keeps the lock of the first.
+        # An earlier run of the same process, which was refused or failed, holds the lock already.
         path = self.out.resolve()
-        if path in LOCKS:  # an earlier run of this process, which was refused or failed
+        if path in LOCKS:
             return
         LOCKS[path] = os.open(path, os.O_RDONLY)
 
@@ -1265,7 +1268,8 @@ def collapse_monitors(y):
         p = torch.linalg.eigvalsh(covariance).clamp(min=0)  # (D,)
         p = p / p.sum().clamp(min=1e-12)
         effective = float(torch.exp(-(p * torch.log(p.clamp(min=1e-12))).sum()))
-    except torch.linalg.LinAlgError:  # all features alike, or not finite: a monitor ends no run
+    except torch.linalg.LinAlgError:
+        # The solver may fail on features that are all alike or not finite, but a monitor must not end a run.
         effective = math.nan
 
     # JSON has no NaN, so the log writes null.
@@ -1968,7 +1972,8 @@ def cached(name, make, current=lambda kept: True):
     if any_rank(int(value is None)):
         value = make()
         with contextlib.suppress(OSError):  # nowhere to keep it
-            if rank() == 0 and os.path.isabs(home):  # a "~" stays where nobody knows the user's home
+            # A "~" remains in the path where the user has no home directory.
+            if rank() == 0 and os.path.isabs(home):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 save_checkpoint(path, value | dict(digest=digest_of(value)))
     return value
@@ -2326,8 +2331,9 @@ def load_data(name, root, split, size, skip_corrupt=False, workers=None, session
     if not name.startswith("blocks"):
         if root is None:
             die(f"--data-dir: {name} needs the directory of its images")
+        # A folder that cannot be listed ends the program, whatever the set.
         if os.path.isdir(root):
-            visible(root)  # one that cannot be listed ends here, whatever the set
+            visible(root)
 
     # A split must exist on all machines or on none.
     data = DATA[name].read(root, split, size=size, sessions=sessions, workers=workers, skip_corrupt=skip_corrupt)
@@ -2380,7 +2386,7 @@ class Loader(torch.utils.data.Dataset):
         self.items = len(data if sampler is None else sampler)
         self.steps_per_epoch = self.items // args.batch_size  # the incomplete last batch is dropped
         self.total_steps = args.epochs * self.steps_per_epoch
-        self.waited = 0.0  # seconds in which there was nothing else to do
+        self.waited = 0.0  # seconds
 
         # An epoch has at least one batch, and every rank an equal part of it.
         B, world = args.batch_size, world_size()
@@ -2471,11 +2477,13 @@ def unbroken(loader):
     """What a loader yields; an image that cannot be read ends the run with one line that names it, exit code 1."""
     try:
         yield from loader
-    except RuntimeError as e:  # a worker was killed, or hangs
+    except RuntimeError as e:
+        # The loader raises a RuntimeError when a worker was killed or hangs.
         if "DataLoader" not in str(e):
             raise
         die(one_line(e), 1, alone=True)
-    except OSError as e:  # from a worker the last line is ours, the others are a traceback
+    except OSError as e:
+        # A worker's error starts with its traceback and ends with the line that names the image.
         line = str(e).splitlines()[-1].removeprefix("OSError: ")
         die(f"{line}; repair or remove the file, or add --skip-corrupt", 1, alone=True)
 
@@ -2977,7 +2985,7 @@ class GaussianBlur:
         for radius, taps in ((rx, (1, -1)), (ry, (-1, 1))):
             t = torch.arange(-radius, radius + 1, dtype=x.dtype, device=x.device) / sigma  # (m, 2 * radius + 1)
             k = torch.softmax(-0.5 * t**2, 1).repeat_interleave(C, 0).view(C * m, 1, *taps)  # (C * m, 1, 1, taps)
-            x = F.conv2d(x, k.to(x.dtype), groups=C * m)  # without this axis's padding
+            x = F.conv2d(x, k.to(x.dtype), groups=C * m)  # without the padding of the axis
         return x.reshape(m, C, H, W)
 
 
@@ -2991,7 +2999,8 @@ class Solarize:
         return {"solarize": torch.rand(n, generator=generator) < self.p}
 
     def __call__(self, x, params):
-        low = self.threshold - 1e-6  # level 128 is the last bit above or below 128 / 255, depending on the device
+        # Rounding puts level 128 just above or below 128 / 255, depending on the device, so the threshold is lower.
+        low = self.threshold - 1e-6
         return change_rows(x, params["solarize"], lambda y: torch.where(y >= low, 1 - y, y))
 
 
@@ -3409,7 +3418,8 @@ class Reader:
 
     def __init__(self, data, workers=None):
         self.data, self.workers, self.loader = data, workers, None
-        self.items = []  # of the pass: what the loader takes for its sampler
+        # The loader takes the items of a pass for its sampler.
+        self.items = []
 
     def batches(self, op, rows, params=None, batch_size=256, name="images", pin=False):
         """Yield (rows (b,), op(their images, their parameters)) in the order of `rows` (n,), behind a progress bar.
@@ -3427,7 +3437,7 @@ class Reader:
             for x, chunk in zip(progress(unbroken(self.loader), total=len(chunks), desc=name, unit="batch"), chunks):
                 yield chunk, x
         except BaseException:
-            self.loader = None  # a pass that broke off leaves workers that are not to be trusted with the next
+            self.loader = None
             raise
 
     def _start(self, batch, pin):
