@@ -2381,7 +2381,7 @@ class Loader(torch.utils.data.Dataset):
         self.seed, self.batch_size = args.seed, args.batch_size
         self.rank, self.share = rank(), args.batch_size // world_size()
 
-        # Only crops are made first where the set is in memory or a GPU does the rest.
+        # Where a GPU does the rest, or the set is in memory, only the crop is made at first.
         self.crop_only = data.images is not None or device.type != "cpu"
         self.items = len(data if sampler is None else sampler)
         self.steps_per_epoch = self.items // args.batch_size  # the incomplete last batch is dropped
