@@ -154,24 +154,30 @@ def parse(Args, values_in_force, argv=None, description=""):
     `values_in_force(first) -> dict` looks up defaults. The second parses over those, so `--help` shows what would
     run."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    description = description.partition("\n\nWhere the paper is silent")[0]  # the rest is for readers of the file
+
+    # The help ends before the notes on the paper, which are for readers of the file.
+    description = description.partition("\n\nWhere the paper is silent")[0]
 
     # Only rank 0 shows tyro's own messages.
     shown = os.environ.get("RANK", "0") == "0"
     cli = partial(tyro.cli, Args, args=argv, console_outputs=shown)
     try:
+        # The first pass leaves unknown flags alone; the second parses all flags over the defaults in force.
         first, _ = cli(return_unknown_args=True, add_help=False)
         args = cli(default=Args(**values_in_force(first)), description=description)
     except SystemExit as e:
+        # torchrun ends all ranks once one has ended, so the silent ranks give rank 0 time to print.
         if e.code and not shown:
             die("the command line")
         raise
 
+    # An unset shell variable arrives as an empty string, which no argument means.
     for name, value in vars(args).items():
         if value == "":
             die(f"{flag_name(name)}: is empty (an unset shell variable?); give a value or leave the flag out")
     if isinstance(getattr(args, "data_dir", None), str):
-        args.data_dir = os.path.abspath(os.path.expanduser(args.data_dir))  # probes start in other directories
+        # The evaluation may start in another directory, so the run stores an absolute path.
+        args.data_dir = os.path.abspath(os.path.expanduser(args.data_dir))
     return args
 
 
@@ -183,13 +189,14 @@ def flag_name(name):
 def check_run(args, recipes, *archs, warmup_within_epochs=True):
     """Refuse what no method script can work with: unknown names, numbers out of range, values that contradict each
     other. `archs` are tables of architectures. Arguments that a script does not have are not checked."""
+    # Every name must exist, and every number must be in its interval.
     check_data(args.data)
     if args.recipe not in recipes:
         die(f"--recipe {args.recipe or 'is missing'}: name one of {', '.join(recipes)} (for --data {args.data})")
     check_arch(args.arch, *archs)
     check_ranges(args)
 
-    # Ranges (low, high), and the strengths of the colour jitter (brightness, contrast, saturation, hue).
+    # A range starts with its lower end; the four strengths of the jitter end with the hue.
     for name in ("crop_scale", "local_scale", "equi_area"):
         low, high = getattr(args, name, (0, 1))
         if low > high:
@@ -198,6 +205,7 @@ def check_run(args, recipes, *archs, warmup_within_epochs=True):
     if jitter[3] > 0.5:
         die(f"--jitter {' '.join(map(str, jitter))}: hue is in turns, at most 0.5")
 
+    # The warm-up must end before the training does, and a ViT needs a whole number of patches.
     warmup = getattr(args, "warmup_epochs", 0)
     if warmup_within_epochs and args.epochs and warmup >= args.epochs:
         die(f"--warmup-epochs {warmup}: must be below --epochs {args.epochs}")
@@ -230,6 +238,8 @@ def check_ranges(args):
     """Refuse numbers outside their range. None is skipped, NaN refused."""
     for name, interval in ranges(type(args)).items():
         value = getattr(args, name)
+
+        # A bracket includes the end of an interval, a parenthesis excludes it.
         low, high = (float(v) for v in interval[1:-1].split(","))
         for v in value if isinstance(value, (tuple, list)) else [value]:
             above = v is None or (v >= low if interval[0] == "[" else v > low)
@@ -241,17 +251,20 @@ def check_ranges(args):
 def command(main):
     """Run a script's main() so that whatever ends it ends in one line: Ctrl-C (130), memory or disk that ran out, a
     process of the group that is gone (1). A reader that leaves (`| head`) or a full disk behind stdout ends nothing."""
+    # A closed pipe or a full disk behind the output must not end the training.
     sys.stdout, sys.stderr = (Unfailing(stream or open(os.devnull, "w")) for stream in (sys.stdout, sys.stderr))
     try:
         main()
     except KeyboardInterrupt:
         die("stopped by SIGINT", 130)
     except (MemoryError, RuntimeError, OSError) as e:
+        # A known failure ends in one line; any other keeps its traceback for debugging.
         line = one_line(e)
         if line is None:
             raise
         if line.startswith(GONE):
-            time.sleep(5)  # the process that ended has a better line, and torchrun ends this one
+            # The process that ended first prints a better message, and then torchrun kills the others.
+            time.sleep(5)
         die(line, 1, alone=True)
 
 
@@ -290,11 +303,13 @@ def die(message, code=2, alone=False):
     Every rank may call it for the same mistake: rank 0 prints, and the others wait. torchrun kills all processes as
     soon as one ends, so a rank that is still there after the wait made the mistake by itself, and prints. `alone`: it
     is known that no other rank made it."""
+    # Rank 0 prints for all ranks, and torchrun then kills those that wait.
     if not alone and os.environ.get("RANK", "0") != "0":
         time.sleep(5)
     with contextlib.suppress(OSError):  # nobody may be reading
         for bar in list(getattr(tqdm, "_instances", ())):
-            bar.close()  # or the line would be glued to it
+            # An open progress bar would share its line with the message.
+            bar.close()
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
     raise SystemExit(code)
 
@@ -306,6 +321,8 @@ def one_line(error):
     """What an error means that comes from the machine and not from the code, in one line; None for all others."""
     text = " ".join(str(error).split())
     has = lambda *words: any(w in text for w in words)
+
+    # Training most often runs out of memory: of the GPU, of the host, or of a loader process.
     if isinstance(error, torch.OutOfMemoryError) or has("CUDA error: out of memory"):
         return f"out of memory on the GPU: lower --batch-size or --img-size ({text[:120]})"
     if isinstance(error, MemoryError) or has("DefaultCPUAllocator", "out of memory"):
@@ -313,6 +330,8 @@ def one_line(error):
     if has("DataLoader"):
         advice = "lower --workers (0 reads in the main process), or give it more memory"
         return f"a loader process ended or hangs: {advice} ({text[:200]})"
+
+    # Another process may have ended, a compiler may be missing, or a disk may be full.
     if has("Connection closed by peer", "Connection reset by peer", "gloo", "NCCL"):
         return f"{GONE} ended or does not answer ({text[:160]})"
     if has("InvalidCxxCompiler", "Cannot find a working triton"):
@@ -345,6 +364,7 @@ def rank():
 
 def from_torchrun():
     """RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE as torchrun sets them; those of one process where it did not."""
+    # A launcher or a batch system may have set these variables to something else.
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
     for name in names:
         value = os.environ.get(name, "0")
@@ -353,7 +373,7 @@ def from_torchrun():
     numbers = [int(os.environ.get(name, default)) for name, default in zip(names, (0, 0, 1, 1))]
     global_rank, local_rank, world, local_world = numbers
 
-    # What is left of another program's environment: a group without its parts, a rank outside its group.
+    # Variables of another program may name a group without its address, or a rank outside its group.
     missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if world > 1 and missing:
         problem = f"WORLD_SIZE={world} is in the environment and {missing[0]} is not"
@@ -368,6 +388,7 @@ def from_torchrun():
 def start(device="auto"):
     """Join the process group when torchrun started us; return the torch.device of this process. Gloo exchanges CPU
     tensors (flags, float64 tests), NCCL those on GPUs."""
+    # CUDA is preferred to MPS, and MPS to the CPU.
     _, local_rank, world, local_world = from_torchrun()
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if device == "auto":
@@ -384,6 +405,7 @@ def start(device="auto"):
                 resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
                 break
 
+    # Several processes need one GPU each, or share the CPU.
     if world > 1:
         if device == "mps":
             die("--device mps: several processes need CUDA or the CPU; use --device cpu")
@@ -391,7 +413,8 @@ def start(device="auto"):
             count = torch.cuda.device_count()
             die(f"--nproc_per_node {local_world}: this machine has {count} GPUs; start as many processes")
     if device == "cuda":
-        torch.cuda.set_device(local_rank)  # before NCCL looks which GPU is ours
+        # NCCL takes the current GPU, so each process chooses its own GPU first.
+        torch.cuda.set_device(local_rank)
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=timedelta(minutes=10))
         atexit.register(dist.destroy_process_group)
@@ -405,6 +428,8 @@ def send(x, device):
     Elsewhere the host waits. On MPS a copy that nobody waits for may read memory that is in use again."""
     if x.device.type != "cpu" or device.type != "cuda":
         return x.to(device)
+
+    # Only a copy from pinned memory leaves the host free to go on.
     if x.nbytes > 2**16 and not x.is_pinned():
         x = torch.empty_like(x, pin_memory=True).copy_(x)
     return x.to(device, non_blocking=True)
@@ -425,7 +450,9 @@ def by_rank_0(act):
     there, all ranks end."""
     if world_size() == 1:
         return act()
-    box = [None, None]  # the value; an exit code
+
+    # Rank 0 acts; its result, or the exit code with which it ended, goes to all ranks.
+    box = [None, None]
     if rank() == 0:
         try:
             box[0] = act()
@@ -485,6 +512,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        # Each rank's rows enter the loss of every rank, so their gradients add up.
         grad = grad.contiguous()
         dist.all_reduce(grad)
         return grad.chunk(dist.get_world_size())[dist.get_rank()]
@@ -530,17 +558,24 @@ class BatchNormOverRanks(nn.modules.batchnorm._BatchNorm):
         """x (b, C, ...) -> the same shape, normalised over the global batch and all but the channels."""
         if not self.training:
             return super().forward(x)
-        dims, n = [0, *range(2, x.dim())], x.numel() // x.shape[1] * world_size()
+
+        # The number n of values per channel corrects the bias of the running variance below.
+        dims = [0, *range(2, x.dim())]
+        n = x.numel() // x.shape[1] * world_size()
         view = lambda v: v.view(1, -1, *[1] * (x.dim() - 2))
 
         # The variance of the global batch is the biased one, as in any batch norm that trains.
         mean = all_reduce(x.mean(dims)) / world_size()  # (C,)
         centred = x - view(mean)
         var = all_reduce((centred * centred).mean(dims)) / world_size()  # (C,)
+
+        # The running statistics are updated without gradient, the variance as the unbiased one.
         with torch.no_grad():
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(var * n / (n - 1), self.momentum)
             self.num_batches_tracked += 1
+
+        # The batch is normalised, then scaled and shifted per channel.
         y = centred * view((var + self.eps).rsqrt())
         return y * view(self.weight) + view(self.bias) if self.affine else y
 
@@ -589,6 +624,7 @@ def ema_update(target, online, m):
 def clip_each_(parameters, most):
     """Scale down the gradient of every parameter tensor whose norm exceeds `most` (DINO clips each tensor by
     itself)."""
+    # The small constant avoids a division by zero, as in DINO.
     grads = [p.grad for p in parameters if p.grad is not None]
     norms = torch.stack(torch._foreach_norm(grads))
     torch._foreach_mul_(grads, (most / (norms + 1e-6)).clamp(max=1.0).unbind())
@@ -626,6 +662,8 @@ def write(path, content):
     """Write bytes so that a kill at any moment leaves either the old or the new file: a temporary file in the same
     directory, flushed to the disk, then renamed over the old one (over its target, if `path` is a link)."""
     path = Path(path).resolve()
+
+    # The content goes to a temporary file first, so that the old file stays whole until the rename.
     tmp = path.with_name(f"{path.name}.tmp")
     try:
         with open(tmp, "wb") as f:
@@ -658,7 +696,8 @@ def sync(fd):
 
 def save_checkpoint(path, state):
     """`write` tensors and plain values, such that `read_tensors` reads them."""
-    buffer = io.BytesIO()  # so that a full disk raises a plain OSError
+    # The bytes are collected in memory first, so that a full disk raises a plain OSError.
+    buffer = io.BytesIO()
     torch.save(state, buffer)
     write(path, buffer.getbuffer())
 
@@ -667,6 +706,7 @@ def read_tensors(path, file=None):
     """What `save_checkpoint` wrote, or what an open `file` holds. torch.load does not look at the checksums of the
     zip file, so they are checked first; nothing compressed is inflated, no pickled code is run, and no tensor is
     larger than the file that claims it. Raises whatever a damaged file makes the readers raise."""
+    # Compressed members are refused, and the checksums of all others must be right.
     with zipfile.ZipFile(file or path) as z:
         if any(i.compress_type != zipfile.ZIP_STORED for i in z.infolist()) or z.testzip():
             raise ValueError(f"{path}: damaged")
@@ -676,7 +716,7 @@ def read_tensors(path, file=None):
             file.seek(0)
         return torch.load(file or path, map_location=device, weights_only=True)
 
-    # On the meta device tensors have a size but no memory.
+    # On the meta device tensors have a size but no memory, so an impossible size is found before it is allocated.
     size = file.seek(0, os.SEEK_END) if file else os.path.getsize(path)
     for t in tensors(read("meta")):
         if max(t.numel() * t.element_size(), t.untyped_storage().nbytes()) > size:
@@ -704,10 +744,14 @@ def load_checkpoint(path, file=None):
     path = Path(path)
     if not os.path.isfile(path):
         die(f"{path}: no such checkpoint file")
+
+    # A missing or damaged file is refused first.
     try:
         state = read_tensors(path, file)
     except Exception:  # a dozen different types
         die(f"{path}: not a checkpoint of this project, or damaged (truncated download? copy it again)")
+
+    # A file of another program, a newer format or diverged weights are refused as well.
     if not isinstance(state, dict) or set(state) != KEYS:
         die(f"{path}: not a checkpoint of this project (expected the keys {', '.join(sorted(KEYS))})")
     if state["format"] != FORMAT:
@@ -745,6 +789,7 @@ class Run:
     FREE = LOCAL | {"resume", "overwrite", "device", "compile", "max_steps", "save_every", "log_every"}
 
     def __init__(self, args, variant, model, optimizer):
+        # The run takes its name from the script, and its encoder from the model.
         self.script = Path(sys.modules[type(args).__module__].__file__)
         self.method = self.script.stem
         self.args, self.model, self.optimizer = args, model, optimizer
@@ -755,6 +800,7 @@ class Run:
         if args.resume and args.overwrite:
             die("--resume and --overwrite: contradict each other; give one of them")
 
+        # All ranks must train with the same arguments, and rank 0 claims the directory for all.
         def complaint(a, other, b):
             name = next(name for name in a if a[name] != b.get(name))
             return f"{flag_name(name)}: {a[name]} on rank 0 and {b[name]} on rank {other}; give all processes the same"
@@ -762,18 +808,26 @@ class Run:
         same_on_all_ranks({k: v for k, v in dataclasses.asdict(args).items() if k not in self.LOCAL}, complaint)
         by_rank_0(self._claim)
 
-        # The signal that came, whether the run waits for data, and torchrun's agent.
-        self.signal, self.waiting = None, False
+        # The signal handler sets `signal` and interrupts a run that is `waiting`
+        # for data; `parent` is the process of torchrun.
+        self.signal = None
+        self.waiting = False
         self.parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
-        # Values noted since they were last read and their first step; steps in the log, and when its last line came.
-        self.pending, self.first_pending = [], 0
-        self.logged, self.clock, self.torn = 0, 0.0, False
+        # Logged values stay on the device in `pending`, from step `first_pending` on, until a line of the log is due.
+        self.pending = []
+        self.first_pending = 0
+
+        # `logged` steps were in the log when its last line came at `clock`; a full disk may have `torn` that line.
+        self.logged = 0
+        self.clock = 0.0
+        self.torn = False
 
     # ---- the directory and the checkpoint in it ----
 
     def _claim(self):
         """Make the directory, lock it against a second run, and prove that it can be written."""
+        # A file is created and removed, because permissions alone do not say whether a file system is writable.
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             if os.name == "posix":
@@ -783,6 +837,8 @@ class Run:
             probe.unlink()
         except OSError as e:
             die(f"--out {self.out}: cannot be written ({e.strerror}); choose another directory")
+
+        # An earlier run's checkpoint is replaced only on request.
         if self.path.exists() and not (self.args.resume or self.args.overwrite):
             advice = "add --resume to continue, --overwrite to start afresh, or choose another --out"
             die(f"--out {self.out}: already holds a checkpoint; {advice}")
@@ -791,10 +847,13 @@ class Run:
         """Lock the directory until `finish`, or the end of the process. File systems without locks do without."""
         import fcntl
 
+        # An earlier run of the same process, which was refused or failed, holds the lock already.
         path = self.out.resolve()
-        if path in LOCKS:  # an earlier run of this process, which was refused or failed
+        if path in LOCKS:
             return
         LOCKS[path] = os.open(path, os.O_RDONLY)
+
+        # The lock is tried without waiting, so that a second run is refused at once.
         try:
             fcntl.flock(LOCKS[path], fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -814,6 +873,7 @@ class Run:
 
         Rank 0 reads the checkpoint for all. `data` is the training set: all ranks must see the same, and a run goes on
         with nothing else than it began with."""
+        # All ranks must see the same images, in the same order, before any of them resumes.
         self.data = data.fingerprint()
 
         def complaint(a, other, b):
@@ -821,8 +881,11 @@ class Run:
             return f"--data-dir: {what}; give all machines the same"
 
         same_on_all_ranks(self.data, complaint)
+
+        # Rank 0 reads the checkpoint, and every rank starts from its step.
         state = by_rank_0(lambda: self._read() if self.args.resume and self.path.exists() else None)
-        self.resumed, self.begin = state is not None, 0
+        self.resumed = state is not None
+        self.begin = 0
         if state is not None:
             self.begin = state["step"]
             self._load(state)
@@ -831,6 +894,7 @@ class Run:
 
     def _read(self):
         """The checkpoint to resume, if it is of this method, these arguments and these images."""
+        # The checkpoint must come from the same method, with the same arguments wherever they change the result.
         state = load_checkpoint(self.path)
         saved, now = state["args"], dataclasses.asdict(self.args)
         if state["method"] != self.method:
@@ -839,6 +903,8 @@ class Run:
             if now[name] != saved[name]:
                 there = f"the checkpoint in {self.out} was made with {saved[name]}"
                 die(f"{flag_name(name)} {now[name]}: {there}; resume with that or choose another --out")
+
+        # The checkpoint also records the images it was trained on; older checkpoints do not.
         seen = state["train_state"].get("data", self.data)
         if seen != self.data:
             what = f"holds other images than {self.path} has seen ({difference(seen, self.data)})"
@@ -848,6 +914,7 @@ class Run:
     def _load(self, state):
         """Take model and optimiser from a checkpoint. Whether the optimiser's kernels are fused is this device's
         choice, not that of the device on which the checkpoint was written."""
+        # The encoder is stored under its own names, and is put back into the whole model.
         encoder = {f"{self.model.evaluated}.{k}": v for k, v in state["backbone_state"].items()}
         try:
             optimizer = state["train_state"]["optimizer"]
@@ -863,7 +930,7 @@ class Run:
     def _prepare(self):
         """What the directory holds before the first step."""
         try:
-            # What an overwritten run has left must not pass for this one's.
+            # An overwritten run leaves files which a reader would take for those of the new run.
             if not self.resumed:
                 names = ["checkpoint.pt", "log.jsonl", "backbone.safetensors", "eval.jsonl"]
                 if of_a_run(os.listdir(self.out)):
@@ -871,12 +938,13 @@ class Run:
                 for name in names:
                     (self.out / name).resolve().unlink(missing_ok=True)
 
+            # The arguments and the source files are kept, so that the run can be understood and repeated later.
             write(self.out / "args.json", (json.dumps(dataclasses.asdict(self.args), indent=1) + "\n").encode())
             for source in {self.script, Path(__file__)}:
                 if source.resolve() != (self.out / source.name).resolve():
                     shutil.copy(source, self.out)
 
-            # Steps that were logged but not saved are done, and logged, again.
+            # Steps after the checkpoint are computed again, so their lines are dropped from the log.
             log = self.out / "log.jsonl"
             lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
             kept = [f"{line}\n" for line in lines if 0 <= step_of(line) < self.begin]
@@ -892,7 +960,8 @@ class Run:
         Before each step the global generators are reseeded from (seed, step, rank). SIGTERM, SIGHUP and SIGINT, and
         the end of torchrun, save at the next step boundary, on all ranks at the same one, and exit with 128 + the
         signal's number; a second SIGINT ends at once."""
-        begin, total = self.begin, min(loader.total_steps, self.args.max_steps or loader.total_steps)
+        begin = self.begin
+        total = min(loader.total_steps, self.args.max_steps or loader.total_steps)
         self.total, self.loader = total, loader
 
         # A signal that the shell has switched off (nohup, a job in the background) stays off.
@@ -902,12 +971,14 @@ class Run:
             if s is not None and signal.getsignal(s) is not signal.SIG_IGN:
                 handlers[s] = signal.signal(s, self._on_signal)
 
+        # A resumed run counts, times and draws from its own first step on.
         self.bar = progress(total=total, initial=min(begin, total), unit="step", leave=True)
         self.first_pending = self.logged = begin
-        self.clock, batches = time.monotonic(), loader.batches(range(begin, total))
+        self.clock = time.monotonic()
+        batches = loader.batches(range(begin, total))
         try:
             for step in range(begin, total):
-                # Without a batch a signal has come. The script computes the step at `yield`.
+                # No batch means that a signal came; otherwise the script computes its step at `yield`.
                 batch = self._wait(batches)
                 if batch is None:
                     self._stop(step, self.signal)
@@ -915,16 +986,18 @@ class Run:
                 yield step, *batch
                 self.bar.update()
 
-                # A rank whose torchrun is gone stops as if it had been asked to.
+                # A rank whose torchrun has ended stops as if it had received SIGTERM.
                 orphan = self.parent is not None and os.getppid() != self.parent
                 self._stop_if_asked(step + 1, signal.SIGTERM if orphan else 0)
                 if self.due(step) and step + 1 < total:
                     self.save(step + 1)
 
-            # The end, unless a resumed run was at its end already.
+            # The last checkpoint is written, unless the resumed run was complete already.
             if begin < total or not self.resumed:
                 self.save(total, last=True)
-                self._stop_if_asked(total)  # a signal came within that save
+
+                # A signal may have come while the last checkpoint was written.
+                self._stop_if_asked(total)
             else:
                 self.say(f"{self.path} is finished: {begin} of {total} steps")
         finally:
@@ -970,15 +1043,21 @@ class Run:
     def save(self, step, last=False):
         """Write checkpoint.pt from rank 0; return whether it was written. Weights that are not finite never replace
         those that are. A full disk costs one line during the run, and at its end the exit code."""
+        # The encoder is stored apart from the rest, so that evaluation can load it without the script's own classes.
         self.flush()
         heads = {k: v for k, v in self.model.state_dict().items() if not k.startswith(f"{self.model.evaluated}.")}
         train_state = dict(heads=heads, optimizer=self.optimizer.state_dict(), data=self.data)
+
+        # Weights with NaN or infinity on any rank stop all ranks before a good checkpoint is overwritten.
         if any_rank(int(not finite([self.encoder.state_dict(), train_state]))):
             die(f"the weights are not finite after step {step - 1}; lower --lr; {self._last_good()}", 1)
+
+        # The checkpoint holds everything that evaluation and resuming need.
         state = dict(format=FORMAT, method=self.method, args=dataclasses.asdict(self.args), step=step)
         state |= dict(backbone=self.encoder.description, backbone_state=self.encoder.state_dict())
         state |= dict(train_state=train_state)
 
+        # Only rank 0 writes, but all ranks must learn whether it succeeded.
         error = 0
         if rank() == 0:
             try:
@@ -1003,12 +1082,13 @@ class Run:
 
     def introduce(self, data, loader, peak, chance):
         """Print what is about to run: data, recipe in force, learning rate after scaling, the loss of pure chance."""
+        # The recipe shows what is computed, not where.
         recipe = " ".join(f"{k}={v}" for k, v in dataclasses.asdict(self.args).items() if k not in self.FREE)
         epochs = f"{self.args.epochs} epochs of {loader.steps_per_epoch} steps"
         where = f"on {world_size()} x {self.device.type}, into {self.out}"
         lines = [f"{self.method}: {len(data):,} images of {self.args.data}, {epochs}, {where}", f"  {recipe}"]
 
-        # What the data lack: files that cannot be read, labels, a test split.
+        # Unreadable files are counted on the screen and listed by name in the run directory.
         if data.skipped:
             listed = self.out / "skipped.txt"
             lines.append(f"  {len(data.skipped)} images cannot be read and are left out; they are listed in {listed}")
@@ -1018,6 +1098,7 @@ class Run:
         if data.note:
             lines.append(f"  {data.note}")
 
+        # The learning rate grows linearly with the batch size, and chance is what the loss should fall below.
         count = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         scaled = "" if peak == self.args.lr else f"{self.args.lr:g} x {self.args.batch_size}/256 = "
         rate = f"learning rate {scaled}{peak:g} at its peak"
@@ -1026,8 +1107,10 @@ class Run:
     def picture(self, name, views, n=8):
         """Write what the model sees: a row of `n` images for each normalised (b, 3, H, W) in `views`."""
         if rank() == 0:
+            # The normalisation is undone, and a view with too few images is padded with white.
             mean, std = (torch.tensor(v).view(3, 1, 1) for v in (self.encoder.mean, self.encoder.std))
-            side, rows = max(64, self.args.img_size), []
+            side = max(64, self.args.img_size)
+            rows = []
             for v in views:
                 images = (v[:n].float().cpu() * std + mean).clamp(0, 1)
                 images = F.interpolate(images, (side, side))  # (up to n, 3, side, side)
@@ -1048,6 +1131,7 @@ class Run:
         need not wait for the device every step; each is then checked: a value that is not finite ends the run with
         exit code 1, naming the step and the components, and the last good checkpoint stays.
         """
+        # A CPU checks every step at once; a GPU is read only for a line of the log.
         self.names = list(values)
         self.pending.append(torch.stack([scalar(v, self.device) for v in values.values()]))  # (names,)
         due = is_logged(self.args, step)
@@ -1062,11 +1146,16 @@ class Run:
             y = gather(features.detach())  # (B, D)
             line |= collapse_monitors(y) if rank() == 0 else {}
 
+        # Throughput and waiting time are averages since the last line of the log.
         now = time.monotonic()
         done, seconds = step + 1 - self.logged, now - self.clock
         line |= dict(images_per_s=round(done * self.args.batch_size / seconds, 1))
         line |= dict(data_wait=round(self.loader.waited / seconds, 4), memory_gb=round(memory_gb(self.device), 3))
-        self.logged, self.clock, self.loader.waited = step + 1, now, 0.0
+        self.logged = step + 1
+        self.clock = now
+        self.loader.waited = 0.0
+
+        # Rank 0 writes the line and shows the losses on the progress bar.
         if rank() == 0:
             self._append(line)
             self.bar.set_postfix_str(" ".join(f"{k} {v:.3f}" for k, v in row.items()), refresh=False)
@@ -1086,13 +1175,15 @@ class Run:
         """Average what is pending over ranks, check it, and return the last step's values."""
         if not self.pending:
             return {}
+
+        # One collective averages all pending steps over ranks.
         values = torch.stack(self.pending)  # (steps, names)
         if world_size() > 1:
             dist.all_reduce(values)
             values /= world_size()
         values = values.tolist()
 
-        # The first step that is not finite ends the run.
+        # The first step whose values are not finite ends the run.
         for i, row in enumerate(values):
             if not all(map(math.isfinite, row)):
                 what = ", ".join(f"{k} {v:.4g}" for k, v in zip(self.names, row))
@@ -1108,9 +1199,12 @@ class Run:
     def finish(self, untrained, train, test):
         """After the last step: export the encoder for timm, score it by k-NN beside the untrained one, say what is
         next."""
+        # The encoder is written for timm, whatever its score.
         encoders = self.encoder, untrained.get_submodule(untrained.evaluated)
         if rank() == 0:
             self.say(export_backbone(self.out / "backbone.safetensors", self.encoder))
+
+        # The k-NN score needs labelled training and test images of the same classes.
         if test is None or train.labels is None or train.classes != test.classes:
             notes = [data.note for data in (train, test) if data is not None and data.note]
             self.say(f"no k-NN score: {'; '.join(notes) or 'the data has no test split with the same classes'}")
@@ -1119,6 +1213,7 @@ class Run:
             others = f"the untrained encoder: {before:.3f}; chance: {1 / len(train.classes):.3f}"
             self.say(f"k-NN accuracy on test images: {trained:.3f} ({others})")
 
+        # Equivariance needs no labels, so any images serve.
         data = train if test is None else test
         trained, before = (turn_equivariance(encoder, data, self.device, self.args) for encoder in encoders)
         self.say(f"equivariance of the last map, a quarter turn: {trained:.3f} (the untrained encoder: {before:.3f})")
@@ -1161,6 +1256,7 @@ def scalar(v, device):
 def collapse_monitors(y):
     """y (B, D) -> per-dimension standard deviation of the normalised features (1/sqrt(D) is healthy, 0 is collapse) and
     effective rank: the exponential of the entropy of the covariance's eigenvalues (1 is collapse, D the most)."""
+    # Features that all point in the same direction have no spread.
     y = F.normalize(y.float(), dim=1)
     y = y - y.mean(0)
     std = float((y * y).mean(0).sqrt().mean())
@@ -1172,8 +1268,11 @@ def collapse_monitors(y):
         p = torch.linalg.eigvalsh(covariance).clamp(min=0)  # (D,)
         p = p / p.sum().clamp(min=1e-12)
         effective = float(torch.exp(-(p * torch.log(p.clamp(min=1e-12))).sum()))
-    except torch.linalg.LinAlgError:  # all features alike, or not finite: a monitor ends no run
+    except torch.linalg.LinAlgError:
+        # The solver may fail on features that are all alike or not finite, but a monitor must not end a run.
         effective = math.nan
+
+    # JSON has no NaN, so the log writes null.
     monitors = dict(feature_std=std, effective_rank=effective)
     return {name: value if math.isfinite(value) else None for name, value in monitors.items()}
 
@@ -1232,7 +1331,9 @@ class Paths(Sequence):
 
     def __init__(self, root, names):
         """root: the folder; names: an iterable of relative names, "/" between their parts, in the order to keep."""
-        names, text = iter(names), bytearray()
+        # Names are joined in portions, so that a million of them are never a million Python strings at once.
+        names = iter(names)
+        text = bytearray()
         while some := list(itertools.islice(names, 4096)):
             text += os.fsencode("\0".join(some)) + b"\0"
         self.root = str(root)
@@ -1257,6 +1358,7 @@ class Paths(Sequence):
 
     def subset(self, rows):
         """The names of some rows (n,), in their order."""
+        # Each chosen name is copied with its NUL, byte by byte, from its place in the whole text.
         begin = F.pad(self.ends[:-1] + 1, (1, 0))  # (N,)
         text, other = [], copy.copy(self)
         for some in rows.cpu().split(1 << 16):
@@ -1325,12 +1427,13 @@ def open_image(path):
     Greys of another range (floats, signed, 12 or 32 bits) are refused, because no file says which value is white."""
     try:
         with Image.open(path) as image:
-            # Of a TIFF, tag 258 holds the bits of each sample, and 339 their format (1: unsigned).
+            # In a TIFF, tag 258 gives the bits per sample, and tag 339 their format (1: unsigned).
             tags = getattr(image, "tag_v2", {})
             wide = image.mode.startswith("I;16") or image.mode == "I" and image.format in ("PNG", "PPM")  # 0 to 65535
             if image.mode[0] in "IF" and not wide or 12 in tags.get(258, ()) or {2, 3} & set(tags.get(339, ())):
                 raise ValueError("neither 8-bit nor 16-bit greys of 0 to 65535; scale and convert it to one of these")
 
+            # Orientation, depth and transparency are brought to upright 8-bit RGB.
             image = ImageOps.exif_transpose(image)
             if wide:
                 image = Image.fromarray((np.asarray(image, np.float64) / 257).round().clip(0, 255).astype(np.uint8))
@@ -1348,6 +1451,7 @@ def visible(folder):
     directory of a run are no data."""
     folders, images, others = [], [], []
     try:
+        # One listing of the folder suffices, because its entries know whether they are folders.
         with os.scandir(folder) as entries:
             for e in entries:
                 name = e.name
@@ -1362,6 +1466,8 @@ def visible(folder):
     except OSError as e:
         reason = f"this folder cannot be listed ({e.strerror or e})"
         die(f"{printable(folder)}: {reason}; change its permissions or move it away")
+
+    # Pictures beside the log of a run are not training images.
     return sorted(folders), [] if of_a_run(others) else images
 
 
@@ -1373,9 +1479,12 @@ def of_a_run(names):
 def image_names(root, below="", above=()):
     """Yield the image files below `root`, relative to it, whatever the depth, in the order of their whole paths. Links
     are followed, but not back to a folder that holds them."""
+    # A folder that is open further up is skipped, because its link would lead around forever.
     here = os.path.realpath(f"{root}/{below}")
     if here in above:
         return
+
+    # A folder sorts with a slash at its end, as its files sort in the list of all paths.
     folders, files = visible(f"{root}/{below}"[:-1])
     for name in sorted([*(f"{f}/" for f in folders), *files]):
         if name[-1] == "/":
@@ -1403,6 +1512,8 @@ def split_folders(root):
     tree is refused.
     """
     folders, loose = visible(root)
+
+    # A name such as Train/ or validation/ marks a split, and no split may have two folders.
     named = {kind: [f for f in folders if f.lower() in names] for kind, names in SPLITS.items()}
     found = {kind: some[0] for kind, some in named.items() if some}
     if twice := next((some for some in named.values() if len(some) > 1), None):
@@ -1410,11 +1521,13 @@ def split_folders(root):
     if len(found) != 1:
         return found, folders
 
-    # One folder has the name of a split. `below` gives "f/1.png" or, where the images are nested, "f/deeper/2.png".
+    # One folder has the name of a split. A path below it has two slashes or more where its images are in class folders.
     ((kind, name),) = found.items()
     below = lambda f: image_names(root, f"{f}/")
     nested = lambda f: any(n.count("/") > 1 for n in below(f))
     others = [f for f in folders if f != name and next(below(f), None)]
+
+    # The position of the other images decides whether the folder is a split or a class.
     if not others and not loose:
         return found if kind == "train" or nested(name) else {}, folders
     if nested(name) and not any(map(nested, others)):
@@ -1437,7 +1550,7 @@ def imagefolder(root, split, classes=None):
     if not os.path.isdir(root):
         die(f"--data-dir {root}: no such directory, or none that may be entered; an image folder is {LAYOUT}")
 
-    # The split's folder; the whole tree where there are no splits.
+    # A tree without splits is one training set; a tree with splits needs train/.
     splits, folders = split_folders(root)
     holds = f"{root} holds {', '.join(f'{printable(f)}/' for f in folders[:8]) or 'no folders'}"
     if splits and "train" not in splits:
@@ -1447,7 +1560,7 @@ def imagefolder(root, split, classes=None):
         return None
     folder = root / name
 
-    # Number the classes in the order of their paths (None: images of no class) while the names pass by.
+    # Classes are numbered as they appear while the names are read (None for images outside class folders).
     index, labels = {}, array("q")
 
     def noted(names):
@@ -1461,7 +1574,7 @@ def imagefolder(root, split, classes=None):
     if not paths:
         die(f"--data-dir {folder}: holds no images ({', '.join(sorted(SUFFIXES))})")
 
-    # Say what is missing: a test split, labels, a class. A tree without labels may hold folders of other things.
+    # Missing splits and labels are no error, but the note explains them to whoever needs them.
     notes = []
     if split == "train" and len(splits) < 2:
         notes.append(f"no test split: {holds}; val/ or test/ is expected beside train/")
@@ -1471,6 +1584,8 @@ def imagefolder(root, split, classes=None):
         notes.append(f"no labels: {where}; move them into {folder}/<class>/")
     elif len(index) < 2:
         notes.append(f"no labels: {folder} holds images in one class folder, {printable(*index)}/; two are needed")
+
+    # An empty class folder among full ones is a mistake, except for the directory of a run.
     if None not in index and (splits or len(index) > 1):
         for c in sorted(set(visible(folder)[0]) - set(index)):
             ours = any(of_a_run(files) for _, _, files in os.walk(folder / c))
@@ -1480,7 +1595,7 @@ def imagefolder(root, split, classes=None):
     if None in index or len(index) < 2:
         return ImageSet(paths=paths, note="; ".join(notes))
 
-    # Paths and classes are not sorted alike: a-b/1.png comes before a/1.png.
+    # Labels are renumbered by sorted class name, because paths sort differently (a-b/1.png comes before a/1.png).
     found = sorted(index)
     labels = torch.tensor([found.index(c) for c in index])[torch.frombuffer(labels, dtype=torch.int64)]  # (N,)
     return ImageSet(paths=paths, labels=labels, classes=tuple(found), note="; ".join(notes))
@@ -1507,6 +1622,7 @@ def threediebench(root, split, workers=None, skip_corrupt=False, **_):
     root, part = Path(root), dict(train="train", test="val")[split]
 
     def load(name, kinds, what):
+        # The lists are beside the object folders, or in data/ as in the repository of SIE.
         path = next((p for p in (root / name, root / "data" / name) if os.path.isfile(p)), None)
         if path is None:
             source = "from the data folder of SIE's repository (github.com/facebookresearch/SIE)"
@@ -1519,7 +1635,7 @@ def threediebench(root, split, workers=None, skip_corrupt=False, **_):
             die(f"{path}: holds {values.dtype} of shape {values.shape}; a list of {what} is expected")
         return values
 
-    # The lists must fit each other, and be the same on all machines.
+    # The published lists must fit each other, and be the same on all machines.
     objects = [str(o).strip("/") for o in load(f"{part}_images.npy", "U", "names")]
     labels = torch.from_numpy(load(f"{part}_labels.npy", "iu", "whole numbers").astype(np.int64))
     if len(objects) != len(labels):
@@ -1534,19 +1650,27 @@ def threediebench(root, split, workers=None, skip_corrupt=False, **_):
     def of_objects(look, like):
         """look(object's folder) of every object, each rank its share: (objects, ...), shape and type as `like`."""
         local = [root / name for name in objects[rank() :: world_size()]]
+
+        # Each rank looks at every W-th object.
         out = like.new_zeros(math.ceil(len(objects) / world_size()), *like.shape)
         found = progress(in_workers(look, local, workers), desc=f"latents of {split}", unit="object")
         for i, z in enumerate(found):
             if isinstance(z, str):
                 die(z, alone=True)
             out[i] = z
-        return gather(out).unflatten(0, (world_size(), -1)).transpose(0, 1).flatten(0, 1)[: len(objects)].clone()
 
+        # The gathered shares are interleaved back into the order of the objects, without the padding.
+        shares = gather(out).unflatten(0, (world_size(), -1))  # (W, objects / W, ...)
+        return shares.transpose(0, 1).flatten(0, 1)[: len(objects)].clone()
+
+    # The cached latents are valid as long as no file of the data set has changed.
     stamps = of_objects(partial(stamp_of, complete=not skip_corrupt), torch.tensor(0))  # (objects,)
     key = number_of(str(root.resolve()), objects, code_of(latents_of))
     make = lambda: dict(stamps=stamps, latents=of_objects(latents_of, torch.zeros(50, 7)))
     kept = cached(f"3diebench-{key:x}", make, lambda kept: torch.equal(kept["stamps"], stamps))
     z = kept["latents"].flatten(0, 1)  # (N, 7)
+
+    # Views of one object share its label and group, and factors describe how each view was rendered.
     return ImageSet(
         paths=Paths(root, (f"{name}/image_{v}.jpg" for name in objects for v in range(50))),
         labels=labels.repeat_interleave(50),
@@ -1559,6 +1683,7 @@ def threediebench(root, split, workers=None, skip_corrupt=False, **_):
 def stamp_of(folder, complete):
     """A number () that changes with the latents in the folder of an object of 3DIEBench; or what is wrong there.
     `complete`: no image may be missing."""
+    # Sizes and times of the files change whenever the latents do.
     latents = [f"latent_{v}.npy" for v in range(50)]
     images = [f"image_{v}.jpg" for v in range(50)] if complete else []
     try:
@@ -1578,12 +1703,14 @@ def latents_of(folder):
     for v in range(50):
         path = f"{folder}/latent_{v}.npy"
 
-        # What is no latent stays NaN.
+        # A file without seven numbers leaves NaN, which the check below refuses.
         z = np.full(7, np.nan)
         with contextlib.suppress(Exception):  # numpy raises whatever a damaged file makes it raise
             read = np.load(path, mmap_mode="r", allow_pickle=False)
             if read.shape == (7,) and read.dtype.kind in "fiu":
                 z = np.array(read, np.float32)
+
+        # The ranges also catch latents in degrees, or in another order.
         if not np.isfinite(z).all():
             return f"{path}: not 7 numbers, all finite; copy it again"
         if abs(z[:3]).max() > math.pi / 2 + 1e-3 or abs(z[[3, 6]] - 0.5).max() > 0.5 + 1e-3:
@@ -1607,6 +1734,8 @@ def transfer_set(name, root, split, **_):
     sun397 needs the authors' Training_01.txt and Testing_01.txt (19,850 images each) beside its folder or in it."""
     if os.path.isdir(root) and "train" in split_folders(root)[0]:
         return imagefolder(root, split)
+
+    # torchvision checks the files and reads the splits; SUN397 has none.
     kind, train_parts, test_parts = TRANSFER[name]
     build = getattr(torchvision.datasets, kind)
     try:
@@ -1625,7 +1754,8 @@ def transfer_set(name, root, split, **_):
 
     # torchvision gives SUN397 whole; the authors' lists say which images train.
     if name == "sun397":
-        folder, listing = Path(root) / "SUN397", dict(train="Training_01.txt", test="Testing_01.txt")[split]
+        folder = Path(root) / "SUN397"
+        listing = dict(train="Training_01.txt", test="Testing_01.txt")[split]
         found = next((p for p in (Path(root) / listing, folder / listing) if os.path.isfile(p)), None)
         if found is None:
             die(f"--data-dir {root}: sun397 needs {listing}, from the authors' Partitions.zip")
@@ -1635,6 +1765,8 @@ def transfer_set(name, root, split, **_):
         if unknown := set(paths) - set(label):
             die(f"{found}: lists {printable(min(unknown))}, which is not there")
         labels = [label[p] for p in paths]
+
+    # Relative paths make the fingerprint independent of the machine.
     paths = Paths(root, (os.path.relpath(p, root) for p in paths))
     return ImageSet(paths=paths, labels=torch.tensor(labels), classes=tuple(parts[0].classes))
 
@@ -1644,6 +1776,8 @@ def cub200(root, split, **_):
     images/; or prepared as an image folder."""
     if os.path.isdir(root) and "train" in split_folders(root)[0]:
         return imagefolder(root, split)
+
+    # The archive may have been unpacked with its folder or without.
     nested = Path(root) / "CUB_200_2011"
     root = nested if os.path.isdir(nested) else Path(root)
     lists = ("images", "image_class_labels", "train_test_split", "classes")
@@ -1652,6 +1786,8 @@ def cub200(root, split, **_):
         texts = [os.fsdecode((root / f"{name}.txt").read_bytes()) for name in lists]
         images, labels, train, classes = ([line.split() for line in text.splitlines()] for text in texts)
         label, part = dict(labels), dict(train)
+
+        # An image belongs to the training set where its flag is 1.
         chosen = [(path, int(label[i]) - 1) for i, path in images if (part[i] == "1") == (split == "train")]
         classes = tuple(c for _, c in classes)
     except OSError as e:
@@ -1659,7 +1795,10 @@ def cub200(root, split, **_):
     except (ValueError, KeyError) as e:
         problem = f"{', '.join(lists)}.txt of cub200 do not fit each other ({printable(e)})"
         die(f"--data-dir {root}: {problem}; copy them again")
-    paths, labels = Paths(root / "images", (path for path, _ in chosen)), torch.tensor([y for _, y in chosen])
+
+    # Class numbers in the lists start at 1.
+    paths = Paths(root / "images", (path for path, _ in chosen))
+    labels = torch.tensor([y for _, y in chosen])
     return ImageSet(paths=paths, labels=labels, classes=classes)
 
 
@@ -1675,7 +1814,9 @@ def core50(root, split, sessions=(1, 2), **_):
     "train" are the frames of `sessions` (numbers from 1), "test" those of all others. Labels are the 10 categories of
     five objects each, groups the objects, factors session and frame (N,) int64; sessions count from 0 there.
     """
-    root = Path(root) / "core50_128x128" if os.path.isdir(Path(root) / "core50_128x128") else Path(root)
+    # Every session belongs to the training or the test set, and neither set may be empty.
+    nested = Path(root) / "core50_128x128"
+    root = nested if os.path.isdir(nested) else Path(root)
     folders = visible(root)[0] if os.path.isdir(root) else ()
     there = {int(f[1:]): f for f in folders if f[0] == "s" and f[1:].isdecimal()}
     if set(sessions) - set(there) or not set(there) - set(sessions):
@@ -1683,7 +1824,7 @@ def core50(root, split, sessions=(1, 2), **_):
         wanted = f"to train on {' '.join(map(str, sessions))}, test on the rest"
         die(f"--data-dir {root}: core50 is s1/o1/C_01_01_000.png ... s11/; {found}, {wanted}")
 
-    # Frames are told by their names, (session, object, frame); other files are no part of the set.
+    # The name of a frame gives its session, object and number; other files do not belong to the set.
     found = []
     for s, folder in there.items():
         if (s in sessions) != (split == "train"):
@@ -1692,25 +1833,32 @@ def core50(root, split, sessions=(1, 2), **_):
             if not re.fullmatch(r"[^/]+/o[^/]*/C_[^/]*_[^/]*_[^/]*\.png", name):
                 continue
             number = re.fullmatch(r"[^/]+/o(\d+)/C_(\d+)_(\d+)_(\d+)\.png", name)
+
+            # The session and object in the name must agree with the folders.
             place, *number = map(int, number.groups()) if number else (0, 0)
             if not 1 <= place <= 50 or number[:2] != [s, place]:
                 right = "s<session>/o<object>/C_<session>_<object>_<frame>.png with objects 1 to 50"
                 die(f"{printable(root / name)}: not a frame of CORe50, {right}")
             found.append((*number, name))
+
+        # Every object folder of a session must hold frames.
         objects = {f for f in visible(root / folder)[0] if re.fullmatch(r"o\d+", f)}
         if bare := objects - {f"o{number}" for session, number, *_ in found if session == s}:
             die(f"{root / folder / min(bare)}: this folder of CORe50 has no frames C_*_*_*.png; unpack it again")
 
-    # Every session that trains has frames, and one of the others.
+    # Each training session needs frames, and the test set needs some from any session.
     empty = set(sessions) - {session for session, *_ in found}
     if split != "train":
         empty = set() if found else set(there) - set(sessions)
     if empty:
         names = ", ".join(f"s{s}" for s in sorted(empty))
         die(f"--data-dir {root}: no frames o1/C_*_01_*.png in {names}; unpack it again")
+
+    # Five consecutive objects form a category.
     session, number, frame, names = zip(*sorted(found))
     session, number, frame = (torch.tensor(v) for v in (session, number, frame))  # (N,) each
-    factors, labels = dict(session=session - 1, frame=frame), (number - 1) // 5
+    factors = dict(session=session - 1, frame=frame)
+    labels = (number - 1) // 5
     paths = Paths(root, names)
     return ImageSet(paths=paths, labels=labels, classes=CORE50_CLASSES, groups=number - 1, factors=factors)
 
@@ -1727,13 +1875,15 @@ def tdw(root, split, skip_corrupt=False, **_):
     if skip_corrupt:
         die("--skip-corrupt: tdw identifies images by their number, so none can be left out; leave the flag out")
 
-    # The images of the split, in the order of their names.
+    # An image's place in the sorted names identifies its view, so none may be missing.
     nested = Path(root) / "spherical_photoreal_64x64_DoF" / split
     folder = nested if os.path.isdir(nested) and not os.path.isdir(Path(root) / split) else Path(root) / split
     paths = [folder / name for name in sorted(visible(folder)[1])] if os.path.isdir(folder) else []
     if len(paths) != 12_096:
         right = "tdw has 12,096 images in train/ and in test/, numbered by the order of their names"
         die(f"--data-dir {folder}: {right}; found {len(paths):,}")
+
+    # The toys are small enough to keep all images in memory.
     try:
         images = [open_image(p) for p in progress(paths, desc=f"reading {split}", unit="image")]
     except OSError as e:
@@ -1741,16 +1891,18 @@ def tdw(root, split, skip_corrupt=False, **_):
     if len({image.shape for image in images}) > 1:
         die(f"--data-dir {folder}: images of several sizes; tdw's are 64 x 64")
 
-    # The number of an image says what it shows.
+    # The place in the list gives the object, distance, elevation and azimuth, the last changing fastest.
     i = torch.arange(12_096)
     view = torch.stack([i % 36 * 10.0, i // 36 % 7 * 10 + 10.0, i // 252 % 4 * 0.1 + 0.3], 1)  # (N, 3)
-    objects, images = i // 1008, torch.stack(images)
+    objects = i // 1008
+    images = torch.stack(images)
     return ImageSet(images=images, labels=objects, classes=TDW_CLASSES, groups=objects, factors=dict(view=view))
 
 
 def known_part(data, fraction, seed):
     """A share of every class, at random from the seed, of whole objects where there are several images of one: an
     ImageSet. For experiments in which the parameters or the labels of only some images are known."""
+    # Views of one object are either all known or all unknown.
     groups = torch.arange(len(data)) if data.groups is None else data.groups
     g, kept = rng(seed, "known"), []
     for c in data.labels.unique():
@@ -1773,9 +1925,12 @@ def unreadable(data, rows):
 def without_unreadable(data, workers):
     """Open every image once, each rank its share, and leave out those that cannot be read: they are then in
     `skipped`."""
+    # The ranks divide the files among them and then exchange what they found.
     chunks = torch.arange(len(data))[rank() :: world_size()].split(256)
     found = progress(in_workers(partial(unreadable, data), chunks, workers), desc="opening images", unit="x 256")
     bad = set().union(*from_all_ranks({row for rows in found for row in rows}))
+
+    # All ranks keep the same images, in the same order.
     keep = torch.tensor([i for i in range(len(data)) if i not in bad], dtype=torch.long)
     if not len(keep):
         die(f"--data-dir {data.paths.root}: none of the {len(data)} images can be read")
@@ -1805,15 +1960,20 @@ def cached(name, make, current=lambda kept: True):
     """make(), a dict of tensors and plain values, kept as a file in the user's cache directory, where there is one.
     What is read there must be what was written, by its digest, and `current`. If one rank finds it otherwise, all make
     it: make() may gather."""
-    home, value = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), None
+    # The file counts only if its digest is right and its source has not changed.
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     path = Path(home) / "equivariant-ssl" / f"{name}.pt"
+    value = None
     with contextlib.suppress(Exception):  # no such file yet, or a damaged one
         kept = read_tensors(path)
         value = kept if kept.pop("digest") == digest_of(kept) and current(kept) else None
+
+    # All ranks make the value when one lacks it; rank 0 stores it.
     if any_rank(int(value is None)):
         value = make()
         with contextlib.suppress(OSError):  # nowhere to keep it
-            if rank() == 0 and os.path.isabs(home):  # a "~" stays where nobody knows the user's home
+            # A "~" remains in the path where the user has no home directory.
+            if rank() == 0 and os.path.isabs(home):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 save_checkpoint(path, value | dict(digest=digest_of(value)))
     return value
@@ -1833,11 +1993,15 @@ def digest_of(value):
 
 def code_of(function):
     """A hash of the source of a function of this file, and of all functions and constants of this file that it uses."""
+    # Every name that a function uses is followed to the function or constant behind it.
     names, text = [function.__name__], {}
     for name in names:  # grows as it goes
         value = globals().get(name)
         if name not in text and inspect.isfunction(value):
-            text[name], codes = inspect.getsource(value), [value.__code__]
+            text[name] = inspect.getsource(value)
+            codes = [value.__code__]
+
+            # Nested functions and comprehensions have code objects of their own.
             for code in codes:
                 names += code.co_names
                 codes += [c for c in code.co_consts if isinstance(c, types.CodeType)]
@@ -1913,27 +2077,31 @@ def rotation_matrix(q):
 
 def render_chunk(boxes, colors, rotation, floor_hue, light_hue, distance, size):
     """`render_blocks` for the few images whose rays fit in the cache."""
+    # One ray passes through each quarter of a pixel.
     n, S = len(boxes), 2 * size  # 2x2 rays a pixel, P = S * S
     u = ((torch.arange(S) + 0.5) / S * 2 - 1) * HALF_VIEW  # (S,)
     y, x = torch.meshgrid(-u, u, indexing="ij")  # (S, S)
     rays = torch.stack([x, y, -torch.ones_like(x)]).view(3, -1)  # (3, P)
 
-    # Turn the camera and the light, not the object: in its own frame its boxes are axis-aligned.
+    # The camera and the light are turned instead of the object, so that the object's boxes are axis-aligned.
     to_object = rotation_matrix(rotation).mT  # (n, 3, 3)
     d = to_object @ rays  # (n, 3, P)
     d = torch.where(d.abs() < 1e-9, 1e-9, d)
     camera = to_object[..., 2] * distance[:, None]  # (n, 3)
     light = (to_object @ torch.tensor(LIGHT_DIRECTION))[..., None]  # (n, 3, 1)
 
-    # Along each axis, camera + t d is between the box's two faces for t in midway -+ reach. The
-    # ray hits the box if it enters the last of these three slabs before it leaves the first.
-    centre, half = boxes[..., :3] - camera[:, None], boxes[..., 3:] / 2  # (n, K, 3)
-    midway, reach = centre[..., None] / d[:, None], half[..., None] / d.abs()[:, None]  # (n, K, 3, P)
-    enter, leave = (midway - reach).amax(2), (midway + reach).amin(2)  # (n, K, P)
+    # Along each axis, camera + t d is between the two faces of a box for t in midway -+ reach. The ray hits the box if
+    # it enters the last of the three slabs before it leaves the first.
+    centre = boxes[..., :3] - camera[:, None]  # (n, K, 3)
+    half = boxes[..., 3:] / 2
+    midway = centre[..., None] / d[:, None]  # (n, K, 3, P)
+    reach = half[..., None] / d.abs()[:, None]
+    enter = (midway - reach).amax(2)  # (n, K, P)
+    leave = (midway + reach).amin(2)
     t, part = torch.where(enter < leave, enter, torch.inf).min(1, keepdim=True)  # (n, 1, P)
     hit = t < torch.inf
 
-    # Lambert: the visible face is across the axis that was entered last; its normal opposes d.
+    # The visible face is across the axis that the ray entered last; its normal opposes d, its shading is Lambert's.
     part = part.expand(-1, 3, -1)  # (n, 3, P)
     near_face = centre.mT.gather(2, part) - half.mT.gather(2, part) * d.sign()  # (n, 3, P)
     axis = (near_face / d).argmax(1, keepdim=True)  # (n, 1, P)
@@ -1941,12 +2109,13 @@ def render_chunk(boxes, colors, rotation, floor_hue, light_hue, distance, size):
     light_rgb = hsv_to_rgb(light_hue, 0.5, 1.0)[..., None]  # (n, 3, 1)
     surface = colors.mT.gather(2, part) * (AMBIENT + DIFFUSE * light_rgb * lambert)  # (n, 3, P)
 
-    # The floor, darker towards the corners.
+    # The floor gets darker towards the corners.
     floor = hsv_to_rgb(floor_hue, 0.35, 0.6)[..., None]  # (n, 3, 1)
     floor = floor * (AMBIENT + DIFFUSE * light_rgb * LIGHT_DIRECTION[2])
     vignette = 1 - 2 * (x**2 + y**2).view(-1)  # (P,)
     rgb = torch.where(hit, surface, floor * vignette).clamp(max=1).view(n, 3, S, S)
 
+    # The four rays of a pixel are averaged.
     images = (F.avg_pool2d(rgb, 2) * 255).round().to(torch.uint8)  # (n, 3, size, size)
     masks = F.avg_pool2d(hit.view(n, S, S).float(), 2) >= 0.5  # (n, size, size)
     return images, masks
@@ -1961,6 +2130,7 @@ def render_blocks(boxes, colors, rotation, floor_hue, light_hue, size, distance=
     which the sphere fills the image. Returns images (n, 3, size, size) uint8 and masks (n, size, size) bool, true where
     the object covers at least half of the pixel.
     """
+    # Scenes are traced in chunks, because all rays at once would not fit in the cache.
     distance = torch.full((len(boxes),), CAMERA_DISTANCE) if distance is None else distance  # (n,)
     scenes = (boxes, colors, rotation, floor_hue, light_hue, distance)
     n_chunk = max(1, rays_per_chunk // (2 * size) ** 2)
@@ -1983,16 +2153,18 @@ def random_objects(labels, generator, turn=0.0):
     m, K = parts.shape[:2]
     between = lambda low, high, *shape: low + (high - low) * torch.rand(m, *shape, generator=generator)
 
-    # Stretch the object, move and thicken its boxes, and scale all to the sphere of radius 1.
+    # Each object is a stretched copy of its class with moved and thickened boxes, scaled to the sphere of radius 1.
     stretch = between(0.85, 1.2, 1, 3)  # (m, 1, 3)
     centre = (parts[..., :3] + between(-0.05, 0.05, K, 3)) * stretch  # (m, K, 3)
     extent = parts[..., 3:] * between(1.0, 1.3, K, 3) * stretch  # (m, K, 3)
+
+    # Centring before scaling makes the object fill the sphere.
     low, high = (centre - extent / 2).amin(1, True), (centre + extent / 2).amax(1, True)  # (m, 1, 3)
     centre = centre - (low + high) / 2
     radius = (centre.abs() + extent / 2).norm(dim=2).amax(1)[:, None, None]  # (m, 1, 1)
     boxes = torch.cat([centre, extent], 2) / radius  # (m, K, 6)
 
-    # Vary the hues of the class.
+    # Each part keeps the typical hue of its class, up to some noise.
     typical = torch.rand(len(BLOCK_CLASSES), K, generator=rng("paint"))[labels]  # (m, K)
     hue = (typical + 0.08 * torch.randn(m, K, generator=generator) + turn) % 1
     return boxes, hsv_to_rgb(hue, between(0.35, 0.7, K), between(0.7, 1.0, K))
@@ -2015,11 +2187,14 @@ def blocks(split, size=32, seed=0):
     light_hue (N,) in [0, 1); masks (N, size, size) bool; boxes (N, 4) top, left, height, width of the mask in fractions
     of the image. The scenes depend on the seed and not on the size.
     """
+    # The "hues" split draws the same scenes as "test", so that only the paint differs.
     scenes = "train" if split == "train" else "test"
     generator, m = rng("blocks", scenes, seed), N_OBJECTS[scenes]
     labels = torch.arange(m) % len(BLOCK_CLASSES)  # (m,)
     boxes, colors = random_objects(labels, generator, 0.5 if split == "hues" else 0.0)  # (m, K, 6), (m, K, 3)
     groups = torch.arange(m).repeat_interleave(N_VIEWS)  # (N,)
+
+    # All views of an object differ in rotation, floor and light.
     angles = (torch.rand(len(groups), 3, generator=generator) - 0.5) * math.pi  # (N, 3)
     hues = torch.rand(2, len(groups), generator=generator)  # (2, N)
     factors = dict(rotation=quaternion_from_angles(angles), floor_hue=hues[0], light_hue=hues[1])
@@ -2038,12 +2213,13 @@ def blocks_views(split, size=32, seed=0):
     in degrees and distance, and session (N,) int64. The grid of views has 12 azimuths, 3 elevations and 3 distances;
     the light stands where the camera stands. A session is a hue of the floor and one of the light, which vary a
     little from image to image."""
+    # The "seen" and the test split draw the same objects.
     generator = rng("blocks-views", "train" if split == "train" else "test", seed)
     m = 50 if split == "train" else 20
     labels = torch.arange(m) % len(BLOCK_CLASSES)  # (m,)
     boxes, colors = random_objects(labels, generator)  # (m, K, 6), (m, K, 3)
 
-    # All combinations (object, session, view); of the test objects a third, other views in each session.
+    # Every object is seen in every session, but a test object shows only a third of the views in each.
     axes = (torch.tensor(list(axis), dtype=torch.float32) for axis in (AZIMUTHS, ELEVATIONS, DISTANCES))
     grid = torch.cartesian_prod(*axes)  # (108, 3)
     places = torch.arange(m), torch.tensor(BLOCK_SESSIONS[split]), torch.arange(len(grid))
@@ -2053,12 +2229,13 @@ def blocks_views(split, size=32, seed=0):
         groups, session, view = groups[kept], session[kept], view[kept]
     view = grid[view]  # (N, 3)
 
-    # Turn the object about its axis by the azimuth, then tilt it towards the camera by the elevation.
-    azimuth, elevation, zero = *view[:, :2].deg2rad().T / 2, torch.zeros(len(view))  # (N,) each; half angles
+    # The object is turned about its axis by the azimuth, then tilted towards the camera by the elevation.
+    azimuth, elevation = view[:, :2].deg2rad().T / 2  # (N,) each; half angles
+    zero = torch.zeros(len(view))
     turn = torch.stack([zero, azimuth.sin(), zero, azimuth.cos()], 1)  # (N, 4)
     tilt = torch.stack([elevation.sin(), zero, zero, elevation.cos()], 1)  # (N, 4)
 
-    # A floor of any hue, a warm light.
+    # The hue of the floor covers the whole circle over the sessions, and that of the light only its warm fifth.
     hues = torch.stack([session / 11, 5 * session % 11 / 55])  # (2, N)
     floor_hue, light_hue = (hues + 0.02 * torch.randn(2, len(view), generator=generator)) % 1
     scene = dict(rotation=multiply(tilt, turn), floor_hue=floor_hue, light_hue=light_hue, distance=view[:, 2])
@@ -2090,6 +2267,7 @@ def pose_target(name, factors, i, j):
 
 def imagenet(wnids, root, split, **_):
     """An ImageNet in folders: train/<wnid>/*.JPEG and val/<wnid>/*.JPEG, of some `wnids`, or (None) of all 1,000."""
+    # A set of other classes is easier or harder, so its accuracy must not pass for that of ImageNet.
     name, expected = ("imagenet100", len(wnids)) if wnids else ("imagenet", 1000)
     data = imagefolder(root, split, wnids)
     if data is None or len(data.classes) != expected:
@@ -2148,14 +2326,21 @@ def load_data(name, root, split, size, skip_corrupt=False, workers=None, session
     which `blocks` and `blocks-views` are rendered; everything else keeps its own. `skip_corrupt` opens every file first
     and leaves out the ones that cannot be read. `sessions`: those of core50 that train."""
     check_data(name)
+
+    # Only the rendered sets do without files.
     if not name.startswith("blocks"):
         if root is None:
             die(f"--data-dir: {name} needs the directory of its images")
+        # A folder that cannot be listed ends the program, whatever the set.
         if os.path.isdir(root):
-            visible(root)  # one that cannot be listed ends here, whatever the set
+            visible(root)
+
+    # A split must exist on all machines or on none.
     data = DATA[name].read(root, split, size=size, sessions=sessions, workers=workers, skip_corrupt=skip_corrupt)
     if not same_on_ranks(data is None):
         die(f"--data-dir {root}: some machines have a {split} split there, others have none; copy the data set anew")
+
+    # Sets which were loaded whole have no unreadable files left.
     opens = skip_corrupt and data is not None and data.images is None
     return without_unreadable(data, workers) if opens else data
 
@@ -2189,15 +2374,21 @@ class Loader(torch.utils.data.Dataset):
     """
 
     def __init__(self, data, policies, draw, args, device, sampler=None):
-        self.data, self.policies, self.draw, self.device, self.sampler = data, policies, draw, device, sampler
-        self.seed, self.batch_size, self.workers = args.seed, args.batch_size, args.workers
-        self.rank, self.share = rank(), args.batch_size // world_size()  # a worker process does not know them
-        self.crop_only = data.images is not None or device.type != "cpu"  # the rest is done on the device
+        # Worker processes have no process group, so rank and share are noted while there is one.
+        self.data, self.sampler = data, sampler
+        self.policies, self.draw = policies, draw
+        self.device, self.workers = device, args.workers
+        self.seed, self.batch_size = args.seed, args.batch_size
+        self.rank, self.share = rank(), args.batch_size // world_size()
+
+        # Where a GPU does the rest, or the set is in memory, only the crop is made at first.
+        self.crop_only = data.images is not None or device.type != "cpu"
         self.items = len(data if sampler is None else sampler)
         self.steps_per_epoch = self.items // args.batch_size  # the incomplete last batch is dropped
         self.total_steps = args.epochs * self.steps_per_epoch
-        self.waited = 0.0  # seconds in which there was nothing else to do
+        self.waited = 0.0  # seconds
 
+        # An epoch has at least one batch, and every rank an equal part of it.
         B, world = args.batch_size, world_size()
         if self.items < B and args.epochs:
             what = "objects" if self.items < len(data) else "images"
@@ -2208,10 +2399,12 @@ class Loader(torch.utils.data.Dataset):
 
     def rows(self, step):
         """What this rank's views show: {view: rows of the data set (b,)}."""
+        # The order of an epoch is cut into consecutive batches.
         epoch, k = divmod(step, self.steps_per_epoch)
         items = order_of_epoch(self.items, self.seed, epoch)[k * self.batch_size :][: self.batch_size]  # (B,)
 
-        # All views show the same images, or those that the sampler names. A copy: a slice takes the whole order along.
+        # All views show the same images, or those that the sampler names. The rows are copied, because a slice would
+        # keep the whole order in memory.
         rows = dict.fromkeys(self.policies, items)
         if self.sampler is not None:
             rows = self.sampler(items, epoch, rng(self.seed, "pairs", step))
@@ -2219,17 +2412,21 @@ class Loader(torch.utils.data.Dataset):
 
     def __getitem__(self, step):
         """The batch of a step, {view: (crops or finished images, params)} and {view: rows of the data set (b,)}."""
-        rows, first = self.rows(step), self.rank * self.share
+        # Without a sampler all views share the same images, which are opened once.
+        rows = self.rows(step)
+        first = self.rank * self.share
         if self.sampler is None:
             opened = self.data[next(iter(rows.values()))]  # (b, 3, H, W), or b images of any size
+
+        # The parameters are drawn for the global batch, so that they do not depend on the number of ranks.
         made = {}
         for view, (batch_rows, params) in self.draw(rng(self.seed, "views", step)).items():
-            # Of the view's rows of the global batch, and their parameters, take those of this rank.
+            # A rank takes those rows of the view, and their parameters, which belong to its part of the batch.
             local = ((batch_rows >= first) & (batch_rows < first + self.share)).nonzero()[:, 0]
             params = {name: value[local] for name, value in params.items()}
             places = batch_rows[local] - first  # (n,)
 
-            # Cut out the crops, or make the whole view.
+            # Only the crops are cut out where the device does the rest; otherwise the whole view is made.
             images = opened if self.sampler is None else self.data[rows[view]]
             if isinstance(images, list):
                 images = [images[i] for i in places.tolist()]
@@ -2242,13 +2439,13 @@ class Loader(torch.utils.data.Dataset):
     def batches(self, steps):
         """Yield (views {name: float (n, 3, H, W)}, {name: params}, {name: rows of the data set (b,)}) for each of
         `steps`. Views are on the device, all else on the CPU."""
-        # A batch in bytes. Grids may be larger than the crop, and there are parameters.
+        # The bytes of a batch are estimated with a margin for larger grids and for parameters.
         size = 0
         for view, (rows, _) in self.draw(rng(self.seed, "views", 0)).items():
             size += len(rows) // world_size() * 3 * self.policies[view].crop.size ** 2
         size *= 1.5 if self.crop_only else 6
 
-        # One pass over all steps, so the workers live as long as the run.
+        # One pass covers all steps, so that the workers live as long as the run.
         files = self.data.images is None
         workers = default_workers(self.workers, size) if files else 0
         check_shared_memory(workers, size)
@@ -2256,8 +2453,9 @@ class Loader(torch.utils.data.Dataset):
         pin = self.device.type == "cuda" and files
         loader = torch.utils.data.DataLoader(self, batch_size=None, sampler=steps, pin_memory=pin, **how)
 
-        # Note how long the device had nothing else to do.
-        batches, self.waited = unbroken(loader), 0.0
+        # `waited` sums the seconds in which the device had nothing else to do.
+        batches = unbroken(loader)
+        self.waited = 0.0
         while True:
             begin = time.monotonic()
             made, rows = next(batches, (None, None))
@@ -2279,11 +2477,13 @@ def unbroken(loader):
     """What a loader yields; an image that cannot be read ends the run with one line that names it, exit code 1."""
     try:
         yield from loader
-    except RuntimeError as e:  # a worker was killed, or hangs
+    except RuntimeError as e:
+        # The loader raises a RuntimeError when a worker was killed or hangs.
         if "DataLoader" not in str(e):
             raise
         die(one_line(e), 1, alone=True)
-    except OSError as e:  # from a worker the last line is ours, the others are a traceback
+    except OSError as e:
+        # A worker's error starts with its traceback and ends with the line that names the image.
         line = str(e).splitlines()[-1].removeprefix("OSError: ")
         die(f"{line}; repair or remove the file, or add --skip-corrupt", 1, alone=True)
 
@@ -2306,6 +2506,8 @@ def default_workers(workers, batch=0):
     machine, and no more than can keep two batches of `batch` bytes each in shared memory."""
     if workers is not None:
         return workers
+
+    # A container or a batch system may give the process fewer cores than the machine has.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     local = local_processes()
     fit = free_shared_memory() / (2 * local * max(batch, 1))
@@ -2325,6 +2527,7 @@ def check_shared_memory(workers, batch):
 def detach_worker(_):
     """A loader worker leaves the process group, so that a SIGTERM to all of it lets the main process save first. It
     lets go of the run's lock, which would outlive a killed main process in it."""
+    # One thread per worker avoids more threads than cores.
     torch.set_num_threads(1)
     while LOCKS:
         os.close(LOCKS.popitem()[1])
@@ -2387,10 +2590,12 @@ def resize_weights(offset, length, full, size, interpolation):
     offset, length = offset.view(-1, 1, 1), length.view(-1, 1, 1)  # (n, 1, 1) each
     scale = length / size  # source pixels per output pixel
 
-    # Positions of output and source pixels from the offset on, and their distance in units of the filter.
+    # The distance between output and source pixels is in units of the filter, which widens when the image shrinks.
     centre = (torch.arange(size, device=offset.device)[:, None] + 0.5) * scale  # (n, size, 1)
     pixel = torch.arange(full, device=offset.device) + 0.5 - offset  # (n, 1, full)
     t = (pixel - centre).abs_().div_(scale.clamp(min=1))  # (n, size, full)
+
+    # The filter is a triangle or a cubic, and pixels outside the box weigh nothing.
     if interpolation == "bilinear":
         w = (1 - t).clamp_(min=0)
     else:
@@ -2407,6 +2612,7 @@ def crop_resize(images, boxes, size, interpolation="bilinear"):
     Returns uint8 (n, 3, size, size). Two matmuls do the whole batch on a GPU and for small outputs; otherwise a CPU is
     several times faster image by image, with its uint8 kernel. The two ways agree within one level of 255.
     """
+    # On a GPU, and for small outputs, one matrix product resizes the columns and another the rows.
     if isinstance(images, torch.Tensor) and (images.device.type != "cpu" or size <= 40):
         H, W = images.shape[2:]
         top, left, h, w = send(boxes.float(), images.device).unbind(1)  # (n,) each
@@ -2415,8 +2621,13 @@ def crop_resize(images, boxes, size, interpolation="bilinear"):
         x = (images.float().flatten(1, 2) @ columns.mT).clamp_(0, 255)  # (n, 3 * H, size) as uint8 would overflow
         x = rows[:, None] @ x.unflatten(1, (3, H))  # (n, 3, size, size)
         return x.round_().clamp_(0, 255).to(torch.uint8)
-    crops = [image[None, :, top : top + h, left : left + w] for image, (top, left, h, w) in zip(images, boxes.tolist())]
-    return torch.cat([resize(crop, (size, size), interpolation) for crop in crops])
+
+    # A CPU resizes larger crops, and images of a folder, one by one with its uint8 kernel.
+    resized = []
+    for image, (top, left, h, w) in zip(images, boxes.tolist()):
+        crop = image[None, :, top : top + h, left : left + w]  # (1, 3, h, w)
+        resized.append(resize(crop, (size, size), interpolation))
+    return torch.cat(resized)
 
 
 def image_sizes(images):
@@ -2443,8 +2654,10 @@ class RandomResizedCrop:
 
     def sample(self, n, generator=None, tries=10):
         """Candidates `area` and `aspect`, (n, 10) float, and `corner`, (n, 2) in [0, 1)."""
+        # Ten candidates per image are drawn, as torchvision tries ten times.
         log_aspect = uniform((n, tries), math.log(self.ratio[0]), math.log(self.ratio[1]), generator)  # (n, 10)
-        area, corner = uniform((n, tries), *self.scale, generator), torch.rand(n, 2, generator=generator)
+        area = uniform((n, tries), *self.scale, generator)
+        corner = torch.rand(n, 2, generator=generator)
         return {"area": area, "aspect": log_aspect.exp(), "corner": corner}
 
     def place(self, params, sizes):
@@ -2452,19 +2665,24 @@ class RandomResizedCrop:
         pixels."""
         if "top" in params:
             return
+
+        # The first candidate that fits into the image is the box, at a uniformly random position.
         H, W = sizes.double().unbind(1)  # (n,) each
-        area, aspect = params.pop("area") * (H * W)[:, None], params.pop("aspect").double()  # (n, 10) each
+        area = params.pop("area") * (H * W)[:, None]  # (n, 10)
+        aspect = params.pop("aspect").double()
         h, w = (area / aspect).sqrt().round(), (area * aspect).sqrt().round()
         fits = (0 < h) & (h <= H[:, None]) & (0 < w) & (w <= W[:, None])
         first = fits.int().argmax(1, keepdim=True)  # (n, 1)
         h, w = h.gather(1, first)[:, 0], w.gather(1, first)[:, 0]  # (n,) each
         top, left = (params.pop("corner") * torch.stack([H - h + 1, W - w + 1], 1)).floor().unbind(1)
 
-        # Where none fits: in the centre, as much of the image as the aspect ratios allow.
+        # Where no candidate fits, the box is central, as large as the allowed aspect ratios permit.
         none = ~fits.any(1)  # (n,) bool
         h = torch.where(none, torch.minimum(H, (W / self.ratio[0]).round()), h)
         w = torch.where(none, torch.minimum(W, (H * self.ratio[1]).round()), w)
         top, left = torch.where(none, (H - h) // 2, top), torch.where(none, (W - w) // 2, left)
+
+        # Fractions of the image describe the box independently of its resolution.
         box = {"top": top / H, "left": left / W, "height": h / H, "width": w / W}
         params |= {name: fraction.float() for name, fraction in box.items()}
 
@@ -2501,6 +2719,7 @@ class CenterCrop:
 
     def __call__(self, images, params=None):
         """uint8 (n, 3, H, W), or a list of uint8 (3, H_i, W_i) -> uint8 (n, 3, size, size)."""
+        # Images of one size are resized together, images of a folder one by one.
         crops = []
         for x in [images] if isinstance(images, torch.Tensor) else [image[None] for image in images]:
             x = middle(x)
@@ -2558,10 +2777,11 @@ class Affine:
         a = params["angle"].to(x.dtype).deg2rad()  # (n,)
         shift = torch.stack([params["shift_x"], params["shift_y"]], 1).to(x.dtype)  # (n, 2)
 
-        # From the output back to the input, first in pixels, then in half sides, as affine_grid counts.
+        # The inverse map goes from output to input pixels, and then to half sides, the unit of affine_grid.
         inverse = torch.stack([a.cos(), a.sin(), -a.sin(), a.cos()], 1).view(-1, 2, 2)  # (n, 2, 2)
         half = torch.tensor([W / 2, H / 2], dtype=x.dtype)
-        linear, offset = inverse * half / half[:, None], (-inverse @ shift[..., None]) / half[:, None]
+        linear = inverse * half / half[:, None]
+        offset = (-inverse @ shift[..., None]) / half[:, None]  # (n, 2, 1)
         theta = send(torch.cat([linear, offset], 2), x.device)  # (n, 2, 3)
         grid = F.affine_grid(theta, x.shape, align_corners=False)  # (n, H, W, 2)
         return F.grid_sample(x, grid, self.interpolation, "zeros", align_corners=False)
@@ -2577,7 +2797,8 @@ class Elastic:
     seed of the noise; 0 where not applied."""
 
     def __init__(self, alpha=100.0, sigma=5.0, p=0.5):
-        self.alpha, self.p, self.smooth = alpha, p, GaussianBlur((sigma, sigma), kernel=int(8 * sigma + 1))
+        self.alpha, self.p = alpha, p
+        self.smooth = GaussianBlur((sigma, sigma), kernel=int(8 * sigma + 1))
 
     def sample(self, n, generator=None):
         on = torch.rand(n, generator=generator) < self.p  # (n,) bool
@@ -2589,12 +2810,13 @@ class Elastic:
 
     def warp(self, x, seed):
         """x (m, 3, H, W), seed (m,) -> (m, 3, H, W)."""
+        # Blurred noise gives neighbouring pixels similar shifts.
         m, _, H, W = x.shape
         noise = hash_noise(send(seed, x.device), 2 * H * W).view(m, 2, H, W).to(x.dtype) * 2 - 1
         shift = self.smooth.blur(noise, torch.full((m,), self.smooth.sigma[0]))  # (m, 2, H, W) along x and y
         scale = send((self.alpha / torch.tensor([W, H])).to(shift.dtype), x.device)  # (2,) from pixels to half sides
 
-        # Shift the points at which the pixels of the image itself are sampled.
+        # The shifts displace the points at which the image is sampled.
         eye = torch.eye(2, 3, dtype=x.dtype, device=x.device).expand(m, 2, 3)
         grid = F.affine_grid(eye, x.shape, align_corners=False)  # (m, H, W, 2), from -1 to 1
         grid = grid + shift.permute(0, 2, 3, 1) * scale
@@ -2643,11 +2865,14 @@ def shift_hue_(x, turns):
     high, low = torch.maximum(torch.maximum(r, g), b), torch.minimum(torch.minimum(r, g), b)
     chroma = high - low
 
-    # The hue times the chroma, then the shifted hue in [0, 6).
-    in_green, in_blue = (b - r).add_(chroma, alpha=2), (r - g).add_(chroma, alpha=4)
+    # The hue is first computed times the chroma, then divided by it, shifted, and wrapped into [0, 6).
+    in_green = (b - r).add_(chroma, alpha=2)
+    in_blue = (r - g).add_(chroma, alpha=4)
     h = torch.where(high == r, g - b, torch.where(high == g, in_green, in_blue))
     h.div_(chroma.clamp(min=1e-8)).add_(6 * column(turns, x)[:, 0])
     h.sub_(torch.floor(h / 6), alpha=6)
+
+    # Each channel rises and falls along its own ramp over the circle of hues.
     ramps = (h - 3).abs_().sub_(1), 2 - (h - 2).abs_(), 2 - (h - 4).abs_()
     for channel, ramp in zip((r, g, b), ramps):
         torch.addcmul(low, ramp.clamp_(0, 1), chroma, out=channel)
@@ -2662,12 +2887,14 @@ class ColorJitter:
     each sample from first to last, 0 brightness, 1 contrast, 2 saturation, 3 hue."""
 
     def __init__(self, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0, p=0.8, shuffle=True):
+        # A single number v means a range around the identity.
         factors = {"brightness": brightness, "contrast": contrast, "saturation": saturation}
         self.ranges = {name: v if isinstance(v, tuple) else (max(0, 1 - v), 1 + v) for name, v in factors.items()}
         self.ranges["hue"] = hue if isinstance(hue, tuple) else (-hue, hue)
         self.p, self.shuffle = p, shuffle
 
     def sample(self, n, generator=None):
+        # Samples that are left alone get the identity's factors and the fixed order.
         on = torch.rand(n, generator=generator) < self.p  # (n,) bool
         order = torch.rand(n, 4, generator=generator).argsort(1)  # (n, 4)
         params = {"order": torch.where(on[:, None] & self.shuffle, order, torch.arange(4))}
@@ -2686,19 +2913,21 @@ class ColorJitter:
         factor = torch.stack([params["brightness"], params["contrast"], params["saturation"]], 1)  # (n, 3)
         hue, order = params["hue"], params["order"]
 
-        # The place of the hue step: 4 without a shift, 5 where nothing at all is done. ends[t] samples have turn <= t.
+        # The hue step of a sample has turn 0 to 3, 4 without a shift, or 5 if nothing changes. ends[t] samples have at
+        # most turn t.
         turn = torch.where(hue != 0, (order == 3).int().argmax(1), 4)  # (n,)
         turn[(factor == 1).all(1) & (hue == 0)] = 5
         ends = torch.bincount(turn, minlength=6).cumsum(0).tolist()
 
-        # Sort the samples by it, and their factors in the order of use.
+        # The samples are sorted by their turn, and their factors put in the order of use.
         rows = turn.argsort()[: ends[4]]  # (m,)
-        hue, blends = hue[rows], order[rows][order[rows] != 3].view(-1, 3)  # (m,), (m, 3)
+        hue = hue[rows]  # (m,)
+        blends = order[rows][order[rows] != 3].view(-1, 3)  # (m, 3)
         factor = factor[rows].gather(1, blends)  # (m, 3)
         rows = send(rows, x.device)
         y = x.index_select(0, rows)  # (m, 3, S, S)
 
-        # Shift the hues that are due, then blend: kind 0 with black, 1 with the mean luma, 2 with the luma.
+        # Each step shifts the hues that are due, then blends with black (kind 0), the mean luma (1) or the luma (2).
         for step, (first, end) in enumerate(zip([0, *ends], ends[:4])):
             if first < end:
                 shift_hue_(y[first:end], hue[first:end])
@@ -2746,14 +2975,17 @@ class GaussianBlur:
 
     def blur(self, x, sigma):
         """x (m, C, H, W), sigma (m,) -> (m, C, H, W). Every plane is a channel with its own kernel, axis by axis."""
+        # A side of s pixels reflects only once, so it limits the kernel.
         m, C, H, W = x.shape
         ry, rx = min(self.radius, H - 1), min(self.radius, W - 1)
         x = F.pad(x.reshape(1, C * m, H, W), (rx, rx, ry, ry), mode="reflect")  # (1, C * m, H + 2 * ry, W + 2 * rx)
+
+        # A separable kernel per sample blurs one axis after the other.
         sigma = send(sigma, x.device)[:, None]  # (m, 1)
         for radius, taps in ((rx, (1, -1)), (ry, (-1, 1))):
             t = torch.arange(-radius, radius + 1, dtype=x.dtype, device=x.device) / sigma  # (m, 2 * radius + 1)
             k = torch.softmax(-0.5 * t**2, 1).repeat_interleave(C, 0).view(C * m, 1, *taps)  # (C * m, 1, 1, taps)
-            x = F.conv2d(x, k.to(x.dtype), groups=C * m)  # without this axis's padding
+            x = F.conv2d(x, k.to(x.dtype), groups=C * m)  # without the padding of the axis
         return x.reshape(m, C, H, W)
 
 
@@ -2767,7 +2999,8 @@ class Solarize:
         return {"solarize": torch.rand(n, generator=generator) < self.p}
 
     def __call__(self, x, params):
-        low = self.threshold - 1e-6  # level 128 is the last bit above or below 128 / 255, depending on the device
+        # Rounding puts level 128 just above or below 128 / 255, depending on the device, so the threshold is lower.
+        low = self.threshold - 1e-6
         return change_rows(x, params["solarize"], lambda y: torch.where(y >= low, 1 - y, y))
 
 
@@ -2819,11 +3052,14 @@ class Compose:
 
     def run(self, images, params, crop):
         """On a GPU all at once; on a CPU in chunks that stay in its cache, which makes it twice as fast."""
+        # A chunk holds about 2^18 pixels, which is little enough for the cache.
         n, side = len(images), crop.size if crop else images.shape[3]
         chunk = max(8, 2**18 // side**2) if images[0].device.type == "cpu" else n
         out = None
         for first in range(0, n, chunk):
             part = slice(first, first + chunk)
+
+            # The crop comes first, on uint8 pixels, and every other op follows on floats in [0, 1].
             x, p = images[part], {name: v[part] for name, v in params.items()}  # (chunk, ...)
             x = crop(x, p) if crop else x  # (chunk, 3, S, S)
             x = x.contiguous().float().div_(255) if x.dtype == torch.uint8 else x.clone()
@@ -2857,6 +3093,7 @@ def family(name, size):
 
 def family_target(name, p, size):
     """Parameters p of a family -> numbers that describe them (n, K), at most 1 in size, and 0 where nothing is done."""
+    # Each target is divided by the largest value of its family.
     if name == "rotation":
         columns = [p["angle"] / 45]
     elif name == "color":
@@ -2920,6 +3157,7 @@ class ViT(VisionTransformer):
     feature = "final [CLS]"
 
     def __init__(self, arch="vit_small", img_size=224, patch_size=16, cls_layer=0, pos="learned", drop_path=0.0):
+        # timm builds the encoder; a class token may enter later than in timm, so it has no position there.
         has_cls = cls_layer is not None
         super().__init__(
             img_size=img_size,
@@ -2932,8 +3170,11 @@ class ViT(VisionTransformer):
             no_embed_class=cls_layer != 0,
             **VITS[arch],
         )
-        self.cls_layer, self.patch_size, self.grid = cls_layer, patch_size, img_size // patch_size
+        self.cls_layer = cls_layer
+        self.patch_size, self.grid = patch_size, img_size // patch_size
         self.dim, self.depth = self.embed_dim, len(self.blocks)
+
+        # The fixed table replaces timm's learned one and gets no gradient.
         if pos == "sincos":
             table = sincos_positions(self.grid, self.grid, self.dim)
             self.pos_embed.data = F.pad(table, (0, 0, int(cls_layer == 0), 0))  # a row of zeros for [CLS]
@@ -2942,6 +3183,7 @@ class ViT(VisionTransformer):
     def positions(self, h, w):
         """The table of positions, resampled bicubically where the grid is not the one it was made for: (1, h w,
         dim)."""
+        # A [CLS] at the input has its own position in the first row.
         table = self.pos_embed[:, -(self.grid**2) :]
         if (h, w) == (self.grid, self.grid):
             return table
@@ -2955,9 +3197,12 @@ class ViT(VisionTransformer):
     def run_blocks(self, x, taps=()):
         """x (B, 3, H, W) -> z, the normalised tokens after the last block, and {k: tokens after block k} for `taps`,
         all (B, N, embed_dim). From block cls_layer + 1 on (from 0 if cls_layer is 0) [CLS] is row 0."""
+        # Patches are embedded and their positions added, so that tokens are a map before the first block.
         h, w = self.cells(x)
         z = self.patch_embed.proj(x).flatten(2).transpose(1, 2) + self.positions(h, w)  # (B, h w, embed_dim)
         tapped = {}
+
+        # [CLS] joins the map at its own block, and only an input [CLS] has a position.
         for k, block in enumerate(self.blocks):
             if k == self.cls_layer:
                 cls = self.cls_token + self.pos_embed[:, :1] if k == 0 else self.cls_token
@@ -2978,6 +3223,7 @@ class ViT(VisionTransformer):
     def last_blocks(self, x, n=4):
         """x (B, 3, H, W) -> the [CLS] after each of the last n blocks that have one, each through the final norm,
         side by side (B, n dim); the last of them is `forward(x)`. What linear probes of ViTs look at."""
+        # Blocks before the [CLS] enters have none to give.
         layers = range(max(self.depth - n, self.cls_layer) + 1, self.depth + 1)
         tapped = self.trace(x, layers)[1]
         return torch.cat([self.norm(tapped[k][:, 0]) for k in layers], dim=1)
@@ -2993,7 +3239,8 @@ class ViT(VisionTransformer):
     def tokens(self, x, after):
         """x (B, 3, H, W) -> the patch tokens after block `after`, un-normalised, as a map (B, h, w, dim); after
         several: a list."""
-        (h, w), layers = self.cells(x), after if isinstance(after, tuple) else (after,)
+        h, w = self.cells(x)
+        layers = after if isinstance(after, tuple) else (after,)
         tapped = self.trace(x, layers)[1]
         maps = [tapped[k][:, -h * w :].unflatten(1, (h, w)) for k in layers]
         return maps if isinstance(after, tuple) else maps[0]
@@ -3027,12 +3274,13 @@ class ResNet(Pyramid, torchvision.models.ResNet):
     al. 2018]."""
 
     def __init__(self, arch="resnet18", img_size=224, stem="imagenet", coords=False):
+        # The last of four stages is eight times as wide as the first, times the expansion of a block.
         block, layers, width = RESNETS[arch]
         super().__init__(block, layers)
         self.coords, self.fc = coords, nn.Identity()
         self.dim = 8 * width * block.expansion
 
-        # Another width and another stem than torchvision's, then its initial values for all.
+        # torchvision's constructor is fixed to width 64 and the ImageNet stem, so other layers replace its own.
         if width != 64:
             self.inplanes, self.bn1 = width, nn.BatchNorm2d(width)
             for i, n in enumerate(layers):
@@ -3042,6 +3290,8 @@ class ResNet(Pyramid, torchvision.models.ResNet):
             self.conv1, self.maxpool = nn.Conv2d(channels, width, 3, 1, 1, bias=False), nn.Identity()
         else:
             self.conv1 = nn.Conv2d(channels, width, 7, 2, 3, bias=False)
+
+        # All convolutions draw torchvision's initial values again.
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
                 nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
@@ -3056,12 +3306,16 @@ class ResNet(Pyramid, torchvision.models.ResNet):
     def trace(self, x, taps=()):
         """x (B, 3, H, W) -> y (B, dim), the mean over the last map, in float32 also under autocast, and {k: map after
         stage k (B, h, w, C)} for `taps`."""
+        # The two coordinate channels are the same for all images of the batch.
         if self.coords:
             B, _, H, W = x.shape
             across, down = (torch.linspace(-1, 1, n, device=x.device, dtype=x.dtype) for n in (W, H))
             position = torch.stack([across.expand(H, W), down[:, None].expand(H, W)])  # (2, H, W): x, y
             x = torch.cat([x, position.expand(B, 2, H, W)], 1)  # (B, 5, H, W)
-        z, tapped = self.maxpool(self.relu(self.bn1(self.conv1(x)))), {}
+
+        # Each stage ends in a map, and the representation averages the last.
+        z = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        tapped = {}
         for k, stage in enumerate((self.layer1, self.layer2, self.layer3, self.layer4), 1):
             z = stage(z)  # (B, C, h, w)
             if k in taps:
@@ -3079,9 +3333,12 @@ def make_backbone(arch, mean, std, img_size, inv=None, **kwargs):
     """The encoder that a checkpoint's "backbone" describes. It keeps that description, and in `mean`, `std`,
     `img_size` what it expects as input; `dim` is the width of `backbone(x)`, `inv` that of its invariant part, which
     comes first (None: it is not split)."""
+    # A name of an option chooses a script's own encoder, before the architecture does.
     check_arch(arch, BACKBONES)
     kind = next(name for name in (*kwargs, arch) if name in BACKBONES)
     backbone = BACKBONES[kind](arch=arch, img_size=img_size, **kwargs)
+
+    # The encoder keeps its normalisation and size, so that a checkpoint is complete without the arguments.
     backbone.mean, backbone.std, backbone.img_size = mean, std, img_size
     backbone.inv = getattr(backbone, "inv", inv)
     backbone.description = dict(arch=arch, mean=list(mean), std=list(std), img_size=img_size, inv=inv, **kwargs)
@@ -3092,8 +3349,12 @@ def load_backbone(path, file=None):
     """Checkpoint, read from `file` where it is open -> (frozen encoder in eval mode, checkpoint dict). Strict:
     weights that do not fit are an error."""
     state = load_checkpoint(path, file)
+
+    # A script with encoders of its own registers them when imported.
     if state["method"] in METHODS:
-        importlib.import_module(state["method"])  # encoders of its own are in the table then
+        importlib.import_module(state["method"])
+
+    # The description rebuilds the encoder, and the weights must fit it exactly.
     try:
         backbone = make_backbone(**state["backbone"])
         backbone.load_state_dict(state["backbone_state"])
@@ -3112,8 +3373,9 @@ def export_backbone(path, backbone):
     if isinstance(arguments, str):
         return f"{path.name}: not written, {arguments}"
 
-    # Both must give the same features of a random image.
-    backbone, twin = copy.deepcopy(backbone).cpu().eval(), timm.create_model(**arguments).eval()
+    # timm's twin and the encoder must agree on a random image, or the export is refused.
+    backbone = copy.deepcopy(backbone).cpu().eval()
+    twin = timm.create_model(**arguments).eval()
     twin.load_state_dict(backbone.state_dict())
     x = torch.randn(2, 3, d["img_size"], d["img_size"], generator=rng("export"))
     with torch.no_grad():
@@ -3121,6 +3383,7 @@ def export_backbone(path, backbone):
     if not error <= 1e-5:
         return f"{path.name}: not written, timm's features differ by {error:.1e}"
 
+    # The metadata holds timm's arguments and the normalisation of the images.
     metadata = dict(timm=json.dumps(arguments)) | {name: json.dumps(d[name]) for name in ("img_size", "mean", "std")}
     try:
         write(path, save({k: v.contiguous() for k, v in backbone.state_dict().items()}, metadata))
@@ -3155,26 +3418,31 @@ class Reader:
 
     def __init__(self, data, workers=None):
         self.data, self.workers, self.loader = data, workers, None
-        self.items = []  # of the pass: what the loader takes for its sampler
+        # The loader takes the items of a pass for its sampler.
+        self.items = []
 
     def batches(self, op, rows, params=None, batch_size=256, name="images", pin=False):
         """Yield (rows (b,), op(their images, their parameters)) in the order of `rows` (n,), behind a progress bar.
         op can be pickled and makes images of `op.size` px; params: a dict of (N, ...) for the whole set. `pin`: in
         pinned memory, for a GPU."""
+        # The loader starts once, for batches of the first pass's size, and its item list is refilled for each pass.
         if self.loader is None:
             self.loader = self._start(1.5 * batch_size * 3 * op.size**2, pin)
         chunks = rows.split(batch_size) if len(rows) else ()
         part = lambda chunk: {key: value[chunk].numpy() for key, value in (params or {}).items()}
         self.items[:] = [(op, chunk.numpy(), part(chunk)) for chunk in chunks]
+
+        # A pass which breaks off leaves workers in an unknown state, so the next one starts new ones.
         try:
             for x, chunk in zip(progress(unbroken(self.loader), total=len(chunks), desc=name, unit="batch"), chunks):
                 yield chunk, x
         except BaseException:
-            self.loader = None  # a pass that broke off leaves workers that are not to be trusted with the next
+            self.loader = None
             raise
 
     def _start(self, batch, pin):
         """The loader of all passes, for batches of `batch` bytes."""
+        # Images in memory need no workers; prefetched batches of files must fit in shared memory.
         files = self.data.images is None
         workers = default_workers(self.workers, batch) if files else 0
         check_shared_memory(workers, batch)
@@ -3207,19 +3475,23 @@ def features(
 
     Batches go straight to their place on rank 0, where 1.28 million images of D = 1,536 take 4 N D = 7.9 GB. A GPU
     collects 16 batches first, because it waits for each copy: 16 * 4 * 256 W D = 200 MB on W = 8 ranks."""
+    # By default the view is the centre crop at the encoder's own size, and the encoder encodes it.
     reader = data if isinstance(data, Reader) else Reader(data, workers)
     transform = transform or CenterCrop(backbone.img_size, interpolation="bicubic")
     normalise = Normalize(backbone.mean, backbone.std)
     encode = backbone if encode is None else encode
 
-    # Every rank encodes as many rows; what is too much is cut off.
-    rows, world = torch.arange(len(reader.data)) if rows is None else rows, world_size()
+    # Every rank encodes equally many rows, because gathering needs equal sizes; surplus rows are dropped.
+    rows = torch.arange(len(reader.data)) if rows is None else rows
+    world = world_size()
     even = math.ceil(len(rows) / world) * world
     local = rows[torch.arange(even) % len(rows)][rank() :: world]
 
-    # Encode batches, of which `encoded` are not in `out` yet.
-    out, begin, encoded = None, 0, []
-    training, gpu = backbone.training, device.type == "cuda"
+    # Batches are encoded in eval mode; a GPU keeps several in `encoded` before it copies them to `out`.
+    out = None
+    begin, encoded = 0, []
+    gpu = device.type == "cuda"
+    training = backbone.training
     backbone.eval()
     for _, x in reader.batches(transform, local, params, batch_size, name, pin=gpu):
         x = normalise(send(x, device).float() / 255)
@@ -3229,12 +3501,15 @@ def features(
         if gpu and len(encoded) < 16 and done < len(local):
             continue
 
-        # Collect what all ranks have encoded. Rank r has the rows r, r + W, ...
-        y, encoded = torch.cat(encoded), []  # (b, D)
+        # Rank 0 gathers what all ranks encoded; rank r has the rows r, r + W, and so on.
+        y = torch.cat(encoded)  # (b, D)
+        encoded = []
         parts = [y]
         if world > 1:
             parts = [torch.empty_like(y) for _ in range(world)] if rank() == 0 else None
             dist.gather(y, parts)
+
+        # The output is allocated once the width of the features is known.
         if out is None:
             out = torch.empty(0 if rank() else len(rows), y.shape[1])
         for r, part in enumerate(parts or ()):
@@ -3249,8 +3524,12 @@ def features(
 def knn(train, train_labels, test, k=20, temperature=0.07, *, classes):
     """Weighted k-nearest-neighbour vote of DINO: cosine similarity, weights exp(sim / T). Features (N, D) and (M, D),
     labels (N,) -> class scores (M, classes); the highest wins, ties go to the lower class. k is cut to N."""
+    # On the unit sphere the inner product is the cosine similarity.
     train, test = F.normalize(train, dim=1), F.normalize(test, dim=1)
-    train_labels, scores = send(train_labels, train.device), []
+    train_labels = send(train_labels, train.device)
+    scores = []
+
+    # A chunk's similarities take 512 x N numbers, so that memory stays bounded.
     for chunk in test.split(512):
         sim, index = (chunk @ train.T).topk(min(k, len(train)), dim=1)  # (m, k)
         votes = torch.zeros(len(chunk), classes, device=train.device)
@@ -3261,10 +3540,12 @@ def knn(train, train_labels, test, k=20, temperature=0.07, *, classes):
 def knn_accuracy(backbone, train, test, device, args, most=(8_000, 2_000)):
     """The score at the end of a run: 20-NN on test images; sets larger than `most` are thinned evenly, to stay
     quick."""
+    # Evenly spaced rows keep the shares of the classes in a set that is sorted by class.
     rows = [torch.arange(min(n, len(d))) * len(d) // min(n, len(d)) for n, d in zip(most, (train, test))]
     how = dict(amp=args.amp, workers=args.workers, name="k-NN")
     x, x_test = (features(backbone, d, device, rows=r, **how) for d, r in zip((train, test), rows))
 
+    # Rank 0 has all features, so it alone computes the vote.
     def accuracy():
         scores = knn(x, train.labels[rows[0]], x_test, classes=len(train.classes))
         return (scores.argmax(1) == test.labels[rows[1]]).float().mean().item()
@@ -3278,7 +3559,9 @@ def turn_equivariance(backbone, data, device, args, most=400):
     Mean cosine between f(x) turned by 90 degrees and f(x turned by 90 degrees), where f gives the tokens after the
     last block and the final norm, less their mean. 1: the map turns with the image; 0: the two maps are unrelated.
     `eval_probe.py --tasks equivariance` measures the same over more images, angles and groups."""
-    norm, shape = getattr(backbone, "norm", nn.Identity()), []
+    # Evenly spaced images represent the whole set.
+    norm = getattr(backbone, "norm", nn.Identity())
+    shape = []  # h, w, D of a map, known after the first batch
     rows = torch.arange(min(most, len(data))) * len(data) // min(most, len(data))
 
     def maps_of(x):
@@ -3290,6 +3573,7 @@ def turn_equivariance(backbone, data, device, args, most=400):
     how = dict(amp=args.amp, workers=args.workers, name="equivariance")
     maps = features(backbone, data, device, encode=maps_of, rows=rows, **how).unflatten(1, (2, *shape))
 
+    # Without their mean, maps that are alike everywhere do not count as equivariant. Rank 0 alone has the maps.
     def cosine():
         moved, there = torch.rot90(maps[:, 0], 1, (1, 2)), maps[:, 1]
         centred = (z - z.mean((0, 1, 2)) for z in (moved, there))
