@@ -1208,6 +1208,7 @@ class UPerHead(nn.Module):
         self.classify = nn.Conv2d(width, classes, 1)
 
     def forward(self, x):
+        """Normalised images x (B, 3, H, W) -> scores (B, classes, h, w) at the size of the neck's finest map."""
         # Pyramid pooling gives the coarsest map the context of the whole image.
         resized = lambda y, like: F.interpolate(y, like.shape[2:], mode="bilinear", align_corners=False)
         *fine, coarse = self.neck(x)

@@ -1296,7 +1296,8 @@ def perturbations(subjects, data, args):
         right = count_right(name, scores, labels.repeat_interleave(n))
         return torch.cat([right, count_changes(scores.unflatten(0, (-1, n)), name.endswith("noise"))])
 
-    def row(n):  # (names, 6)
+    def row(n):
+        """Counts n (names, 6) -> ({metric: percent, mFR or distance} of the table, the rest for the record)."""
         frames, right, right5, pairs, changes, distances = n.double().T
         by_name = lambda values: dict(zip(names, values.tolist()))
         top1, top5 = by_name(100 * right / frames), by_name(100 * right5 / frames)
@@ -1393,7 +1394,8 @@ def shifts(subjects, data, args):
         masked = torch.full_like(scores, -math.inf).index_copy(1, kept, scores[:, kept])
         return torch.cat([count_right(name, scores, labels), count_right(name, masked, labels)[1:]])
 
-    def row(n):  # (sets, 5)
+    def row(n):
+        """Counts n (sets, 5) -> ({set: percent} of the table, {set: its counts} for the record)."""
         values, details = {}, {}
         for name, counts in zip(classes, n.tolist()):
             images, top1, top5, masked, masked5 = counts
@@ -1566,6 +1568,7 @@ def run(name, subjects, data, args, evaluation, protocol, panels):
         return {part: suite.row(n.cpu()) for part, n in sums[subject.path].items()}
 
     def show():
+        """Print the table of what is counted so far, keep its panels for --plot; returns the rows."""
         for note in suite.notes:
             eval_probe.say(note)
 
