@@ -158,8 +158,8 @@ def losses_agree(module, flags, toy, real, tiny):
     return f"losses differ by {difference:.0e}{verdict}, bf16 loss {lines[-1]['loss']:.3f}, {waits}, {memory:.1f} GB"
 
 
-def speed(module, flags, tiny, peak, flops={}):  # noqa: B006  (FLOPs of the eager run, for the compiled one)
-    """Images/s between log lines 20 steps apart; FLOPs of one eager step."""
+def speed(module, flags, tiny, peak, flops):
+    """Images/s between log lines 20 steps apart; FLOPs of one eager step, kept in `flops` for the compiled run."""
     steps, every, first = (6, 1, 2) if tiny else (81, 20, 20)  # steps up to the first count as warm-up
     key = str([f for f in flags if f != "--compile"])
     if key not in flops and "--compile" not in flags:
@@ -329,10 +329,11 @@ def main(argv=None):
         "SER ViT-S/16 224 px": (ser, vit),
         "SimCLR ResNet-18 32 px": (ciper, [*(TOY_RESNET if tiny else resnet), "--objective", "simclr"]),
     }
+    flops = {}
     for (label, (module, flags)), how in itertools.product(races.items(), ([], ["--compile"])):
         if not (tiny and how):  # compiling on a CPU takes longer than all the rest
             title = " ".join(["speed", label, *how])
-            part(title, partial(speed, module, [*flags, *how], tiny, peak), 20 if tiny else 120)
+            part(title, partial(speed, module, [*flags, *how], tiny, peak, flops), 20 if tiny else 120)
 
     # every variant, correct
     chosen = list(variants(tiny))
