@@ -1538,7 +1538,8 @@ STOPPING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP
 def stop(number, frame):
     """End the evaluation at the first signal, and the process at the second."""
     for s in STOPPING:
-        signal.signal(s, lambda number, frame: os._exit(128 + number))
+        if signal.getsignal(s) is stop:
+            signal.signal(s, lambda number, frame: os._exit(128 + number))
     raise Stopped(number)
 
 

@@ -258,13 +258,16 @@ def test_R6_a_signal_inside_a_suite_prints_what_it_has_counted(number, run, caps
     assert "fog" not in out  # no image of it was shown
 
 
-def test_R6_a_signal_that_nohup_has_switched_off_stays_off(run, monkeypatch):
+def test_R6_a_signal_that_nohup_has_switched_off_stays_off(run, capsys, monkeypatch):
+    def knn_under(number):
+        monkeypatch.setitem(eval_probe.TASKS, "knn", lambda case: (os.kill(os.getpid(), number), ({"knn": 1.0}, {}))[1])
+        return [str(run / "checkpoint.pt"), "--tasks", "knn", *QUICK]
+
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        monkeypatch.setitem(
-            eval_probe.TASKS, "knn", lambda case: (os.kill(os.getpid(), signal.SIGHUP), ({"knn": 1.0}, {}))[1]
-        )
-        assert eval_probe.main([str(run / "checkpoint.pt"), "--tasks", "knn", *QUICK])[0][1] == {"knn": 1.0}
+        assert eval_probe.main(knn_under(signal.SIGHUP))[0][1] == {"knn": 1.0}
+        ends(130, eval_probe.main, knn_under(signal.SIGINT), capsys)  # another signal leaves it off too
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
 
