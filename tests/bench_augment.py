@@ -2,6 +2,7 @@
 
     python tests/bench_augment.py 32        # in memory at 32 px, as CIFAR: no blur, no solarisation
     python tests/bench_augment.py 224       # 256-px images to 224 px, MoCo-v3's views
+    python tests/bench_augment.py 224 --data-dir FOLDER     # how many images a core decodes and crops for a GPU
 
 Every contestant runs once a round, rounds repeat, and the ratio is the median of those within a round; a figure is
 good for this machine and this run. kornia takes part where it is installed (pip install kornia).
@@ -135,11 +136,42 @@ def race(title, contestants, batch_size, threads, rounds):
         )
 
 
+def feed(folder, size, rounds):
+    """Images that one core reads, decodes and crops twice for a device that does the rest, in a second."""
+    torch.set_num_threads(1)
+    data, policies = common.imagefolder(folder, "train"), our_policies(size)
+    batch_size = min(64, len(data))
+    draw = lambda g: {name: (torch.arange(batch_size), p.sample(batch_size, g)) for name, p in policies.items()}
+    args = argparse.Namespace(seed=0, batch_size=batch_size, workers=0, epochs=1)
+    loader = common.Loader(data, policies, draw, args, torch.device("meta"))
+    transforms = [T.Compose([*t.transforms[:1], T.PILToTensor()]) for t in pil_transforms(size)]
+    seconds = {"decoding alone": [], "torchvision on Pillow images": [], "ours": []}
+    for r in range(rounds + 1):
+        rows = loader.rows(0)["1"].tolist()
+        for name, times in seconds.items():
+            begin = time.perf_counter()
+            if name == "ours":
+                loader[0]
+            else:
+                for row in rows:
+                    image = Image.open(data.paths[row]).convert("RGB")
+                    if name != "decoding alone":
+                        [t(image) for t in transforms]
+            times.append(time.perf_counter() - begin)
+    print(f"\n| two {size}-px crops of files, one core | images/s | 8 cores | 16 cores |\n|---|---|---|---|")
+    for name, times in seconds.items():
+        rate = batch_size / statistics.median(times[1:])  # the first round reads the disk
+        print(f"| {name} | {rate:.0f} | {8 * rate:,.0f} | {16 * rate:,.0f} |")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("size", type=int, choices=VIEWS, help="side of the views in pixels")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--data-dir", help="time the reading of this folder of images instead")
     options = parser.parse_args()
+    if options.data_dir:
+        return feed(options.data_dir, options.size, options.rounds)
     size, rounds, device = options.size, options.rounds, common.start("cpu")
     batch_size, held, n = (256, 4096, 8192) if size == 32 else (32, 128, 1024)  # images held in memory, images an epoch
     images = smooth_images(held, 32 if size == 32 else 256).contiguous(
