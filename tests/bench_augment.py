@@ -146,8 +146,8 @@ def feed(folder, size, rounds):
     loader = common.Loader(data, policies, draw, args, torch.device("meta"))
     transforms = [T.Compose([*t.transforms[:1], T.PILToTensor()]) for t in pil_transforms(size)]
     seconds = {"decoding alone": [], "torchvision on Pillow images": [], "ours": []}
-    for r in range(rounds + 1):
-        rows = loader.rows(0)["1"].tolist()
+    rows = loader.rows(0)["1"].tolist()
+    for _ in range(rounds + 1):
         for name, times in seconds.items():
             begin = time.perf_counter()
             if name == "ours":

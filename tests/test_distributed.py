@@ -1,13 +1,17 @@
 """The same model on any number of processes: losses and gradients on 1, 2 and 4 gloo ranks, in float64."""
 
+import contextlib
+import io
 import json
 import multiprocessing
 import os
 import re
+import signal
 import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import common
 import ser
@@ -179,25 +183,11 @@ def test_N1_N2_A10_collectives(tmp_path):
             assert agreed == world - 1  # the largest flag of all ranks
 
 
-def launch(*argv, **kwargs):
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, *argv], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, **kwargs
-    )
-
-
 def test_N3_C13_S14_torchrun_trains_what_python_trains(tiny, tmp_path):
     argv = [*tiny, "--max-steps", "4"]
-    run = launch(
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        "ser.py",
-        *argv,
-        "--out",
-        str(tmp_path / "two"),
-    )
+    torchrun = [sys.executable, *"-m torch.distributed.run --standalone --nproc_per_node=2 ser.py".split()]
+    command = [*torchrun, *argv, "--out", str(tmp_path / "two")]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0 and not re.search("warn|leak", run.stderr, flags=re.I), run.stderr
     ser.main([*argv, "--out", str(tmp_path / "one")])
     one, two = (
@@ -213,23 +203,21 @@ def test_N3_C13_S14_torchrun_trains_what_python_trains(tiny, tmp_path):
     )  # two processes saved, one goes on
 
 
-def test_S12_S14_a_mistake_under_torchrun_is_one_line(tmp_path):
-    run = launch(
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        "ser.py",
-        "--data",
-        "imagefolder",
-        "--recipe",
-        "cifar10",
-        "--data-dir",
-        str(tmp_path / "nowhere"),
-        "--device",
-        "cpu",
-    )
-    assert run.returncode == 1 and run.stderr.count("no such directory") == 1
+def mistaken(directory):
+    """A run whose folder is missing, and where torchrun kills the ranks that wait -> its last exception, its stderr."""
+    rank = str(dist.get_rank())
+    os.environ |= dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT="1")
+    common.time = SimpleNamespace(sleep=lambda seconds: os.kill(os.getpid(), signal.SIGINT))
+    stderr = io.StringIO()
+    with contextlib.redirect_stderr(stderr), pytest.raises((SystemExit, KeyboardInterrupt)) as end:
+        ser.main([*"--data imagefolder --recipe cifar10 --device cpu --data-dir".split(), directory])
+    return repr(end.value), stderr.getvalue()
+
+
+def test_S12_S14_a_mistake_of_all_ranks_is_one_line_of_one(tmp_path):
+    (end, line), other = on_ranks(2, tmp_path, mistaken, str(tmp_path / "nowhere"))
+    assert end == "SystemExit(2)" and line.count("\n") == line.count("no such directory") == 1
+    assert other == ("KeyboardInterrupt()", "")
 
 
 def seen_by_each(values):
