@@ -361,7 +361,7 @@ def test_the_commands_of_the_readme_run(document, tiny, folder, core50, tmp_path
     views = ["--data", "core50", "--data-dir", str(core50), *"--recipe core50 --arch resnet_pico --proj-dim 8".split()]
     tiny_run = dict(
         ser=[*tiny, "--prototypes", "32"],
-        recon_xattn=[*shared, *"--neck 16 --embed-dim 8".split()],
+        recon_xattn=[*shared, *"--neck 16 --embed-dim 8 --batch-size 4".split()],
         ciper=[*shared, *views],
         clever=[*shared, *"--head-dim 16 --head-dim-equi 16 --local-size 8".split()],
     )
