@@ -16,9 +16,8 @@ Tasks, all in percent
   segmentation  A head learns the class of each pixel from the map: batch norm and a 1x1 convolution (--head linear
                 [DINOv2]), or UPerNet (--head upernet [mmsegmentation]). On crops of 512 x 512 px of ADE20K, AdamW takes
                 40,000 steps of 16 at 1e-3, weight decay 1e-4, for UPerNet 160,000 at 6e-5, 0.01. The rate rises over
-                1,500 steps, then falls linearly to 0. In the confusion matrix C of the whole set, C_ij counts pixels of
-                class i that were taken for j. mIoU is the mean over classes of C_cc / (sum_j C_cj + sum_j C_jc - C_cc),
-                mAcc that of C_cc / sum_j C_cj, aAcc the trace over the sum.
+                1,500 steps, then falls linearly to 0. From the confusion matrix of the whole set: mIoU, the mean over
+                classes of intersection over union, mAcc, that of the share found, aAcc, the share of all pixels.
   detection     torchvision's FasterRCNN on a neck over the map [SER: frozen encoder, 45,000 steps of 32]. AP of boxes,
                 mean over IoU .50 to .95, AP50 and AP75, by pycocotools.
   video         No training: labels of the first frame move to later ones [DINO]. Each patch takes the mean label of the
@@ -70,7 +69,7 @@ import os
 import re
 import tempfile
 import time
-from collections import OrderedDict
+from collections import OrderedDict, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -196,15 +195,6 @@ def boundary_f(mask, truth):
     precision = ((edges[0] & wide[1]).sum() / edges[0].sum()).item()
     recall = ((edges[1] & wide[0]).sum() / edges[1].sum()).item()
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
-
-
-def over_time(values):
-    """A measure in each frame of an object (list of T numbers) -> its mean, recall, the share above 0.5, and decay,
-    the mean of the first quarter less that of the last [DAVIS]."""
-    v = torch.tensor(values, dtype=torch.float64)
-    cuts = ((torch.linspace(1, len(v), 5, dtype=torch.float64) + 1e-10).round() - 1).long().tolist()
-    decay = v[: cuts[1] + 1].mean() - v[cuts[3] :].mean()
-    return dict(mean=v.mean().item(), recall=(v > 0.5).double().mean().item(), decay=decay.item())
 
 
 def f_beta(mask, truth):
@@ -376,15 +366,13 @@ LAYOUTS = {
     "ade20k": "images/ and annotations/, each with training/ and validation/, of ADE_*.jpg and ADE_*.png",
     "coco": "train2017/, val2017/ and annotations/instances_{train,val}2017.json",
     "davis": "JPEGImages/480p/<sequence>/, Annotations/480p/<sequence>/ and ImageSets/2017/val.txt",
-    "ecssd": "images/ and ground_truth_mask/, or img/ and gt/",
-    "duts": "DUTS-TE/DUTS-TE-Image/ and DUTS-TE/DUTS-TE-Mask/, or img/ and gt/",
-    "dut-omron": "DUT-OMRON-image/ and pixelwiseGT-new-PNG/, or img/ and gt/",
 }
 SALIENCY = {  # folders of images and of masks
     "ecssd": ("images", "ground_truth_mask"),
     "duts": ("DUTS-TE/DUTS-TE-Image", "DUTS-TE/DUTS-TE-Mask"),
     "dut-omron": ("DUT-OMRON-image", "pixelwiseGT-new-PNG"),
 }
+LAYOUTS |= {name: f"{images}/ and {masks}/, or img/ and gt/" for name, (images, masks) in SALIENCY.items()}
 
 
 def place_of(name, root, *choices):
@@ -418,7 +406,7 @@ def open_rgb(path):
         return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
-# Kinds of masks, and Pillow's modes of their files: "index" (palette or grey, as it is), "label" (ADE20K: 1 to 150
+# Kinds of masks, and Pillow's modes of their files: "index" (palette or grey; IGNORE is 0), "label" (ADE20K: 1 to 150
 # become 0 to 149, 0 becomes IGNORE), "binary" (grey or RGB: anything but 0 is 1).
 MODES = dict(index=("P", "L"), label=("L",), binary=("L", "RGB", "1"))
 
@@ -430,9 +418,11 @@ def open_mask(path, kind):
     if kind == "label" and values.max() > 150:
         raise OSError(f"{common.printable(path)}: holds {values.max()}; labels of ADE20K are 0 to 150")
 
-    # Labels start at 0; the 0 of unlabelled pixels wraps to IGNORE.
+    # Labels start at 0; the 0 of unlabelled pixels wraps to IGNORE. Objects of videos are numbered from 1.
     if kind == "label":
         values = values - np.uint8(1)
+    if kind == "index":
+        values = np.where(values == IGNORE, np.uint8(0), values)
     return torch.from_numpy((values > 0).astype(np.uint8) if kind == "binary" else values)
 
 
@@ -499,20 +489,8 @@ def paired_files(root, images, masks, kind):
     return Pairs([found[0][s] for s in stems], [found[1][s] for s in stems], kind)
 
 
-@dataclasses.dataclass
-class Sequence:
-    """A video: t -> uint8 (3, H, W), and uint8 (H, W), the number of the object at each pixel, 0 where none is."""
-
-    name: str
-    frames: Pairs
-
-    def __len__(self):
-        return len(self.frames)
-
-    def ids(self, t):
-        mask = self.frames.masks[t]
-        mask = mask if self.frames.kind is None else open_mask(mask, self.frames.kind)
-        return torch.where(mask == IGNORE, 0, mask)
+# A video: its name, and Pairs of its frames and of the number of the object at each pixel, 0 where none is.
+Sequence = namedtuple("Sequence", "name frames")
 
 
 def davis_sequences(root, most):
@@ -537,7 +515,7 @@ def davis_sequences(root, most):
         files = [[str(folder / f) for f in some] for folder, some in zip(folders, (frames, masks))]
         out.append(Sequence(name, Pairs(*files, "index").checked()))
         try:
-            empty = not out[-1].ids(0).any()
+            empty = not out[-1].frames[0][1].any()
         except OSError as e:
             common.die(str(e))
         if empty:
@@ -908,15 +886,17 @@ def stretched(soft):
     return torch.where(high > low, (soft - low) / (high - low).clamp(min=1e-12), 0.0)
 
 
-def follow(encoder, sequence, davis):
-    """Yield (t, uint8 (H, W), the number of the object at each pixel) for the frames after the first.
+def follow(encoder, frames, davis):
+    """Yield the predicted and the true number of the object at each pixel, uint8 (H, W) each, for all frames of a
+    sequence (Pairs); of the first frame the truth is given.
 
     Weights are computed in blocks of 2^26, four of which exist at once in float32: 1 GB. Patches of 4 px make 26,880
     tokens of DAVIS' widest frames (480 x 896 px), 26,880^2 x 8 = 5.8 x 10^9 weights, 23 GB if they were one block; the
     mask of near patches has 26,880^2 bytes, 0.7 GB."""
     # DAVIS has its published size; scenes are enlarged to 24 patches a side, at most twofold.
-    first, (image, _) = sequence.ids(0), sequence.frames[0]
+    image, first = frames[0]
     H, W = first.shape
+    yield first, first
     size = shown_size(H, W, encoder.stride) if davis else shown_side(encoder, image)
     h, w = (side // encoder.stride for side in size)
 
@@ -937,63 +917,56 @@ def follow(encoder, sequence, davis):
     # Labels move by at most 12 rows and columns.
     mask = near(h, w, RADIUS, encoder.device)  # (h w, h w)
     context = [(features(image), labels)]
-    for t in range(1, len(sequence)):
+    for t in range(1, len(frames)):
         # A patch gets the mean label of similar patches in the first frame and the 7 last ones.
-        target = features(sequence.frames[t][0])
-        frames, labels = torch.stack([f for f, _ in context]), torch.cat([labels for _, labels in context])
+        image, truth = frames[t]
+        target = features(image)
+        before, labels = (torch.stack(v) for v in zip(*context))  # (m, h w, D), (m, h w, n)
+        labels = labels.flatten(0, 1)
         rows = max(1, BLOCK // len(labels))
         blocks = zip(target.split(rows), mask.split(rows))
-        soft = torch.cat([similar_patches(some, frames, close) @ labels for some, close in blocks])  # (h w, n)
+        soft = torch.cat([similar_patches(some, before, close) @ labels for some, close in blocks])  # (h w, n)
         context = context[:1] + [*context[1:], (target, soft)][-N_CONTEXT:]
 
         # Each channel is scaled to [0, 1], so that an object reaches 1 even after it has left [DINO].
         soft = F.interpolate(soft.T.unflatten(1, (h, w))[None], size, mode="bilinear", align_corners=False)[0]
         predicted = stretched(soft).argmax(0).float()
         predicted = F.interpolate(predicted[None, None], (H, W), mode="nearest-exact")[0, 0]
-        yield t, predicted.to(torch.uint8).cpu()
+        yield predicted.to(torch.uint8).cpu(), truth
 
 
 def video(encoder, sequences, name, args, save):
     """DAVIS' measures of all sequences -> ({metric: percent}, details)."""
     found = {}
     for i in common.progress(in_turn(len(sequences)), desc=f"{name} video", unit="sequence"):
-        sequence = sequences[i]
-        objects = range(1, int(sequence.ids(0).max()) + 1)
-        J = {k: [] for k in objects}
-        boundaries = {k: [] for k in objects}
-
+        (sequence, frames), scores = sequences[i], {}
         try:
-            # The first mask is given, and saved as it is.
-            if save:
-                write_png(save / sequence.name / "00000.png", sequence.ids(0), palette())
-            for t, predicted in follow(encoder, sequence, name == "davis"):
+            for t, (predicted, truth) in enumerate(follow(encoder, frames, name == "davis")):
                 if save:
-                    write_png(save / sequence.name / f"{t:05d}.png", predicted, palette())
+                    write_png(save / sequence / f"{t:05d}.png", predicted, palette())
 
-                # The last frame counts in no measure [DAVIS].
-                truth = sequence.ids(t)
-                for k in objects if t < len(sequence) - 1 else ():
-                    J[k].append(jaccard(predicted == k, truth == k))
-                    boundaries[k].append(boundary_f(predicted == k, truth == k))
+                # The first mask names the objects; the first and the last frame count in no measure [DAVIS].
+                for k in range(1, int(truth.max()) + 1) if t == 0 else ():
+                    scores[k] = []
+                for k in scores if 0 < t < len(frames) - 1 else ():
+                    mask, of_object = predicted == k, truth == k
+                    scores[k].append((jaccard(mask, of_object), boundary_f(mask, of_object)))
         except OSError as e:
             refuse(e)
-        found[i] = [dict(sequence=sequence.name, object=k, J=over_time(J[k]), F=over_time(boundaries[k])) for k in J]
+        means = {k: np.mean(values, 0).tolist() for k, values in scores.items()}
+        found[i] = [dict(sequence=sequence, object=k, J=J, F=f) for k, (J, f) in means.items()]
 
     # The mean is over objects, not over sequences.
     objects = [o for some in gathered(found) for o in some]
-    J, f = (100 * sum(o[m]["mean"] for o in objects) / len(objects) for m in "JF")
+    J, f = (100 * sum(o[m] for o in objects) / len(objects) for m in "JF")
     details = dict(sequences=len(sequences), objects=objects, context=N_CONTEXT, radius=RADIUS, top_k=TOP_K)
     return {"J&F": (J + f) / 2, "J": J, "F": f}, details
 
 
 def palette():
     """Colours of the numbers 0 to 255 in PASCAL VOC and DAVIS: their bits, dealt to red, green and blue in turn."""
-    colours = np.zeros((256, 3), np.uint8)
-    for bit in range(3):
-        for channel in range(3):
-            digit = np.arange(256) >> (3 * bit + channel) & 1
-            colours[:, channel] |= (digit << (7 - bit)).astype(np.uint8)
-    return colours.flatten().tolist()
+    bits = (np.arange(256)[:, None] >> np.arange(9) & 1).reshape(256, 3, 3)  # (number, bit of the colour, colour)
+    return (bits << (7 - np.arange(3))[:, None]).sum(1).flatten().tolist()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1134,27 +1107,17 @@ class Steps(torch.utils.data.Dataset):
     def __init__(self, data, view, seed, batch_size):
         self.data, self.view, self.seed, self.batch_size = data, view, seed, batch_size
 
-        # Each rank has its place in the global batch; a loader process does not know its rank.
-        self.share = batch_size // common.world_size()
-        self.first = common.rank() * self.share
-
-        # `reading` starts loader processes only where images are files.
-        self.images = data.images
+        # A loader process does not know its rank. `reading` starts loader processes only where images are files.
+        self.rank, self.share, self.images = common.rank(), batch_size // common.world_size(), data.images
 
     def __getitem__(self, step):
-        begin = step * self.batch_size + self.first
+        begin = step * self.batch_size + self.rank * self.share
         return [self.item(place) for place in range(begin, begin + self.share)]
 
     def item(self, place):
         epoch, i = divmod(place, len(self.data))
-        row = int(shuffled(self.seed, epoch, len(self.data))[i])
+        row = int(common.order_of_epoch(len(self.data), self.seed, epoch)[i])
         return self.view(*self.data[row], common.rng(self.seed, "view", place))
-
-
-@functools.lru_cache(maxsize=4)
-def shuffled(seed, epoch, n):
-    """The order of n images in an epoch: (n,)."""
-    return torch.randperm(n, generator=common.rng(seed, "order", epoch))
 
 
 def train(name, model, steps, n, args, optimizer, rate, loss_of):
