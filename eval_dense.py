@@ -1145,13 +1145,13 @@ def train(name, model, steps, n, args, optimizer, rate, loss_of):
 
 
 class Neck(nn.Module):
-    """Normalised images (B, 3, H, W) -> four maps (B, width, H / s, W / s), s = 4, 8, 16, 32 [ViTDet, with bilinear
-    resizing, which knows any patch size]. `several`: they come from four blocks of a ViT, not from its last one;
-    pyramids give the four stages in any case."""
+    """Normalised images (B, 3, H, W) -> dict of maps (B, width, H / s, W / s), "0" to "3" of s = 4, 8, 16, 32 [ViTDet,
+    with bilinear resizing, which knows any patch size], and "pool" of s = 64, as FasterRCNN wants them. `several`: they
+    come from four blocks of a ViT, not from its last one; pyramids give the four stages in any case."""
 
     def __init__(self, encoder, width, several=False):
         super().__init__()
-        self.encoder = encoder
+        self.encoder, self.out_channels = encoder, width
 
         # A pyramid gives its four stages, a ViT four blocks or its last block four times.
         last = encoder.backbone.depth
@@ -1174,7 +1174,7 @@ class Neck(nn.Module):
         for i, (layer, level) in enumerate(zip(self.layers, self.levels)):
             size = tuple(max(1, side // (4 * 2**i)) for side in x.shape[2:])
             out.append(level(F.interpolate(maps[layer], size, mode="bilinear", align_corners=False)))
-        return out
+        return OrderedDict(zip(("0", "1", "2", "3", "pool"), [*out, F.max_pool2d(out[-1], 1, 2)]))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1226,7 +1226,7 @@ class UPerHead(nn.Module):
         """Normalised images x (B, 3, H, W) -> scores (B, classes, h, w) at the size of the neck's finest map."""
         # Pyramid pooling gives the coarsest map the context of the whole image.
         resized = lambda y, like: F.interpolate(y, like.shape[2:], mode="bilinear", align_corners=False)
-        *fine, coarse = self.neck(x)
+        *fine, coarse, _ = self.neck(x).values()
         pools = [pool(F.adaptive_avg_pool2d(coarse, n)) for n, pool in zip(self.grids, self.pools)]
         coarse = self.pooled(torch.cat([coarse, *(resized(p, coarse) for p in pools)], 1))
 
@@ -1379,19 +1379,6 @@ def segmentation(encoder, pairs, name, args, save):
 SHORT = tuple(range(640, 801, 32))  # pixels: short side of COCO's images in training; the last one in tests
 
 
-class DetectionNeck(nn.Module):
-    """`Neck` in the shape that FasterRCNN wants, with a fifth map of stride 64."""
-
-    def __init__(self, encoder, width):
-        super().__init__()
-        self.neck, self.out_channels = Neck(encoder, width), width
-
-    def forward(self, x):
-        maps = self.neck(x)
-        maps.append(F.max_pool2d(maps[-1], 1, 2))
-        return OrderedDict(zip(("0", "1", "2", "3", "pool"), maps))
-
-
 def detector(encoder, classes, side):
     """torchvision's FasterRCNN on a frozen encoder. `side` is that of scenes, for which all sizes shrink; None is
     COCO's recipe, torchvision's defaults."""
@@ -1408,7 +1395,7 @@ def detector(encoder, classes, side):
 
     # On COCO all other settings are torchvision's defaults.
     if side is None:
-        return FasterRCNN(DetectionNeck(encoder, 256), classes + 1, min_size=SHORT, max_size=1333, **how)
+        return FasterRCNN(Neck(encoder, 256), classes + 1, min_size=SHORT, max_size=1333, **how)
 
     # Small heads, few proposals and few samples make a step on scenes fast.
     how |= dict(min_size=side, max_size=side, rpn_batch_size_per_image=64, box_batch_size_per_image=64)
@@ -1418,7 +1405,7 @@ def detector(encoder, classes, side):
     # Regions are pooled from a level by their size, which is relative to that of a scene.
     how |= dict(box_roi_pool=MultiScaleRoIAlign(["0", "1", "2", "3"], 7, 2, canonical_scale=round(224 * scale)))
     how |= dict(box_head=TwoMLPHead(64 * 49, 256), box_predictor=FastRCNNPredictor(256, classes + 1))
-    return FasterRCNN(DetectionNeck(encoder, 64), **how)
+    return FasterRCNN(Neck(encoder, 64), **how)
 
 
 def trainable(boxes):
@@ -1833,10 +1820,9 @@ def directories(args):
 
 
 def plan(args):
-    """What is to be done: [(task, set, directory)], [(figure, set or None, directory)], and lines that say what is not.
-    Refuses what cannot work."""
-    places = directories(args)
-    used, notes = set(), []
+    """What is to be done, [(task or figure, set or None, directory)], and lines that say what is not. Refuses what
+    cannot work."""
+    places, notes = directories(args), []
 
     # Without --tasks, take every task that the sets allow, or none where only figures are asked for.
     named = args.data or ("scenes",)
@@ -1850,27 +1836,22 @@ def plan(args):
         right = ", ".join(dict.fromkeys(name for task in TASKS for name in USES[task]))
         common.die(f"--data {' '.join(args.data)}: is for --figures embedding or fullgrad; tasks take {right}")
 
-    # Pair each task and figure with every set that serves it.
-    jobs, figures = [], []
-    for part, out in [(task, jobs) for task in tasks] + [(figure, figures) for figure in args.figures]:
+    # Pair each task and figure with every set that serves it; no set may be left over.
+    jobs = []
+    for part in (*tasks, *args.figures):
         sets = [name for name in (args.data if part in PROBED else named) if name in USES[part]]
         if not sets and part not in PROBED:
             flag = "tasks" if part in TASKS else "figures"
             common.die(f"--{flag} {part}: cannot use the sets of --data; name one of {', '.join(USES[part])}")
-        used |= set(sets)
-        out += [(part, name, places.get(name)) for name in sets or [None]]
-
-    # Refuse sets without a use, and detection without its package.
-    if idle := [name for name in args.data if name not in used]:
+        jobs += [(part, name, places.get(name)) for name in sets or [None]]
+    if idle := [name for name in args.data if name not in {name for _, name, _ in jobs}]:
         common.die(f"--data {idle[0]}: none of --tasks and --figures uses it; leave it out")
-    if "detection" in tasks and not installed("detection"):
-        common.die("--tasks detection: needs the package pycocotools (pip install pycocotools)")
-    return jobs, figures, notes
+    return jobs, notes
 
 
 def check(args, jobs, notes):
     """Refuse flags that nothing uses or that cannot work, before checkpoints are read; choose the embedding."""
-    tasks = {task for task, *_ in jobs}
+    asked = {part for part, *_ in jobs}
 
     # Refuse flags whose task or figure is not asked for.
     for flag, value, users in (
@@ -1884,18 +1865,18 @@ def check(args, jobs, notes):
         ("images", args.images, {*TASKS, "embedding", "attention"}),
         ("save", args.save, set(TASKS)),
     ):
-        if value and not users & (tasks | set(args.figures)):
+        if value and not users & asked:
             common.die(f"--{flag}: is for {', '.join(sorted(users))} only; leave it out")
 
     # Refuse unknown corruptions and missing packages.
     if args.corruption and args.corruption not in eval_robustness.CORRUPTIONS:
         common.die(f"--corruption {args.corruption}: there are {', '.join(eval_robustness.CORRUPTIONS)}")
-    if args.embedding in PACKAGES and not installed(args.embedding):
-        package = PACKAGES[args.embedding]
-        common.die(f"--embedding {args.embedding}: needs the package {package} (pip install {package}); pca needs none")
+    for flag, use in (*(("tasks", part) for part in sorted(asked)), ("embedding", args.embedding)):
+        if use in PACKAGES and not installed(use):
+            common.die(f"--{flag} {use}: needs the package {PACKAGES[use]} (pip install {PACKAGES[use]})")
 
     # PaCMAP is the default where it is installed.
-    if "embedding" in args.figures and args.embedding is None:
+    if "embedding" in asked and args.embedding is None:
         args.embedding = "pacmap" if installed("pacmap") else "pca"
         if args.embedding == "pca":
             notes.append("--embedding pca: the package pacmap is not installed (pip install pacmap)")
@@ -2009,16 +1990,16 @@ def main(argv=None):
         eval_probe.checkpoints_first(argv, Args)
         args = common.parse(Args, lambda first: {}, argv, description=__doc__)
         common.check_ranges(args)
-        jobs, figures, notes = plan(args)
+        jobs, notes = plan(args)
         check(args, jobs, notes)
-        names = [name for _, name, _ in jobs + figures]
+        names = [name for _, name, _ in jobs]
         eval_probe.check(eval_probe.Args(args.checkpoints, data=None if None in names else names[0]))
 
         # The number of processes must divide each batch.
         device = common.start(args.device)
-        for task, name, _ in jobs:
-            if task in TRAINED:
-                recipe(task, name, args)
+        for part, name, _ in jobs:
+            if part in TRAINED:
+                recipe(part, name, args)
 
         # The table is printed at the end in any case, even after an error.
         subjects = open_subjects(args, device, evaluation)
@@ -2032,7 +2013,7 @@ def main(argv=None):
         side, sets, able = next(iter(small), 96), {}, {}
 
         # A task must be able to use all encoders, a figure one; figures leave out the others, with a line for each.
-        for part in dict.fromkeys(part for part, *_ in jobs + figures):
+        for part in dict.fromkeys(part for part, *_ in jobs):
             reasons = [common.by_rank_0(partial(s.encoder.obstacle, part)) for s in subjects]
             lines = [f"{part}: {why}, unlike {s.path}" for s, why in zip(subjects, reasons) if why]
             if lines and (part in TASKS or len(lines) == len(subjects)):
@@ -2042,7 +2023,7 @@ def main(argv=None):
 
         # Read all sets before anything is trained.
         stride = max([s.encoder.stride for s in subjects], default=1)
-        for part, name, root in jobs + figures if subjects else ():
+        for part, name, root in jobs if subjects else ():
             if part not in PROBED:
                 sets[part, name] = load(part, name, root, side, args.images, stride)
             else:
@@ -2051,8 +2032,9 @@ def main(argv=None):
         # A task that fails does not stop the others.
         for line in notes:
             eval_probe.say(line)
+        tasks, figures = ([job for job in jobs if (job[0] in TASKS) == measured] for measured in (True, False))
         for subject in subjects:
-            for task, name, root in jobs:
+            for task, name, root in tasks:
                 part = partial(measure, subject, task, name, root, sets[task, name], args)
                 evaluation.attempt(f"{subject.path}: {task} on {name}", part)
         for figure, name, _ in figures if subjects else ():

@@ -1219,7 +1219,7 @@ def test_encoders_of_all_methods(how, stride, dim, layers, monkeypatch):
     x = torch.randn(1, 3, 96, 64, generator=g)
     assert encoder.last(x).shape == (1, dim, 96 // stride, 64 // stride)
     assert [m.shape[1] for m in encoder.maps(x, layers)] == encoder.widths
-    assert [tuple(m.shape[2:]) for m in ed.Neck(encoder, 8)(x)] == [(24, 16), (12, 8), (6, 4), (3, 2)]
+    assert [tuple(m.shape[2:]) for m in ed.Neck(encoder, 8)(x).values()] == [(24, 16), (12, 8), (6, 4), (3, 2), (2, 1)]
     assert ed.UPerHead(encoder, 5, 8).eval()(x).shape == (1, 5, 24, 16)
     seen = ed.cut_features(encoder, torch.zeros(3, 64, 96, dtype=torch.uint8))
     assert seen[1] == (64 // stride, 96 // stride) and (seen[2] is None) == (how["arch"] != "vit_pico")
