@@ -118,8 +118,8 @@ class Args:
     lr: Positive | None = None
     """peak learning rate, not scaled; default: the recipe's"""
     images: Count | None = None
-    """number of test images or sequences, the first ones, and a quarter of the number of training images; default: all.
-    Of embedding: number of points, evenly spaced; default: 13,000, of tsne 1,000"""
+    """use only the first so many test images or sequences, and four times as many training images; default: all.
+    embedding: number of points, evenly spaced; default: 13,000, of tsne 1,000. fullgrad always takes all"""
     embedding: Literal["pacmap", "tsne", "pca"] | None = None
     """how features are laid out in the plane: by the packages pacmap or scikit-learn, or pca, which needs none;
     default: pacmap where it is installed, else pca"""
@@ -380,7 +380,7 @@ def place_of(name, root, *choices):
     for choice in choices:
         if (Path(root) / choice).exists():
             return Path(root) / choice
-    common.die(f"--data-dir {root}: has no {choices[0]}; {name} is {LAYOUTS[name]}")
+    common.die(f"--data-dir {root}: has no {choices[0]}; {name} is read from {LAYOUTS[name]}")
 
 
 @contextlib.contextmanager
@@ -480,7 +480,7 @@ def paired_files(root, images, masks, kind):
     # Refuse images without a mask, masks without an image, and empty folders.
     if odd := sorted(set(found[0]) ^ set(found[1])):
         where = images if odd[0] in found[0] else masks
-        common.die(f"--data-dir {root}: {common.printable(odd[0])} is in {where} only; an image has a mask of its name")
+        common.die(f"--data-dir {root}: {common.printable(odd[0])} is in {where} only; images need masks")
     if not found[0]:
         common.die(f"--data-dir {images}: holds no images ({', '.join(sorted(common.SUFFIXES))})")
 
@@ -498,7 +498,7 @@ def davis_sequences(root, most):
     listed = place_of("davis", root, "ImageSets/2017/val.txt")
     names = listed.read_text(errors="replace").split()
     if not names:
-        common.die(f"{listed}: names no sequence; davis is {LAYOUTS['davis']}")
+        common.die(f"{listed}: names no sequence; davis is read from {LAYOUTS['davis']}")
     out = []
     for name in names[:most]:
         folders = [place_of("davis", root, f"{kind}/480p/{name}") for kind in ("JPEGImages", "Annotations")]
@@ -507,7 +507,7 @@ def davis_sequences(root, most):
         # Measures leave out the first and the last frame, so that a sequence needs three.
         if len(frames) != len(masks) or len(frames) < 3:
             found = f"{len(frames)} frames and {len(masks)} masks"
-            common.die(f"--data-dir {root}: {name} has {found}; at least 3, and as many of both, are expected")
+            common.die(f"--data-dir {root}: {name} has {found}; it needs 3 frames or more, and a mask for each")
         if odd := [f for f, m in zip(frames, masks) if Path(f).stem != Path(m).stem]:
             common.die(f"--data-dir {root}: {name} has no mask for its frame {odd[0]}")
 
@@ -598,7 +598,7 @@ def parse_coco(file):
         keys = "id", "image_id", "category_id", "bbox", "area", "iscrowd"
         rows = [[a[key] for key in keys] for a in held["annotations"]]
         if len(images) < len(sizes):
-            common.die(f"{file}: two images have one id")
+            common.die(f"{file}: two images have the same id")
 
         # Refuse boxes without an image or a category, and boxes that reach beyond their image.
         for number, image, category, (x, y, w, h), *_ in rows:
@@ -636,7 +636,7 @@ def coco_split(root, split):
     # A partial copy is noticed before anything is trained.
     images = [str(folder / name) for name in found.pop("names")]
     if missing := next((path for path in images if not os.path.isfile(path)), None):
-        common.die(f"{missing}: missing, but {file} names it; coco is {LAYOUTS['coco']}")
+        common.die(f"{missing}: missing, but {file} names it; coco is read from {LAYOUTS['coco']}")
     return Boxes(images, **found)
 
 
@@ -768,10 +768,10 @@ class Encoder:
     def obstacle(self, part):
         """What a task or figure needs and this encoder is not; None where it can be used."""
         # Rotary positions and the like change an attention beyond its queries and keys.
-        kind, plain = type(self.attention), timm.models.vision_transformer.Attention
+        plain = type(None), timm.models.vision_transformer.Attention
         if part == "attention" and self.attention is None:
             return "needs a ViT"
-        if part in ("saliency", "attention") and self.attention is not None and not issubclass(kind, plain):
+        if part in ("saliency", "attention") and not isinstance(self.attention, plain):
             return "needs the attention of a plain ViT, such as timm:vit_small_patch16_224.dino"
 
         # The highest feature of a network without activations other than ReLU is the sum of FullGrad's terms.
@@ -890,9 +890,8 @@ def follow(encoder, frames, davis):
     """Yield the predicted and the true number of the object at each pixel, uint8 (H, W) each, for all frames of a
     sequence (Pairs); of the first frame the truth is given.
 
-    Weights are computed in blocks of 2^26, four of which exist at once in float32: 1 GB. Patches of 4 px make 26,880
-    tokens of DAVIS' widest frames (480 x 896 px), 26,880^2 x 8 = 5.8 x 10^9 weights, 23 GB if they were one block; the
-    mask of near patches has 26,880^2 bytes, 0.7 GB."""
+    Memory: a frame of 480 x 896 px has n = 26,880 patches of 4 px. Weights of 8 frames would take 8 n^2 x 4 bytes, 23
+    GB; blocks of 2^26 weights, of which four exist at once, take 1.1 GB, the mask of near patches n^2 bytes, 0.7 GB."""
     # DAVIS has its published size; scenes are enlarged to 24 patches a side, at most twofold.
     image, first = frames[0]
     H, W = first.shape
@@ -946,8 +945,7 @@ def video(encoder, sequences, name, args, save):
                     write_png(save / sequence / f"{t:05d}.png", predicted, palette())
 
                 # The first mask names the objects; the first and the last frame count in no measure [DAVIS].
-                for k in range(1, int(truth.max()) + 1) if t == 0 else ():
-                    scores[k] = []
+                scores = scores or {k: [] for k in range(1, int(truth.max()) + 1)}
                 for k in scores if 0 < t < len(frames) - 1 else ():
                     mask, of_object = predicted == k, truth == k
                     scores[k].append((jaccard(mask, of_object), boundary_f(mask, of_object)))
@@ -1096,7 +1094,7 @@ def recipe(task, name, args):
     steps, batch_size, lr, weight_decay = RECIPES[args.head if task == "segmentation" else task, name]
     batch_size = args.batch_size or batch_size
     if batch_size % common.world_size():
-        common.die(f"--batch-size {batch_size}: must be a multiple of the {common.world_size()} processes")
+        common.die(f"--batch-size {batch_size}: must be a multiple of the number of processes, {common.world_size()}")
     return dict(steps=args.steps or steps, batch_size=batch_size, lr=args.lr or lr, weight_decay=weight_decay)
 
 
@@ -1106,7 +1104,6 @@ class Steps(torch.utils.data.Dataset):
 
     def __init__(self, data, view, seed, batch_size):
         self.data, self.view, self.seed, self.batch_size = data, view, seed, batch_size
-
         # A loader process does not know its rank. `reading` starts loader processes only where images are files.
         self.rank, self.share, self.images = common.rank(), batch_size // common.world_size(), data.images
 
@@ -1584,7 +1581,7 @@ def shown_rows(case, args):
     data, how = case.test, args.embedding
     rows = torch.arange(len(data))
     if args.classes and args.classes > len(data.classes):
-        common.die(f"--classes {args.classes}: {case.state['data']} has {len(data.classes) or 'none'}")
+        common.die(f"--classes {args.classes}: {case.state['data']} has {len(data.classes) or 'no'} classes")
     if args.classes:
         chosen = torch.randperm(len(data.classes), generator=common.rng(args.seed, "classes"))[: args.classes]
         rows = torch.isin(data.labels, chosen).nonzero()[:, 0]
@@ -1833,10 +1830,9 @@ def plan(args):
             tasks.remove("detection")
             notes.append("detection is left out: it needs the package pycocotools (pip install pycocotools)")
     if not tasks and not args.figures:
-        right = ", ".join(dict.fromkeys(name for task in TASKS for name in USES[task]))
-        common.die(f"--data {' '.join(args.data)}: is for --figures embedding or fullgrad; tasks take {right}")
+        common.die(f"--data {' '.join(args.data)}: no task can use it; name --figures that can, or another set")
 
-    # Pair each task and figure with every set that serves it; no set may be left over.
+    # Pair each task and figure with every set that it can use; no set may be left over.
     jobs = []
     for part in (*tasks, *args.figures):
         sets = [name for name in (args.data if part in PROBED else named) if name in USES[part]]
@@ -1870,7 +1866,7 @@ def check(args, jobs, notes):
 
     # Refuse unknown corruptions and missing packages.
     if args.corruption and args.corruption not in eval_robustness.CORRUPTIONS:
-        common.die(f"--corruption {args.corruption}: there are {', '.join(eval_robustness.CORRUPTIONS)}")
+        common.die(f"--corruption {args.corruption}: unknown; there are {', '.join(eval_robustness.CORRUPTIONS)}")
     for flag, use in (*(("tasks", part) for part in sorted(asked)), ("embedding", args.embedding)):
         if use in PACKAGES and not installed(use):
             common.die(f"--{flag} {use}: needs the package {PACKAGES[use]} (pip install {PACKAGES[use]})")
@@ -2009,17 +2005,17 @@ def main(argv=None):
         # All scenes of a call have one size.
         small = {scene_size(s.encoder.backbone.img_size) for s in subjects}
         if len(small) > 1 and "scenes" in names:
-            common.die("scenes are of one size: give checkpoints of images below 96 px and of larger ones apart")
+            common.die("scenes have one size: give encoders of images below 96 px and of larger ones in separate calls")
         side, sets, able = next(iter(small), 96), {}, {}
 
-        # A task must be able to use all encoders, a figure one; figures leave out the others, with a line for each.
+        # A task needs all encoders, a figure one; figures leave out the others, with a line for each.
         for part in dict.fromkeys(part for part, *_ in jobs):
             reasons = [common.by_rank_0(partial(s.encoder.obstacle, part)) for s in subjects]
-            lines = [f"{part}: {why}, unlike {s.path}" for s, why in zip(subjects, reasons) if why]
-            if lines and (part in TASKS or len(lines) == len(subjects)):
-                common.die(f"{'--tasks' if part in TASKS else '--figures'} {lines[0]}")
-            notes += [f"{line}, which the figure leaves out" for line in lines]
             able[part] = [s for s, why in zip(subjects, reasons) if not why]
+            for path, why in [(s.path, why) for s, why in zip(subjects, reasons) if why]:
+                if part in TASKS or not able[part]:
+                    common.die(f"--{'tasks' if part in TASKS else 'figures'} {part}: {why}, unlike {path}")
+                notes.append(f"{path}: left out of the figure {part}, which {why}")
 
         # Read all sets before anything is trained.
         stride = max([s.encoder.stride for s in subjects], default=1)

@@ -837,7 +837,8 @@ def test_detection_on_coco(runs, trees, tmp_path):
 def test_figures(runs, trees, tmp_path, capsys):
     flags = [*QUICK, "--out", str(tmp_path), "--images", "12", "--embedding", "pca"]
     rows = ed.main([runs["vit-s0"], runs["resnet"], *flags, "--figures", "embedding", "fullgrad"])
-    assert "map 10-NN" in rows[0][1] and "fullgrad: needs a ResNet, unlike" in capsys.readouterr().err
+    assert "map 10-NN" in rows[0][1]
+    assert "left out of the figure fullgrad, which needs a ResNet" in capsys.readouterr().err
     assert Image.open(tmp_path / "embedding.png").size == (800, 400)
     assert np.load(tmp_path / "embedding.npz")["1 points"].shape == (12, 2)
     assert np.load(tmp_path / "fullgrad.npz")["0 saliency"].shape == (8, 16, 16)
@@ -890,7 +891,7 @@ MISTAKES = {
     "14 steps": (["{vit-s0}", "--steps", "0"], "--steps 0"),
     "14 rate": (["{vit-s0}", "--lr", "0"], "--lr 0"),
     "14 images": (["{vit-s0}", "--images", "0"], "--images 0"),
-    "15 sizes": (["{vit-s0}", "{large}"], "scenes are of one size", "apart"),
+    "15 sizes": (["{vit-s0}", "{large}"], "scenes have one size", "separate calls"),
     "16 no ResNet": (["{vit-s0}", "--figures", "fullgrad"], "--figures fullgrad", "needs a ResNet, unlike", "vit-s0"),
     "17 no ViT": (["{resnet}", "--figures", "attention"], "--figures attention", "needs a ViT, unlike", "resnet"),
     "18 few points": (
@@ -947,10 +948,10 @@ def test_mistakes(name, runs, trees, capsys):
 EMBED = ["--tasks", "saliency", "--figures", "embedding", "--embedding"]
 EARLY = {
     "8 classes": ([*EMBED, "pca", "--classes", "3"], "--classes 3", "has 2"),
-    "8 no classes": ([*EMBED, "pca", "--classes", "3", "--data", "{flat}"], "--classes 3", "has none"),
+    "8 no classes": ([*EMBED, "pca", "--classes", "3", "--data", "{flat}"], "--classes 3", "has no classes"),
     "8 perplexity": ([*EMBED, "tsne", "--images", "9"], "--embedding tsne", "31 points", "--images allows 9"),
     "8 fullgrad": (["--tasks", "saliency", "--figures", "fullgrad", "--data", "{flat}"], "no classes"),
-    "8 batch": (["--tasks", "saliency", "segmentation", "--batch-size", "4"], "--batch-size 4", "3 processes"),
+    "8 batch": (["--tasks", "saliency", "segmentation", "--batch-size", "4"], "--batch-size 4", "processes, 3"),
 }
 
 
@@ -1271,7 +1272,7 @@ def test_boxes_that_are_none_are_one_line(change, words, tmp_path, capsys):
     box = dict(id=1, image_id=1, category_id=1, bbox=[0, 0, 5, 5], area=25, iscrowd=0) | change
     image = dict(id=1, height=10, width=10, file_name="1.jpg")
     file = tmp_path / "instances.json"
-    for images, text in (([image], words), ([image, image], "two images have one id")):
+    for images, text in (([image], words), ([image, image], "two images have the same id")):
         file.write_text(json.dumps(dict(images=images, categories=[dict(id=1)], annotations=[box])))
         with pytest.raises(SystemExit) as end:
             ed.parse_coco(file)
