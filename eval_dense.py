@@ -920,8 +920,7 @@ def follow(encoder, frames, davis):
         # A patch gets the mean label of similar patches in the first frame and the 7 last ones.
         image, truth = frames[t]
         target = features(image)
-        before, labels = (torch.stack(v) for v in zip(*context))  # (m, h w, D), (m, h w, n)
-        labels = labels.flatten(0, 1)
+        before, labels = torch.stack([f for f, _ in context]), torch.cat([v for _, v in context])
         rows = max(1, BLOCK // len(labels))
         blocks = zip(target.split(rows), mask.split(rows))
         soft = torch.cat([similar_patches(some, before, close) @ labels for some, close in blocks])  # (h w, n)
