@@ -14,9 +14,10 @@ is that of the last block through the final norm, without [CLS], before any neck
 
 Tasks, all in percent
   segmentation  A head learns the class of each pixel from the map: batch norm and a 1x1 convolution (--head linear
-                [DINOv2]), or UPerNet (--head upernet [mmsegmentation]). Over the whole set, C_ij counts pixels of class
-                i that were taken for j. mIoU is the mean over classes of C_cc / (sum_j C_cj + sum_j C_jc - C_cc), mAcc
-                that of C_cc / sum_j C_cj, aAcc the trace over the sum.
+                [DINOv2]), or UPerNet (--head upernet [mmsegmentation]). On crops of 512 x 512 px of ADE20K, AdamW takes
+                40,000 steps of 16 at 1e-3, weight decay 1e-4, for UPerNet 160,000 at 6e-5, 0.01. The rate rises over
+                1,500 steps, then falls linearly to 0. From the confusion matrix of the whole set: mIoU, the mean over
+                classes of intersection over union, mAcc, that of the share found, aAcc, the share of all pixels.
   detection     torchvision's FasterRCNN on a neck over the map [SER: frozen encoder, 45,000 steps of 32]. AP of boxes,
                 mean over IoU .50 to .95, AP50 and AP75, by pycocotools.
   video         No training: labels of the first frame move to later ones [DINO]. Each patch takes the mean label of the
@@ -68,7 +69,8 @@ import os
 import re
 import tempfile
 import time
-from collections import OrderedDict
+from collections import OrderedDict, namedtuple
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -99,30 +101,30 @@ class Args:
     tasks: tuple[Literal["segmentation", "detection", "video", "saliency"], ...] | None = None
     """what to measure; default: all that the data allow, or nothing where figures are asked for (detection needs the
     package pycocotools)"""
-    figures: tuple[Literal["embedding", "fullgrad", "attention"], ...] = ()
-    """what to draw"""
-    data: tuple[str, ...] = ()
+    figures: tuple[Literal["embedding", "fullgrad", "attention"], ...] | None = None
+    """what to draw; default: nothing"""
+    data: tuple[str, ...] | None = None
     """scenes (rendered on the spot), ade20k (segmentation), coco (detection), davis (video), ecssd, duts, dut-omron
     (saliency, attention); for embedding and fullgrad a set of eval_probe.py; default: scenes, and for embedding and
     fullgrad the set that the checkpoint was trained on"""
     data_dir: tuple[str, ...] = ()
-    """where they lie, in the order of --data; scenes and blocks need none"""
+    """their directories, in the order of --data; scenes, blocks and blocks-views need none"""
     head: Literal["linear", "upernet"] = "linear"
-    """what learns to segment"""
+    """the head that is trained for segmentation"""
     steps: Count | None = None
-    """training steps of segmentation and detection; default: the recipe's"""
+    """training steps of segmentation and detection; default: the recipe's (RECIPES)"""
     batch_size: Plural | None = None
     """images a step over all processes together; default: the recipe's"""
     lr: Positive | None = None
     """peak learning rate, not scaled; default: the recipe's"""
     images: Count | None = None
-    """use the first so many test images or sequences, and four times as many to train on; default: all. Of embedding:
-    points, evenly spaced; default: 13,000, of tsne 1,000"""
+    """use only the first so many test images or sequences, and four times as many training images; default: all.
+    embedding: number of points, evenly spaced; default: 13,000, of tsne 1,000. fullgrad always takes all"""
     embedding: Literal["pacmap", "tsne", "pca"] | None = None
     """how features are laid out in the plane: by the packages pacmap or scikit-learn, or pca, which needs none;
     default: pacmap where it is installed, else pca"""
     classes: Count | None = None
-    """embedding: so many classes, at random from --seed; default: all"""
+    """embedding: number of classes, drawn at random from --seed; default: all"""
     corruption: str | None = None
     """embedding: show the images under this corruption of eval_robustness.py, severity 3"""
     out: str = "figures"
@@ -195,49 +197,24 @@ def boundary_f(mask, truth):
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
 
 
-def over_time(values):
-    """A measure in each frame of an object (list of T numbers) -> its mean, recall, the share above 0.5, and decay,
-    the mean of the first quarter less that of the last [DAVIS]."""
-    v = torch.tensor(values, dtype=torch.float64)
-    cuts = ((torch.linspace(1, len(v), 5, dtype=torch.float64) + 1e-10).round() - 1).long().tolist()
-    decay = v[: cuts[1] + 1].mean() - v[cuts[3] :].mean()
-    return dict(mean=v.mean().item(), recall=(v > 0.5).double().mean().item(), decay=decay.item())
-
-
-def f_beta(precision, recall):
-    """1.3 p r / (0.3 p + r), 0 where both are 0; tensors of one shape."""
-    both = 0.3 * precision + recall
-    return torch.where(both > 0, 1.3 * precision * recall / both.clamp(min=1e-12), 0.0)
-
-
-def f_curve(soft, truth):
-    """F-beta of a soft mask (H, W), in [0, 1], cut at each of the levels k / 255: (255,), k = 0 ... 254; truth (H, W)
-    bool. The mean of these curves over images has its maximum at max F-beta [TokenCut]."""
-    # The level of a pixel is the number of thresholds that it exceeds.
-    levels = torch.bucketize(soft.flatten().float().cpu(), torch.arange(255) / 255)
-    truth = truth.flatten().cpu()
-
-    # Count the pixels above each level, all of them and those of the object.
-    above = lambda chosen: levels[chosen].bincount(minlength=256).flip(0).cumsum(0).flip(0)[1:].double()
-    found, hits, total = above(slice(None)), above(truth), truth.sum()  # (255,) each
-
-    # A mask without pixels has precision 1, an object without pixels recall 1.
-    precision = torch.where(found > 0, hits / found.clamp(min=1), 1.0)
-    recall = hits / total if total else torch.ones(255, dtype=torch.float64)
-    return f_beta(precision, recall)
+def f_beta(mask, truth):
+    """1.3 p r / (0.3 p + r) of the precision p and recall r of two masks (H, W) bool [TokenCut]. A mask without pixels
+    has precision 1, an object without pixels recall 1; F is 0 where p and r are."""
+    hits = (mask & truth).sum().item()
+    precision = hits / mask.sum().item() if mask.any() else 1.0
+    recall = hits / truth.sum().item() if truth.any() else 1.0
+    return 1.3 * precision * recall / (0.3 * precision + recall) if precision + recall else 0.0
 
 
 def average_precision(truths, detections):
     """Boxes -> dict(AP, AP50, AP75), mean over classes, by pycocotools: all areas, 100 detections an image.
 
     truths: COCO's dict of images, annotations and categories. detections: COCO's list of dicts of image_id,
-    category_id, bbox (x, y, width, height) and score. Raises ValueError where no class has a box."""
+    category_id, bbox (x, y, width, height) and score. At least one class has a box."""
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
-    # Without a box the mean is undefined, and without a detection pycocotools fails.
-    if all(a["iscrowd"] for a in truths["annotations"]):
-        raise ValueError("no test image has a box; take more --images")
+    # Without a detection pycocotools fails.
     if not detections:
         return dict(AP=0.0, AP50=0.0, AP75=0.0)
 
@@ -385,15 +362,17 @@ def scene_size(img_size):
 # Data: the published layouts
 # ----------------------------------------------------------------------------------------------------------------------
 
-LAYOUTS = dict(
-    ade20k="images/ and annotations/, each with training/ and validation/, of ADE_*.jpg and ADE_*.png",
-    coco="train2017/, val2017/ and annotations/instances_{train,val}2017.json",
-    davis="JPEGImages/480p/<sequence>/, Annotations/480p/<sequence>/ and ImageSets/2017/val.txt",
-    ecssd="images/ and ground_truth_mask/, or img/ and gt/",
-    duts="DUTS-TE/DUTS-TE-Image/ and DUTS-TE/DUTS-TE-Mask/, or img/ and gt/",
-)
-LAYOUTS["dut-omron"] = "DUT-OMRON-image/ and pixelwiseGT-new-PNG/, or img/ and gt/"
-SALIENCY = ("ecssd", "duts", "dut-omron")
+LAYOUTS = {
+    "ade20k": "images/ and annotations/, each with training/ and validation/, of ADE_*.jpg and ADE_*.png",
+    "coco": "train2017/, val2017/ and annotations/instances_{train,val}2017.json",
+    "davis": "JPEGImages/480p/<sequence>/, Annotations/480p/<sequence>/ and ImageSets/2017/val.txt",
+}
+SALIENCY = {  # folders of images and of masks
+    "ecssd": ("images", "ground_truth_mask"),
+    "duts": ("DUTS-TE/DUTS-TE-Image", "DUTS-TE/DUTS-TE-Mask"),
+    "dut-omron": ("DUT-OMRON-image", "pixelwiseGT-new-PNG"),
+}
+LAYOUTS |= {name: f"{images}/ and {masks}/, or img/ and gt/" for name, (images, masks) in SALIENCY.items()}
 
 
 def place_of(name, root, *choices):
@@ -401,39 +380,49 @@ def place_of(name, root, *choices):
     for choice in choices:
         if (Path(root) / choice).exists():
             return Path(root) / choice
-    common.die(f"--data-dir {root}: has no {choices[0]}; {name} is {LAYOUTS[name]}")
+    common.die(f"--data-dir {root}: has no {choices[0]}; {name} is read from {LAYOUTS[name]}")
 
 
-def open_rgb(path):
-    """File -> uint8 (3, H, W), as it is stored: masks and boxes know of no orientation tags."""
+@contextlib.contextmanager
+def opened(path):
+    """An image file as Pillow opens it; OSError with one line where it cannot be read."""
     try:
         with Image.open(path) as image:
-            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+            yield image
     except Exception as e:
         # Pillow raises errors of any type for a damaged file.
         raise OSError(f"{common.printable(path)}: cannot be read as an image ({common.printable(e)})") from None
 
 
-def open_mask(path, kind):
-    """File -> uint8 (H, W). kind: "index" (palette or grey, as it is), "label" (ADE20K: 1 to 150 become 0 to 149, 0
-    becomes IGNORE), "binary" (grey or RGB: anything but 0 is 1)."""
-    modes = dict(index=("P", "L"), label=("L",), binary=("L", "RGB", "1"))[kind]
-    try:
-        with Image.open(path) as image:
-            mode = image.mode
-            values = np.array(image.convert("L") if kind == "binary" and mode in modes else image)
-    except Exception as e:
-        raise OSError(f"{common.printable(path)}: cannot be read as an image ({common.printable(e)})") from None
+def header(path):
+    """The size (width, height) of an image file, and Pillow's name of its mode."""
+    with opened(path) as image:
+        return image.size, image.mode
 
-    # Refuse other formats, whose values would not be labels.
-    if mode not in modes:
-        raise OSError(f"{common.printable(path)}: is of mode {mode}; a mask of mode {' or '.join(modes)} is expected")
+
+def open_rgb(path):
+    """File -> uint8 (3, H, W), as it is stored: masks and boxes know of no orientation tags."""
+    with opened(path) as image:
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
+# Kinds of masks, and Pillow's modes of their files: "index" (palette or grey; IGNORE is 0), "label" (ADE20K: 1 to 150
+# become 0 to 149, 0 becomes IGNORE), "binary" (grey or RGB: anything but 0 is 1).
+MODES = dict(index=("P", "L"), label=("L",), binary=("L", "RGB", "1"))
+
+
+def open_mask(path, kind):
+    """File of one of the MODES of a kind -> uint8 (H, W)."""
+    with opened(path) as image:
+        values = np.array(image.convert("L") if kind == "binary" else image)
     if kind == "label" and values.max() > 150:
         raise OSError(f"{common.printable(path)}: holds {values.max()}; labels of ADE20K are 0 to 150")
 
-    # Labels start at 0; the 0 of unlabelled pixels wraps to IGNORE.
+    # Labels start at 0; the 0 of unlabelled pixels wraps to IGNORE. Objects of videos are numbered from 1.
     if kind == "label":
         values = values - np.uint8(1)
+    if kind == "index":
+        values = np.where(values == IGNORE, np.uint8(0), values)
     return torch.from_numpy((values > 0).astype(np.uint8) if kind == "binary" else values)
 
 
@@ -450,11 +439,32 @@ class Pairs(torch.utils.data.Dataset):
     def __getitem__(self, i):
         if self.kind is None:
             return self.images[i], self.masks[i]
-        image, mask = open_rgb(self.images[i]), open_mask(self.masks[i], self.kind)
-        if image.shape[1:] != mask.shape:
-            sizes = "{} x {} px and its mask {} x {}".format(*image.shape[1:], *mask.shape)
-            raise OSError(f"{common.printable(self.images[i])}: is of {sizes}; they must be of one size")
-        return image, mask
+        return open_rgb(self.images[i]), open_mask(self.masks[i], self.kind)
+
+    def checked(self, stride=1):
+        """Itself. Refuses files whose headers say that they do not fit: images smaller than half a token of `stride`
+        px, masks of another size or mode. Rank 0 reads the headers."""
+
+        def check(i):
+            image, mask = (common.printable(files[i]) for files in (self.images, self.masks))
+            (size, _), (mask_size, mode) = header(self.images[i]), header(self.masks[i])
+            if mode not in MODES[self.kind]:
+                raise OSError(f"{mask}: is of mode {mode}; a mask of mode {' or '.join(MODES[self.kind])} is expected")
+            if size != mask_size:
+                sizes = "{} x {} and its mask {} x {}".format(*size, *mask_size)
+                raise OSError(f"{image}: is {sizes} px (width x height); they must be of one size")
+            if round(min(size) / stride) < 1:
+                raise OSError(f"{image}: its side of {min(size)} px is less than half a patch of {stride} px")
+
+        def check_all():
+            try:
+                with ThreadPoolExecutor(16) as pool:
+                    list(pool.map(check, range(len(self))))
+            except OSError as e:
+                common.die(str(e))
+
+        common.by_rank_0(check_all)
+        return self
 
     def name(self, i):
         """What the files of its prediction are called."""
@@ -470,7 +480,7 @@ def paired_files(root, images, masks, kind):
     # Refuse images without a mask, masks without an image, and empty folders.
     if odd := sorted(set(found[0]) ^ set(found[1])):
         where = images if odd[0] in found[0] else masks
-        common.die(f"--data-dir {root}: {common.printable(odd[0])} is in {where} only; an image has a mask of its name")
+        common.die(f"--data-dir {root}: {common.printable(odd[0])} is in {where} only; images need masks")
     if not found[0]:
         common.die(f"--data-dir {images}: holds no images ({', '.join(sorted(common.SUFFIXES))})")
 
@@ -479,49 +489,37 @@ def paired_files(root, images, masks, kind):
     return Pairs([found[0][s] for s in stems], [found[1][s] for s in stems], kind)
 
 
-@dataclasses.dataclass
-class Sequence:
-    """A video: t -> uint8 (3, H, W), and uint8 (H, W), the number of the object at each pixel, 0 where none is."""
-
-    name: str
-    frames: Pairs
-
-    def __len__(self):
-        return len(self.frames)
-
-    def ids(self, t):
-        mask = self.frames.masks[t]
-        mask = mask if self.frames.kind is None else open_mask(mask, self.frames.kind)
-        return torch.where(mask == IGNORE, 0, mask)
+# A video: its name, and Pairs of its frames and of the number of the object at each pixel, 0 where none is.
+Sequence = namedtuple("Sequence", "name frames")
 
 
-def davis_sequences(root):
-    """The validation sequences of DAVIS-2017 (list of Sequence)."""
+def davis_sequences(root, most):
+    """The first validation sequences of DAVIS-2017, None for all (list of Sequence)."""
     listed = place_of("davis", root, "ImageSets/2017/val.txt")
     names = listed.read_text(errors="replace").split()
     if not names:
-        common.die(f"{listed}: names no sequence; davis is {LAYOUTS['davis']}")
+        common.die(f"{listed}: names no sequence; davis is read from {LAYOUTS['davis']}")
     out = []
-    for name in names:
+    for name in names[:most]:
         folders = [place_of("davis", root, f"{kind}/480p/{name}") for kind in ("JPEGImages", "Annotations")]
         frames, masks = (sorted(common.visible(folder)[1]) for folder in folders)
 
         # Measures leave out the first and the last frame, so that a sequence needs three.
         if len(frames) != len(masks) or len(frames) < 3:
             found = f"{len(frames)} frames and {len(masks)} masks"
-            common.die(f"--data-dir {root}: {name} has {found}; at least 3, and as many of both, are expected")
+            common.die(f"--data-dir {root}: {name} has {found}; it needs 3 frames or more, and a mask for each")
         if odd := [f for f, m in zip(frames, masks) if Path(f).stem != Path(m).stem]:
             common.die(f"--data-dir {root}: {name} has no mask for its frame {odd[0]}")
 
         # The first mask defines the objects to follow, so that it must show one.
         files = [[str(folder / f) for f in some] for folder, some in zip(folders, (frames, masks))]
-        out.append(Sequence(name, Pairs(*files, "index")))
+        out.append(Sequence(name, Pairs(*files, "index").checked()))
         try:
-            empty = not out[-1].ids(0).any()
+            empty = not out[-1].frames[0][1].any()
         except OSError as e:
-            common.die(f"{e}")
+            common.die(str(e))
         if empty:
-            common.die(f"{masks and files[1][0]}: shows no object; the first mask of a sequence names all of them")
+            common.die(f"{files[1][0]}: shows no object; the first mask of a sequence must show all of them")
     return out
 
 
@@ -600,7 +598,7 @@ def parse_coco(file):
         keys = "id", "image_id", "category_id", "bbox", "area", "iscrowd"
         rows = [[a[key] for key in keys] for a in held["annotations"]]
         if len(images) < len(sizes):
-            common.die(f"{file}: two images have one id")
+            common.die(f"{file}: two images have the same id")
 
         # Refuse boxes without an image or a category, and boxes that reach beyond their image.
         for number, image, category, (x, y, w, h), *_ in rows:
@@ -638,23 +636,14 @@ def coco_split(root, split):
     # A partial copy is noticed before anything is trained.
     images = [str(folder / name) for name in found.pop("names")]
     if missing := next((path for path in images if not os.path.isfile(path)), None):
-        common.die(f"{missing}: missing, but {file} names it; coco is {LAYOUTS['coco']}")
+        common.die(f"{missing}: missing, but {file} names it; coco is read from {LAYOUTS['coco']}")
     return Boxes(images, **found)
 
 
-def saliency_pairs(name, root):
-    """Test images and binary masks of a saliency set (Pairs)."""
-    own = dict(
-        ecssd=("images", "ground_truth_mask"),
-        duts=("DUTS-TE/DUTS-TE-Image", "DUTS-TE/DUTS-TE-Mask"),
-    ) | {"dut-omron": ("DUT-OMRON-image", "pixelwiseGT-new-PNG")}
-    images, masks = (place_of(name, root, *choices) for choices in zip(own[name], ("img", "gt")))
-    return paired_files(root, images, masks, "binary")
-
-
-def load(task, name, root, side, most):
+def load(task, name, root, side, most, stride=1):
     """The images of a task: {"train": ..., "test": ...} of Pairs (segmentation) or Boxes (detection); Pairs
-    (saliency); a list of Sequence (video). `side` is that of scenes. `most` test images, or None for all."""
+    (saliency); a list of Sequence (video). `side` is that of scenes. `most` test images, or None for all. No image is
+    smaller than half of `stride` px, where that would leave it without a patch."""
     # Training sets are cut to four times as many images as test sets.
     share = {"train": 4 * most if most else 10**9, "test": most or 10**9}
     head = lambda pairs, n: Pairs(pairs.images[:n], pairs.masks[:n], pairs.kind)
@@ -676,15 +665,15 @@ def load(task, name, root, side, most):
         found = {split: some(scenes, split, n) for split, n in N_SCENES.items()}
         if task == "detection":
             return {split: boxes_of_scenes(**parts) for split, parts in found.items()}
-        classes = {split: F.pad(parts["labels"] + 1, (1, 0)) for split, parts in found.items()}  # (n, 6)
-        masks = {split: pixels_of(found[split]["ids"], classes[split]) for split in found}
-        return {split: Pairs(found[split]["images"], masks[split]) for split in found}
+        pixels = lambda parts: pixels_of(parts["ids"], F.pad(parts["labels"] + 1, (1, 0)))
+        return {split: Pairs(parts["images"], pixels(parts)) for split, parts in found.items()}
 
     # Published sets are read from their folders.
     if name == "davis":
-        return davis_sequences(root)[:most]
+        return davis_sequences(root, most)
     if name in SALIENCY:
-        return head(saliency_pairs(name, root), share["test"])
+        folders = [place_of(name, root, *choices) for choices in zip(SALIENCY[name], ("img", "gt"))]
+        return head(paired_files(root, *folders, "binary"), share["test"]).checked(stride)
 
     # ADE20K's folders may be in the folder of the official archive.
     if name == "ade20k":
@@ -692,10 +681,15 @@ def load(task, name, root, side, most):
         folders = dict(train="training", test="validation")
         sub = lambda kind, split: place_of(name, base, f"{kind}/{folders[split]}")
         pairs = lambda split: paired_files(root, sub("images", split), sub("annotations", split), "label")
-        return {split: head(pairs(split), share[split]) for split in folders}
-    sets = dict(train=coco_split(root, "train"), test=coco_split(root, "val"))
+        return {split: head(pairs(split), share[split]).checked() for split in folders}
     first = lambda boxed, n: boxed.subset(torch.arange(len(boxed))[:n], boxed.of >= 0)
-    return {split: first(boxed, share[split]) for split, boxed in sets.items()}
+    train, test = (first(coco_split(root, split), share[kind]) for kind, split in (("train", "train"), ("test", "val")))
+
+    # Without a box there is nothing to learn, and AP is undefined.
+    for kind, boxed in (("training", trainable(train)), ("test", test)):
+        if boxed.crowd.all():
+            common.die(f"--data-dir {root}: none of the {kind} images that are read has a box; raise --images")
+    return dict(train=train, test=test)
 
 
 def pixels_of(ids, values):
@@ -762,23 +756,37 @@ class Encoder:
         self.attention = getattr(blocks[-1], "attn", None) if blocks is not None else None
         if not hasattr(self.attention, "qkv"):
             self.attention = None
-        self.check_other_sizes(blank)
 
-    def check_other_sizes(self, blank):
-        """Refuse an encoder that takes images of one size only."""
-        # One more column of patches needs other positions than those of training.
+        # Refuse an encoder that takes images of one size: one more column of patches needs other positions.
         try:
             with torch.no_grad():
-                self.backbone.tokens(F.pad(blank, (0, self.stride)), self.backbone.depth)
-        except (AssertionError, RuntimeError, ValueError) as e:
+                backbone.tokens(F.pad(blank, (0, self.stride)), depth)
+        except Exception as e:  # timm's models raise errors of any type
             why = " ".join(str(e).split())[:120]
-            size = self.backbone.img_size
-            common.die(f"{self.path}: takes images of {size} px only ({why}); dense tasks need others")
+            common.die(f"{path}: takes images of {backbone.img_size} px only ({why}); dense tasks need other sizes")
+
+    def obstacle(self, part):
+        """What a task or figure needs and this encoder is not; None where it can be used."""
+        # Rotary positions and the like change an attention beyond its queries and keys.
+        plain = type(None), timm.models.vision_transformer.Attention
+        if part == "attention" and self.attention is None:
+            return "needs a ViT"
+        if part in ("saliency", "attention") and not isinstance(self.attention, plain):
+            return "needs the attention of a plain ViT, such as timm:vit_small_patch16_224.dino"
+
+        # The highest feature of a network without activations other than ReLU is the sum of FullGrad's terms.
+        if part == "fullgrad":
+            if not isinstance(getattr(self.backbone, "model", self.backbone), (common.ResNet, timm.models.ResNet)):
+                return "needs a ResNet"
+            x = torch.randn(1, 3, *[self.backbone.img_size] * 2, generator=common.rng("complete"))
+            total, terms = full_gradients(self.backbone, x.to(self.device))
+            products = torch.stack([(value * gradient).sum() for value, gradient in terms])
+            if (products.sum() - total).abs() > 1e-3 * products.abs().sum():
+                return "needs a ResNet without activations other than ReLU and without gates (squeeze-and-excite)"
+        return None
 
     def fit(self, *sides):
         """The nearest multiples of the stride, half to even."""
-        if min(round(side / self.stride) for side in sides) < 1:
-            refuse(f"an image of {' x '.join(map(str, sides))} px is smaller than half a patch of {self.path}")
         return tuple(round(side / self.stride) * self.stride for side in sides)
 
     def normalise(self, images, size=None, std=None):
@@ -825,11 +833,8 @@ def in_turn(n):
 
 def gathered(found):
     """{row: value} of each rank -> the values of all ranks, in the order of rows, on every rank."""
-    every = [found]
-    if common.world_size() > 1:
-        every = [None] * common.world_size()
-        common.dist.all_gather_object(every, found)
-    return [value for _, value in sorted({k: v for part in every for k, v in part.items()}.items())]
+    every = {row: value for part in common.from_all_ranks(found) for row, value in part.items()}
+    return [value for _, value in sorted(every.items())]
 
 
 def write_png(path, values, colours=None):
@@ -846,6 +851,7 @@ def write_png(path, values, colours=None):
 # ----------------------------------------------------------------------------------------------------------------------
 
 N_CONTEXT, RADIUS, TOP_K, TEMPERATURE = 7, 12, 5, 0.1  # [DINO]
+BLOCK = 2**26  # weights that are computed at once
 
 
 def shown_size(height, width, patch):
@@ -858,19 +864,18 @@ def shown_size(height, width, patch):
 
 def near(h, w, radius, device):
     """(h w, h w) bool: patches at most `radius` rows and columns apart."""
-    row, column = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
-    apart = lambda v: (v.flatten()[:, None] - v.flatten()).abs() <= radius
-    return (apart(row) & apart(column)).to(device)
+    band = lambda n: (torch.arange(n, device=device)[:, None] - torch.arange(n, device=device)).abs() <= radius
+    return torch.kron(band(h), band(w))
 
 
 def similar_patches(target, context, mask, k=TOP_K):
-    """Weights (hw, n hw) of the context's patches for each patch of the target; rows sum to 1.
+    """Weights (m, n hw) of the context's patches for m patches of the target; rows sum to 1.
 
-    target (hw, D), context (n, hw, D), both normalised; mask (hw, hw) bool. Over all frames together the k largest
+    target (m, D), context (n, hw, D), both normalised; mask (m, hw) bool. Over all frames together the k largest
     exp(cos / 0.1) stay, and those that equal the k-th."""
-    affinity = (target @ context.flatten(0, 1).T / TEMPERATURE).exp()  # (hw, n hw)
+    affinity = (target @ context.flatten(0, 1).T / TEMPERATURE).exp()  # (m, n hw)
     affinity = affinity * mask.repeat(1, len(context))
-    kth = affinity.topk(min(k, affinity.shape[1]), 1).values[:, -1:]  # (hw, 1)
+    kth = affinity.topk(min(k, affinity.shape[1]), 1).values[:, -1:]  # (m, 1)
     affinity = torch.where(affinity >= kth, affinity, 0.0)
     return affinity / affinity.sum(1, keepdim=True)
 
@@ -881,13 +886,17 @@ def stretched(soft):
     return torch.where(high > low, (soft - low) / (high - low).clamp(min=1e-12), 0.0)
 
 
-def follow(encoder, sequence, davis):
-    """Yield (t, uint8 (H, W), the number of the object at each pixel) for the frames after the first."""
+def follow(encoder, frames, davis):
+    """Yield the predicted and the true number of the object at each pixel, uint8 (H, W) each, for all frames of a
+    sequence (Pairs); of the first frame the truth is given.
+
+    Memory: a frame of 480 x 896 px has n = 26,880 patches of 4 px. Weights of 8 frames would take 8 n^2 x 4 bytes, 23
+    GB; blocks of 2^26 weights, of which four exist at once, take 1.1 GB, the mask of near patches n^2 bytes, 0.7 GB."""
     # DAVIS has its published size; scenes are enlarged to 24 patches a side, at most twofold.
-    first, (image, _) = sequence.ids(0), sequence.frames[0]
+    image, first = frames[0]
     H, W = first.shape
-    side = min(24 * encoder.stride, 2 * H)
-    size = shown_size(H, W, encoder.stride) if davis else encoder.fit(side, side)
+    yield first, first
+    size = shown_size(H, W, encoder.stride) if davis else shown_side(encoder, image)
     h, w = (side // encoder.stride for side in size)
 
     # DINO's file divides red by 0.228 where ImageNet's deviation is 0.229; encoders with ImageNet's do the same.
@@ -907,61 +916,54 @@ def follow(encoder, sequence, davis):
     # Labels move by at most 12 rows and columns.
     mask = near(h, w, RADIUS, encoder.device)  # (h w, h w)
     context = [(features(image), labels)]
-    for t in range(1, len(sequence)):
+    for t in range(1, len(frames)):
         # A patch gets the mean label of similar patches in the first frame and the 7 last ones.
-        target = features(sequence.frames[t][0])
-        weights = similar_patches(target, torch.stack([f for f, _ in context]), mask)
-        soft = weights @ torch.cat([labels for _, labels in context])  # (h w, n)
+        image, truth = frames[t]
+        target = features(image)
+        before, labels = torch.stack([f for f, _ in context]), torch.cat([v for _, v in context])
+        rows = max(1, BLOCK // len(labels))
+        blocks = zip(target.split(rows), mask.split(rows))
+        soft = torch.cat([similar_patches(some, before, close) @ labels for some, close in blocks])  # (h w, n)
         context = context[:1] + [*context[1:], (target, soft)][-N_CONTEXT:]
 
         # Each channel is scaled to [0, 1], so that an object reaches 1 even after it has left [DINO].
         soft = F.interpolate(soft.T.unflatten(1, (h, w))[None], size, mode="bilinear", align_corners=False)[0]
         predicted = stretched(soft).argmax(0).float()
         predicted = F.interpolate(predicted[None, None], (H, W), mode="nearest-exact")[0, 0]
-        yield t, predicted.to(torch.uint8).cpu()
+        yield predicted.to(torch.uint8).cpu(), truth
 
 
 def video(encoder, sequences, name, args, save):
     """DAVIS' measures of all sequences -> ({metric: percent}, details)."""
     found = {}
-    for i in common.progress(in_turn(len(sequences)), desc="video", unit="sequence"):
-        sequence = sequences[i]
-        objects = range(1, int(sequence.ids(0).max()) + 1)
-        J = {k: [] for k in objects}
-        boundaries = {k: [] for k in objects}
-
+    for i in common.progress(in_turn(len(sequences)), desc=f"{name} video", unit="sequence"):
+        (sequence, frames), scores = sequences[i], {}
         try:
-            # The first mask is given, and saved as it is.
-            if save:
-                write_png(save / sequence.name / "00000.png", sequence.ids(0), palette())
-            for t, predicted in follow(encoder, sequence, name == "davis"):
+            for t, (predicted, truth) in enumerate(follow(encoder, frames, name == "davis")):
                 if save:
-                    write_png(save / sequence.name / f"{t:05d}.png", predicted, palette())
+                    write_png(save / sequence / f"{t:05d}.png", predicted, palette())
 
-                # The last frame counts in no measure [DAVIS].
-                truth = sequence.ids(t)
-                for k in objects if t < len(sequence) - 1 else ():
-                    J[k].append(jaccard(predicted == k, truth == k))
-                    boundaries[k].append(boundary_f(predicted == k, truth == k))
+                # The first mask names the objects; the first and the last frame count in no measure [DAVIS].
+                scores = scores or {k: [] for k in range(1, int(truth.max()) + 1)}
+                for k in scores if 0 < t < len(frames) - 1 else ():
+                    mask, of_object = predicted == k, truth == k
+                    scores[k].append((jaccard(mask, of_object), boundary_f(mask, of_object)))
         except OSError as e:
             refuse(e)
-        found[i] = [dict(sequence=sequence.name, object=k, J=over_time(J[k]), F=over_time(boundaries[k])) for k in J]
+        means = {k: np.mean(values, 0).tolist() for k, values in scores.items()}
+        found[i] = [dict(sequence=sequence, object=k, J=J, F=f) for k, (J, f) in means.items()]
 
     # The mean is over objects, not over sequences.
     objects = [o for some in gathered(found) for o in some]
-    J, f = (100 * sum(o[m]["mean"] for o in objects) / len(objects) for m in "JF")
+    J, f = (100 * sum(o[m] for o in objects) / len(objects) for m in "JF")
     details = dict(sequences=len(sequences), objects=objects, context=N_CONTEXT, radius=RADIUS, top_k=TOP_K)
     return {"J&F": (J + f) / 2, "J": J, "F": f}, details
 
 
 def palette():
     """Colours of the numbers 0 to 255 in PASCAL VOC and DAVIS: their bits, dealt to red, green and blue in turn."""
-    colours = np.zeros((256, 3), np.uint8)
-    for bit in range(3):
-        for channel in range(3):
-            digit = np.arange(256) >> (3 * bit + channel) & 1
-            colours[:, channel] |= (digit << (7 - bit)).astype(np.uint8)
-    return colours.flatten().tolist()
+    bits = (np.arange(256)[:, None] >> np.arange(9) & 1).reshape(256, 3, 3)  # (number, bit of the colour, colour)
+    return (bits << (7 - np.arange(3))[:, None]).sum(1).flatten().tolist()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1027,31 +1029,38 @@ def cut_features(encoder, image, shown=None):
     return k.transpose(0, 1).flatten(1)[before:], (h, w), seen.view(h, w).cpu()
 
 
-def shown_side(encoder, image, name):
-    """The size at which scenes are shown: 24 patches, but at most twice their own; other images keep theirs."""
+def shown_side(encoder, image):
+    """The size at which scenes are shown: 24 patches, but at most twice their own."""
     side = min(24 * encoder.stride, 2 * image.shape[1])
-    return encoder.fit(side, side) if name == "scenes" else None
+    return encoder.fit(side, side)
+
+
+def cut_object(encoder, image, name):
+    """An image uint8 (3, H, W) of a set -> the pixels of its object (H, W) bool, the attention, the eigenvector and the
+    object on the grid, (h, w) each, and whether there is something to cut."""
+    features, shape, seen = cut_features(encoder, image, shown_side(encoder, image) if name == "scenes" else None)
+    mask, v, found = token_cut(features, shape)
+    pixels = F.interpolate(mask[None, None].float(), image.shape[1:], mode="nearest")[0, 0] > 0
+    return pixels, seen, v, mask, found
 
 
 def saliency(encoder, pairs, name, args, save):
     """Masks of TokenCut against the truth -> ({metric: percent}, details)."""
     found, rows = {}, in_turn(len(pairs))
     for i, (image, truth) in zip(rows, reading(pairs, rows, args.workers, f"{name} saliency")):
-        features, shape, _ = cut_features(encoder, image, shown_side(encoder, image, name))
-        mask, _, cut = token_cut(features, shape)
-        mask = F.interpolate(mask[None, None].float(), truth.shape, mode="nearest")[0, 0]
+        mask, *_, cut = cut_object(encoder, image, name)
         if save:
-            write_png(save / f"{pairs.name(i)}.png", (255 * mask).to(torch.uint8))
+            write_png(save / f"{pairs.name(i)}.png", 255 * mask.to(torch.uint8))
 
         # Compare the mask with the truth at the size of the image.
         truth = truth > 0
-        accuracy = ((mask > 0) == truth).double().mean()
-        values = torch.tensor([cut, jaccard(mask > 0, truth), accuracy], dtype=torch.float64)
-        found[i] = torch.cat([values, f_curve(mask, truth)])  # (3 + 255,)
+        accuracy = (mask == truth).double().mean().item()
+        found[i] = dict(cut=cut, IoU=jaccard(mask, truth), acc=accuracy, maxF=f_beta(mask, truth))
 
-    # Max F-beta is the maximum of the mean curve, not the mean of the maxima [TokenCut].
-    cut, iou, accuracy, *curve = (100 * torch.stack(gathered(found)).mean(0)).tolist()
-    results = dict(IoU=iou, acc=accuracy, maxF=max(curve))
+    # A mask without grey levels has the same F-beta at all thresholds, and its mean is max F-beta [TokenCut].
+    every = gathered(found)
+    results = {metric: 100 * sum(scores[metric] for scores in every) / len(every) for metric in every[0]}
+    cut = results.pop("cut")
     if cut < 100:
         results["cut"] = cut
         share = f"in {100 - cut:.0f} % of the images all patches are alike (cosine above {ALIKE})"
@@ -1069,36 +1078,42 @@ def saliency(encoder, pairs, name, args, save):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+RECIPES = {  # (head or task, data): steps, images a step, rate, weight decay of AdamW
+    ("linear", "scenes"): (600, 16, 1e-2, 1e-4),
+    ("linear", "ade20k"): (40_000, 16, 1e-3, 1e-4),  # [DINOv2]
+    ("upernet", "scenes"): (600, 16, 1e-3, 0.01),
+    ("upernet", "ade20k"): (160_000, 16, 6e-5, 0.01),  # [mmsegmentation]
+    ("detection", "scenes"): (600, 8, 1e-3, 0.1),
+    ("detection", "coco"): (45_000, 32, 1e-4, 0.1),  # [SER: the first two; ViTDet: the others]
+}
+
+
+def recipe(task, name, args):
+    """The settings of training for a task on a set, which flags replace: dict(steps, batch_size, lr, weight_decay)."""
+    steps, batch_size, lr, weight_decay = RECIPES[args.head if task == "segmentation" else task, name]
+    batch_size = args.batch_size or batch_size
+    if batch_size % common.world_size():
+        common.die(f"--batch-size {batch_size}: must be a multiple of the number of processes, {common.world_size()}")
+    return dict(steps=args.steps or steps, batch_size=batch_size, lr=args.lr or lr, weight_decay=weight_decay)
+
+
 class Steps(torch.utils.data.Dataset):
     """step -> this rank's share of the batch, a list of view(*item, generator). Order and draws belong to the global
     batch: they depend on the seed and the place in the training alone."""
 
     def __init__(self, data, view, seed, batch_size):
-        if batch_size % common.world_size():
-            common.die(f"--batch-size {batch_size}: not divisible by the {common.world_size()} processes")
         self.data, self.view, self.seed, self.batch_size = data, view, seed, batch_size
-
-        # Each rank has its place in the global batch; a loader process does not know its rank.
-        self.share = batch_size // common.world_size()
-        self.first = common.rank() * self.share
-
-        # `reading` starts loader processes only where images are files.
-        self.images = data.images
+        # A loader process does not know its rank. `reading` starts loader processes only where images are files.
+        self.rank, self.share, self.images = common.rank(), batch_size // common.world_size(), data.images
 
     def __getitem__(self, step):
-        begin = step * self.batch_size + self.first
+        begin = step * self.batch_size + self.rank * self.share
         return [self.item(place) for place in range(begin, begin + self.share)]
 
     def item(self, place):
         epoch, i = divmod(place, len(self.data))
-        row = int(shuffled(self.seed, epoch, len(self.data))[i])
+        row = int(common.order_of_epoch(len(self.data), self.seed, epoch)[i])
         return self.view(*self.data[row], common.rng(self.seed, "view", place))
-
-
-@functools.lru_cache(maxsize=4)
-def shuffled(seed, epoch, n):
-    """The order of n images in an epoch: (n,)."""
-    return torch.randperm(n, generator=common.rng(seed, "order", epoch))
 
 
 def train(name, model, steps, n, args, optimizer, rate, loss_of):
@@ -1126,13 +1141,13 @@ def train(name, model, steps, n, args, optimizer, rate, loss_of):
 
 
 class Neck(nn.Module):
-    """Normalised images (B, 3, H, W) -> four maps (B, width, H / s, W / s), s = 4, 8, 16, 32 [ViTDet, with bilinear
-    resizing, which knows any patch size]. `several`: they come from four blocks of a ViT, not from its last one;
-    pyramids give the four stages in any case."""
+    """Normalised images (B, 3, H, W) -> dict of maps (B, width, H / s, W / s), "0" to "3" of s = 4, 8, 16, 32 [ViTDet,
+    with bilinear resizing, which knows any patch size], and "pool" of s = 64, as FasterRCNN wants them. `several`: they
+    come from four blocks of a ViT, not from its last one; pyramids give the four stages in any case."""
 
     def __init__(self, encoder, width, several=False):
         super().__init__()
-        self.encoder = encoder
+        self.encoder, self.out_channels = encoder, width
 
         # A pyramid gives its four stages, a ViT four blocks or its last block four times.
         last = encoder.backbone.depth
@@ -1155,17 +1170,13 @@ class Neck(nn.Module):
         for i, (layer, level) in enumerate(zip(self.layers, self.levels)):
             size = tuple(max(1, side // (4 * 2**i)) for side in x.shape[2:])
             out.append(level(F.interpolate(maps[layer], size, mode="bilinear", align_corners=False)))
-        return out
+        return OrderedDict(zip(("0", "1", "2", "3", "pool"), [*out, F.max_pool2d(out[-1], 1, 2)]))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Semantic segmentation
 # ----------------------------------------------------------------------------------------------------------------------
 
-SEGMENTATION = dict(  # data, head: steps, images a step, rate, weight decay of AdamW [DINOv2; mmsegmentation]
-    scenes=dict(linear=(600, 16, 1e-2, 1e-4), upernet=(600, 16, 1e-3, 0.01)),
-    ade20k=dict(linear=(40_000, 16, 1e-3, 1e-4), upernet=(160_000, 16, 6e-5, 0.01)),
-)
 CROP, LONG = 512, 2048  # pixels: side of crops and windows of ADE20K, and the most that a side is scaled to
 
 
@@ -1211,7 +1222,7 @@ class UPerHead(nn.Module):
         """Normalised images x (B, 3, H, W) -> scores (B, classes, h, w) at the size of the neck's finest map."""
         # Pyramid pooling gives the coarsest map the context of the whole image.
         resized = lambda y, like: F.interpolate(y, like.shape[2:], mode="bilinear", align_corners=False)
-        *fine, coarse = self.neck(x)
+        *fine, coarse, _ = self.neck(x).values()
         pools = [pool(F.adaptive_avg_pool2d(coarse, n)) for n, pool in zip(self.grids, self.pools)]
         coarse = self.pooled(torch.cat([coarse, *(resized(p, coarse) for p in pools)], 1))
 
@@ -1304,8 +1315,8 @@ def sliding_logits(head, x, side, stride):
 
 def segmentation(encoder, pairs, name, args, save):
     """Train a head, segment the test images -> ({metric: percent}, details)."""
-    steps, batch_size, lr, weight_decay = SEGMENTATION[name][args.head]
-    steps, batch_size, lr = args.steps or steps, args.batch_size or batch_size, args.lr or lr
+    settings = recipe("segmentation", name, args)
+    steps, batch_size, lr, weight_decay = settings.values()
 
     # The seed determines the weights of the head; its batch norm spans all ranks.
     classes = 150 if name == "ade20k" else 1 + len(common.BLOCK_CLASSES)
@@ -1352,8 +1363,8 @@ def segmentation(encoder, pairs, name, args, save):
         if save:
             write_png(save / f"{pairs['test'].name(i)}.png", (predicted + (name == "ade20k")).to(torch.uint8))
     scores, iou = segmentation_scores(common.all_reduce(matrix))
-    details = dict(head=args.head, steps=steps, batch_size=batch_size, lr=lr, weight_decay=weight_decay, side=side)
-    details |= dict(train=len(pairs["train"]), test=len(pairs["test"]), iou=iou.tolist())
+    details = settings | dict(head=args.head, side=side, iou=iou.tolist())
+    details |= dict(train=len(pairs["train"]), test=len(pairs["test"]))
     return {metric: 100 * value for metric, value in scores.items()}, details
 
 
@@ -1361,23 +1372,7 @@ def segmentation(encoder, pairs, name, args, save):
 # Detection
 # ----------------------------------------------------------------------------------------------------------------------
 
-DETECTION = dict(  # data: steps, images a step, rate, weight decay of AdamW [SER: the first two; ViTDet: the others]
-    scenes=(600, 8, 1e-3, 0.1), coco=(45_000, 32, 1e-4, 0.1)
-)
 SHORT = tuple(range(640, 801, 32))  # pixels: short side of COCO's images in training; the last one in tests
-
-
-class DetectionNeck(nn.Module):
-    """`Neck` in the shape that FasterRCNN wants, with a fifth map of stride 64."""
-
-    def __init__(self, encoder, width):
-        super().__init__()
-        self.neck, self.out_channels = Neck(encoder, width), width
-
-    def forward(self, x):
-        maps = self.neck(x)
-        maps.append(F.max_pool2d(maps[-1], 1, 2))
-        return OrderedDict(zip(("0", "1", "2", "3", "pool"), maps))
 
 
 def detector(encoder, classes, side):
@@ -1396,7 +1391,7 @@ def detector(encoder, classes, side):
 
     # On COCO all other settings are torchvision's defaults.
     if side is None:
-        return FasterRCNN(DetectionNeck(encoder, 256), classes + 1, min_size=SHORT, max_size=1333, **how)
+        return FasterRCNN(Neck(encoder, 256), classes + 1, min_size=SHORT, max_size=1333, **how)
 
     # Small heads, few proposals and few samples make a step on scenes fast.
     how |= dict(min_size=side, max_size=side, rpn_batch_size_per_image=64, box_batch_size_per_image=64)
@@ -1406,7 +1401,7 @@ def detector(encoder, classes, side):
     # Regions are pooled from a level by their size, which is relative to that of a scene.
     how |= dict(box_roi_pool=MultiScaleRoIAlign(["0", "1", "2", "3"], 7, 2, canonical_scale=round(224 * scale)))
     how |= dict(box_head=TwoMLPHead(64 * 49, 256), box_predictor=FastRCNNPredictor(256, classes + 1))
-    return FasterRCNN(DetectionNeck(encoder, 64), **how)
+    return FasterRCNN(Neck(encoder, 64), **how)
 
 
 def trainable(boxes):
@@ -1434,14 +1429,10 @@ def stepwise(t, steps):
 
 def detection(encoder, sets, name, args, save):
     """Train a detector, find the boxes of the test images -> ({metric: percent}, details)."""
-    # Flags replace values of the recipe; images without a usable box are left out of training.
-    steps, batch_size, lr, weight_decay = DETECTION[name]
-    steps, batch_size, lr = args.steps or steps, args.batch_size or batch_size, args.lr or lr
+    # Images without a usable box are left out of training.
+    settings = recipe("detection", name, args)
+    steps, batch_size, lr, weight_decay = settings.values()
     chosen, test, device = trainable(sets["train"]), sets["test"], encoder.device
-    if not len(chosen):
-        common.die(f"--images {args.images}: none of the training images has a box; take more")
-    if test.crowd.all():
-        common.die(f"--images {args.images}: none of the test images has a box; take more")
 
     # The seed determines the weights of the detector.
     common.seed_everything(args.seed, "detection")
@@ -1478,8 +1469,7 @@ def detection(encoder, sets, name, args, save):
         save.mkdir(parents=True, exist_ok=True)
         common.write(save / "detections.json", json.dumps(detections).encode())
     scores = common.by_rank_0(lambda: average_precision(test.truths(), detections))
-    details = dict(steps=steps, batch_size=batch_size, lr=lr, weight_decay=weight_decay, detections=len(detections))
-    details |= dict(train=len(chosen), test=len(test), metric="pycocotools")
+    details = settings | dict(detections=len(detections), train=len(chosen), test=len(test), metric="pycocotools")
     return {metric: 100 * value for metric, value in scores.items()}, details
 
 
@@ -1571,14 +1561,38 @@ def scatter(points, hues, title, side=400):
     return canvas
 
 
+@dataclasses.dataclass
 class Corrupted:
     """The evaluation view under a corruption, severity 3; what happens to an image depends on its seed alone."""
 
-    def __init__(self, name, size):
-        self.name, self.size, self.centre = name, size, common.CenterCrop(size, interpolation="bicubic")
+    name: str
+    size: int
 
     def __call__(self, images, params):
-        return eval_robustness.corrupt(self.centre(images), self.name, 3, params["seed"])
+        images = common.CenterCrop(self.size, interpolation="bicubic")(images)
+        return eval_robustness.corrupt(images, self.name, 3, params["seed"])
+
+
+def shown_rows(case, args):
+    """Rows (n,) of the test images that `embedding` shows: evenly spaced ones, of some classes. Refuses a number of
+    classes or points that does not work."""
+    # The classes are chosen at random.
+    data, how = case.test, args.embedding
+    rows = torch.arange(len(data))
+    if args.classes and args.classes > len(data.classes):
+        common.die(f"--classes {args.classes}: {case.state['data']} has {len(data.classes) or 'no'} classes")
+    if args.classes:
+        chosen = torch.randperm(len(data.classes), generator=common.rng(args.seed, "classes"))[: args.classes]
+        rows = torch.isin(data.labels, chosen).nonzero()[:, 0]
+    n = min(len(rows), args.images or (1000 if how == "tsne" else 13_000))
+
+    # Every method needs a number of points (t-SNE more than its perplexity, 30), and t-SNE is slow on many.
+    if how == "tsne" and n > 5000:
+        common.die(f"--embedding tsne: {n:,} points take too long; set --images to at most 5,000")
+    if n < (least := dict(pca=2, pacmap=7, tsne=31)[how]):
+        why = f"only {len(rows)} test images are there" if n == len(rows) else f"--images allows {n}"
+        common.die(f"--embedding {how}: needs at least {least} points, but {why}")
+    return rows[eval_probe.evenly(len(rows), n)]
 
 
 def embedding(cases, name, args):
@@ -1586,23 +1600,8 @@ def embedding(cases, name, args):
     how = args.embedding
     panels, results, numbers = [], [], {}
     for i, (label, case) in enumerate(cases):
-        # Choose some of the classes at random, and evenly spaced images of them.
-        data, transform = case.test, None
-        rows = torch.arange(len(data))
-        if args.classes and args.classes > len(data.classes):
-            common.die(f"--classes {args.classes}: {case.state['data']} has {len(data.classes)}")
-        if args.classes:
-            chosen = torch.randperm(len(data.classes), generator=common.rng(args.seed, "classes"))[: args.classes]
-            rows = torch.isin(data.labels, chosen).nonzero()[:, 0]
-        rows = rows[eval_probe.evenly(len(rows), args.images or (1000 if how == "tsne" else 13_000))]
-
-        # Every method needs a number of points, and t-SNE is slow on many.
-        if how == "tsne" and len(rows) > 5000:
-            common.die(f"--embedding tsne: {len(rows):,} points take too long; --images takes fewer, at most 5,000")
-        if len(rows) < (least := dict(pca=2, pacmap=7, tsne=31)[how]):
-            common.die(f"--embedding {how}: {len(rows)} points; it needs {least} or more")
-
         # All ranks compute features; rank 0 lays them out.
+        data, transform, rows = case.test, None, shown_rows(case, args)
         if args.corruption:
             transform = Corrupted(args.corruption, case.backbone.img_size)
         seeds = dict(seed=eval_robustness.seeds_of(data, args.seed, args.corruption, 3))
@@ -1645,8 +1644,8 @@ def bias_of(module):
 
 def full_gradients(model, x):
     """A ReLU network in eval mode, x (B, 3, H, W) -> its highest logits f (B,), and (value, gradient) of its input, as
-    the first convolution sees it, and of the bias of each layer that has one, (C,) and (B, C, ...). Then f is the sum
-    of all value * gradient [FullGrad, equation 3]."""
+    the first convolution sees it, and of the bias of each layer that has one, (1, C, 1, ...) and (B, C, ...). Then f is
+    the sum of all value * gradient [FullGrad, equation 3]."""
     # Layers with a bias, and the input of the first one, contribute to the logits.
     layers = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear, nn.BatchNorm2d))]
     seen, handles = [], []
@@ -1671,7 +1670,8 @@ def full_gradients(model, x):
 
     # One backward pass serves all images, which do not interact in eval mode.
     gradients = torch.autograd.grad(logits.sum(), [value for value, _ in seen])
-    values = [value.detach() if bias is None else bias.detach() for value, bias in seen]
+    shaped = lambda bias, like: bias.detach().view(1, -1, *[1] * (like.dim() - 2))
+    values = [value.detach() if bias is None else shaped(bias, value) for value, bias in seen]
     return logits.detach(), list(zip(values, gradients))
 
 
@@ -1692,7 +1692,7 @@ def fullgrad_map(model, x):
     # Add the bias of each layer times its gradient; linear layers have no map.
     for bias, gradient in layers:
         if gradient.dim() == 4:
-            part = psi(bias.view(1, -1, 1, 1) * gradient).view_as(gradient)
+            part = psi(bias * gradient).view_as(gradient)
             total += F.interpolate(part, x.shape[2:], mode="bilinear", align_corners=True).sum(1)
     return total
 
@@ -1703,8 +1703,6 @@ def fullgrad(cases, name, args):
     for i, (label, case) in enumerate(cases):
         data, device = case.test, case.device
         normalise = common.Normalize(case.backbone.mean, case.backbone.std)
-        if case.train.labels is None:
-            common.die(f"--figures fullgrad: {case.state['data_dir']} has no classes, and it needs a classifier")
         x_train = case.features(case.train)
         if common.rank():
             continue
@@ -1747,26 +1745,22 @@ def attention(subjects, pairs, name, args):
     """For some images: attention, eigenvector and mask of each ViT, and the truth. subjects: [(label, Encoder)]."""
     # All encoders are compared on the same images, evenly spaced.
     items = [pairs[i] for i in eval_probe.evenly(len(pairs), N_SHOWN).tolist()]
+    red = torch.tensor([255, 0, 0], dtype=torch.uint8).view(3, 1, 1)
     rows, numbers = {"image": [over(image, image) for image, _ in items]}, {}
     for i, (label, encoder) in enumerate(subjects):
         parts = {"attention": [], "eigenvector": [], "mask": []}
-        for j, (image, truth) in enumerate(items):
-            features, shape, seen = cut_features(encoder, image, shown_side(encoder, image, name))
-            mask, v, _ = token_cut(features, shape)
-
+        for j, (image, _) in enumerate(items):
             # The sign of an eigenvector is arbitrary, and is chosen so that the object is red.
+            pixels, seen, v, mask, _ = cut_object(encoder, image, name)
             v = v if mask[v == v.max()].any() else -v
-            wide = F.interpolate(mask[None, None].float(), truth.shape, mode="nearest")[0, 0]
-            red = torch.tensor([255, 0, 0], dtype=torch.uint8).view(3, 1, 1).expand_as(image)
             parts["attention"].append(over(image, heat(seen)))
             parts["eigenvector"].append(over(image, heat(v)))
-            parts["mask"].append(over(image, red, wide))
+            parts["mask"].append(over(image, red.expand_as(image), pixels))
             numbers |= {f"{i} {j} attention": seen, f"{i} {j} eigenvector": v, f"{i} {j} mask": mask}
 
         # Each encoder has three rows; the last row of the figure shows the true masks.
         rows |= {f"{kind} of {label}": tiles for kind, tiles in parts.items()}
         numbers[f"{i} name"] = label
-    red = torch.tensor([255, 0, 0], dtype=torch.uint8).view(3, 1, 1)
     rows["truth"] = [over(image, red.expand_as(image), truth) for image, truth in items]
     eval_robustness.contact_sheet(keep(args, "attention", name, numbers), rows)
 
@@ -1775,6 +1769,7 @@ def attention(subjects, pairs, name, args):
 # From the command line to the table
 # ----------------------------------------------------------------------------------------------------------------------
 
+TRAINED = {"segmentation", "detection"}
 TASKS = dict(segmentation=segmentation, detection=detection, video=video, saliency=saliency)
 USES = dict(
     segmentation=("scenes", "ade20k"),
@@ -1782,46 +1777,48 @@ USES = dict(
     video=("scenes", "davis"),
     saliency=("scenes", *SALIENCY),
     attention=("scenes", *SALIENCY),
+    embedding=tuple(common.DATA),
+    fullgrad=tuple(common.DATA),
 )
+PROBED = ("embedding", "fullgrad")  # figures of a set of eval_probe.py, by default the checkpoint's own
 PACKAGES = dict(detection="pycocotools", pacmap="pacmap", tsne="scikit-learn")
-MODULES = {"scikit-learn": "sklearn"}
 
 
 def installed(use):
     """Whether the package of a task or embedding is there."""
-    package = PACKAGES[use]
-    return importlib.util.find_spec(MODULES.get(package, package)) is not None
+    return importlib.util.find_spec(PACKAGES[use].replace("scikit-learn", "sklearn")) is not None
 
 
 def directories(args):
-    """{name of a set: its directory, None where it needs none}, of --data."""
-    known = sorted({name for names in USES.values() for name in names}) + list(common.DATA)
-    for name in args.data:
-        if name not in known:
-            common.die(f"--data {name}: unknown; there are {', '.join(known)}")
-    if len(set(args.data)) < len(args.data):
-        common.die(f"--data {' '.join(args.data)}: names a set twice")
+    """{name of a set: its directory, None where it needs none}, of --data. Refuses flags without a value."""
+    known = dict.fromkeys(name for names in USES.values() for name in names)
+    for flag, right in dict(tasks=TASKS, figures=set(USES) - set(TASKS), data=known).items():
+        values = getattr(args, flag)
+        if values is not None and len(set(values)) != (len(values) or 1):
+            common.die(f"--{flag}: name one or more, each once, of {', '.join(sorted(right))}")
+        if odd := set(values or ()) - set(right):
+            common.die(f"--{flag} {odd.pop()}: unknown; there are {', '.join(sorted(right))}")
+    args.figures, args.data = args.figures or (), args.data or ()
 
     # Rendered sets need no directory; every other set needs one.
     needing = [name for name in args.data if name != "scenes" and not name.startswith("blocks")]
     if len(needing) != len(args.data_dir):
-        what = f"{len(args.data_dir)} directories for {len(needing)} sets ({' '.join(needing) or 'none needs one'})"
-        common.die(f"--data-dir: {what}; name one for each, in the order of --data")
+        needed = f"{len(needing)} needed ({', '.join(needing) or 'no set of --data is read from files'})"
+        common.die(f"--data-dir: {len(args.data_dir)} given, {needed}; name one for each set, in the order of --data")
 
     # Paths are made absolute, so that records do not depend on the working directory.
     places = {name: os.path.abspath(os.path.expanduser(root)) for name, root in zip(needing, args.data_dir)}
     for name, root in places.items():
         if not os.path.isdir(root):
-            layout = LAYOUTS.get(name, "as eval_probe.py reads it")
-            common.die(f"--data-dir {root}: no such directory; {name} is {layout}")
+            layout = LAYOUTS.get(name, "the directory that eval_probe.py --data-dir takes")
+            common.die(f"--data-dir {root}: no such directory; {name} is read from {layout}")
     return dict.fromkeys(args.data) | places
 
 
 def plan(args):
-    """What is to be done: [(task, set, directory)], [(figure, set or None, directory)], and lines that say what is not.
-    Refuses what cannot work."""
-    places = directories(args)
-    used, notes = set(), []
+    """What is to be done, [(task or figure, set or None, directory)], and lines that say what is not. Refuses what
+    cannot work."""
+    places, notes = directories(args), []
 
     # Without --tasks, take every task that the sets allow, or none where only figures are asked for.
     named = args.data or ("scenes",)
@@ -1832,55 +1829,49 @@ def plan(args):
             tasks.remove("detection")
             notes.append("detection is left out: it needs the package pycocotools (pip install pycocotools)")
     if not tasks and not args.figures:
-        common.die(f"--data {' '.join(args.data)}: serves figures only; name one by --figures, or a set for a task")
+        common.die(f"--data {' '.join(args.data)}: no task can use it; name --figures that can, or another set")
 
-    # Pair each task and figure with every set that serves it.
-    jobs, figures = [], []
-    for part, out in [(task, jobs) for task in tasks] + [(figure, figures) for figure in args.figures]:
-        serves = USES.get(part, tuple(common.DATA))
-        sets = [name for name in named if name in serves] if part in USES else [n for n in args.data if n in serves]
-        flag = "--tasks" if out is jobs else "--figures"
-        if not sets and part in USES:
-            common.die(f"{flag} {part}: none of the sets named by --data serves it; name one of {', '.join(serves)}")
-        used |= set(sets)
-        out += [(part, name, places.get(name)) for name in sets or [None]]
-
-    # Refuse sets without a use, and detection without its package.
-    if idle := [name for name in args.data if name not in used]:
-        common.die(f"--data {idle[0]}: nothing that is asked for uses it; --tasks and --figures name what does")
-    if "detection" in tasks and not installed("detection"):
-        common.die("--tasks detection: needs the package pycocotools (pip install pycocotools)")
-    return jobs, figures, notes
+    # Pair each task and figure with every set that it can use; no set may be left over.
+    jobs = []
+    for part in (*tasks, *args.figures):
+        sets = [name for name in (args.data if part in PROBED else named) if name in USES[part]]
+        if not sets and part not in PROBED:
+            flag = "tasks" if part in TASKS else "figures"
+            common.die(f"--{flag} {part}: cannot use the sets of --data; name one of {', '.join(USES[part])}")
+        jobs += [(part, name, places.get(name)) for name in sets or [None]]
+    if idle := [name for name in args.data if name not in {name for _, name, _ in jobs}]:
+        common.die(f"--data {idle[0]}: none of --tasks and --figures uses it; leave it out")
+    return jobs, notes
 
 
 def check(args, jobs, notes):
     """Refuse flags that nothing uses or that cannot work, before checkpoints are read; choose the embedding."""
-    tasks = {task for task, *_ in jobs}
-    trained = {"segmentation", "detection"}
+    asked = {part for part, *_ in jobs}
 
     # Refuse flags whose task or figure is not asked for.
     for flag, value, users in (
         ("head", args.head != "linear", {"segmentation"}),
-        ("steps", args.steps, trained),
-        ("batch-size", args.batch_size, trained),
-        ("lr", args.lr, trained),
+        ("steps", args.steps, TRAINED),
+        ("batch-size", args.batch_size, TRAINED),
+        ("lr", args.lr, TRAINED),
         ("embedding", args.embedding, {"embedding"}),
         ("classes", args.classes, {"embedding"}),
         ("corruption", args.corruption, {"embedding"}),
+        ("images", args.images, {*TASKS, "embedding", "attention"}),
         ("save", args.save, set(TASKS)),
     ):
-        if value and not users & (tasks | set(args.figures)):
-            common.die(f"--{flag}: goes with {' or '.join(sorted(users))}, which is not asked for")
+        if value and not users & asked:
+            common.die(f"--{flag}: is for {', '.join(sorted(users))} only; leave it out")
 
     # Refuse unknown corruptions and missing packages.
     if args.corruption and args.corruption not in eval_robustness.CORRUPTIONS:
-        common.die(f"--corruption {args.corruption}: there are {', '.join(eval_robustness.CORRUPTIONS)}")
-    if args.embedding in PACKAGES and not installed(args.embedding):
-        package = PACKAGES[args.embedding]
-        common.die(f"--embedding {args.embedding}: needs the package {package} (pip install {package}); pca needs none")
+        common.die(f"--corruption {args.corruption}: unknown; there are {', '.join(eval_robustness.CORRUPTIONS)}")
+    for flag, use in (*(("tasks", part) for part in sorted(asked)), ("embedding", args.embedding)):
+        if use in PACKAGES and not installed(use):
+            common.die(f"--{flag} {use}: needs the package {PACKAGES[use]} (pip install {PACKAGES[use]})")
 
     # PaCMAP is the default where it is installed.
-    if "embedding" in args.figures and args.embedding is None:
+    if "embedding" in asked and args.embedding is None:
         args.embedding = "pacmap" if installed("pacmap") else "pca"
         if args.embedding == "pca":
             notes.append("--embedding pca: the package pacmap is not installed (pip install pacmap)")
@@ -1900,36 +1891,27 @@ class Subject:
     """A checkpoint of the call."""
 
     path: str
-    name: str  # of its row
+    name: str  # of its row; seeds of one configuration share it
     encoder: Encoder
     state: dict
-    row: dict
+    row: dict = dataclasses.field(default_factory=dict)
 
 
 def open_subjects(args, device, evaluation):
-    """All checkpoints that can be read."""
-    subjects = []
+    """All checkpoints that can be read; one that cannot be read costs its own row only."""
 
-    # A checkpoint that cannot be read costs its own row only.
+    def opened(path, backbone, state):
+        complaint = lambda a, r, b: f"{path}: rank {r} holds another file than rank 0; copy it to all machines"
+        common.same_on_all_ranks(state["sha256"], complaint)
+        return path, Encoder(backbone, path, device, args.amp), state
+
+    # All ranks can read a checkpoint before they compare what they have read, or some would wait for ever.
+    found = []
     for path in args.checkpoints:
-        # All ranks can read it before they compare what they have read, or some would wait for ever.
         read = evaluation.attempt(path, partial(eval_probe.load, path), together=True)
-        if read is None:
-            continue
-
-        def opened(path=path, read=read):
-            backbone, state = read
-            complaint = lambda a, r, b: f"{path}: rank {r} holds another file than rank 0; copy it to all machines"
-            common.same_on_all_ranks(state["sha256"], complaint)
-            return Encoder(backbone, path, device, args.amp), state
-
-        # Names are unique, except for runs that differ only in their seed.
-        found = evaluation.attempt(path, opened, together=True)
-        if found is not None:
-            known = [(s.path, s.state) for s in subjects]
-            name = eval_probe.row_names(*zip(*known, (path, found[1])))[-1]
-            subjects.append(Subject(path, name, *found, {}))
-    return subjects
+        found.append(read and evaluation.attempt(path, partial(opened, path, *read), together=True))
+    paths, encoders, states = zip(*filter(None, found)) if any(found) else ((), (), ())
+    return list(map(Subject, paths, eval_probe.row_names(paths, states), encoders, states))
 
 
 def measure(subject, task, name, root, data, args):
@@ -1937,15 +1919,17 @@ def measure(subject, task, name, root, data, args):
     begin = time.monotonic()
     encoder = subject.encoder
 
-    # Predictions have a directory named after the checkpoint, in characters that any file system allows.
+    # Predictions have a directory named after the checkpoint; characters that a file system may lack are %XX.
     folder = None
     if args.save:
-        parts = re.sub(r"[^\w.-]+", "-", subject.path.removesuffix("/checkpoint.pt")).strip("-.")
-        folder = Path(args.save) / parts / f"{task}-{name}"
+        run = subject.path.removesuffix("/checkpoint.pt")
+        run = re.sub(r"^\.|[^\w.-]", lambda found: f"%{ord(found[0]):02X}", run)
+        folder = Path(args.save) / run / f"{task}-{name}"
 
-    # Metrics of published sets are prefixed with the name of the set.
+    # Metrics name their set, except where scenes are the only one.
     results, details = TASKS[task](encoder, data, name, args, folder)
-    results = {metric if name == "scenes" else f"{name} {metric}": value for metric, value in results.items()}
+    if name != "scenes" or len(args.data) > 1:
+        results = {f"{name} {metric}": value for metric, value in results.items()}
     subject.row |= results
     seconds = time.monotonic() - begin
     protocol = dict(task=task, data=name, data_dir=root, amp=args.amp, device=encoder.device.type, seconds=seconds)
@@ -1961,8 +1945,22 @@ def labels_of(subjects):
     return [numbered(i) for i in range(len(names))]
 
 
-def make_figure(figure, name, root, data, subjects, args, device):
-    """One figure of all subjects that it knows; what it measures goes to their rows and records."""
+def open_cases(figure, name, root, subjects, args, device):
+    """Subjects with the train and test images of a set (Case each). Refuses what the figure cannot show."""
+    flags = dict(seed=args.seed, workers=args.workers, device=args.device, amp=args.amp)
+    how = eval_probe.Args(args.checkpoints, ("equivariance",), data=name, data_dir=root, **flags)
+    cases = [eval_probe.open_case(s.path, s.encoder.backbone, dict(s.state), how, device) for s in subjects]
+    for case in cases:
+        if figure == "embedding":
+            shown_rows(case, args)
+        elif case.train.labels is None:
+            common.die(f"--figures fullgrad: {case.state['data_dir']} has no classes (one folder per class)")
+    return cases
+
+
+def make_figure(figure, name, data, subjects, args):
+    """One figure of some subjects, of Pairs (attention) or of their Cases; what it measures goes to their rows and
+    records."""
     labels = labels_of(subjects)
     # Attention maps have no score, and rank 0 draws them alone.
     if figure == "attention":
@@ -1970,24 +1968,13 @@ def make_figure(figure, name, root, data, subjects, args, device):
         return
 
     # The other figures use the sets and features of eval_probe.py.
-    flags = dict(seed=args.seed, workers=args.workers, device=args.device, amp=args.amp)
-    how = eval_probe.Args(args.checkpoints, ("equivariance",), data=name, data_dir=root, **flags)
-    cases = [eval_probe.open_case(s.path, s.encoder.backbone, dict(s.state), how, device) for s in subjects]
     make = embedding if figure == "embedding" else fullgrad
-    found = make(list(zip(labels, cases)), name, args)
-    for subject, case, results in zip(subjects, cases, common.by_rank_0(lambda: found)):
+    found = make(list(zip(labels, data)), name, args)
+    for subject, case, results in zip(subjects, data, common.by_rank_0(lambda: found)):
         results = {f"{name} {metric}" if name else metric: value for metric, value in results.items()}
         protocol = dict(figure=figure, data=case.state["data"], data_dir=case.state["data_dir"], amp=args.amp)
         subject.row |= results
         eval_probe.append_record(subject.path, subject.state, args, results, protocol)
-
-
-def knows(figure, encoder):
-    """Whether a figure can be drawn of an encoder."""
-    if figure == "attention":
-        return encoder.attention is not None
-    kinds = common.ResNet, timm.models.ResNet
-    return figure == "embedding" or isinstance(getattr(encoder.backbone, "model", encoder.backbone), kinds)
 
 
 def main(argv=None):
@@ -1998,44 +1985,56 @@ def main(argv=None):
         eval_probe.checkpoints_first(argv, Args)
         args = common.parse(Args, lambda first: {}, argv, description=__doc__)
         common.check_ranges(args)
-        jobs, figures, notes = plan(args)
+        jobs, notes = plan(args)
         check(args, jobs, notes)
-        named = args.data or (("scenes",) if jobs or args.figures == ("attention",) else ())
-        eval_probe.check(eval_probe.Args(args.checkpoints, data=named[0] if named else None))
+        names = [name for _, name, _ in jobs]
+        eval_probe.check(eval_probe.Args(args.checkpoints, data=None if None in names else names[0]))
+
+        # The number of processes must divide each batch.
+        device = common.start(args.device)
+        for part, name, _ in jobs:
+            if part in TRAINED:
+                recipe(part, name, args)
 
         # The table is printed at the end in any case, even after an error.
-        device = common.start(args.device)
         subjects = open_subjects(args, device, evaluation)
         rows = lambda: [(s.name, s.row) for s in subjects]
         evaluation.at_end = lambda: evaluation.table(rows(), args.format)
 
-        # Read all sets, and see that all figures have an encoder, before anything is trained.
+        # All scenes of a call have one size.
         small = {scene_size(s.encoder.backbone.img_size) for s in subjects}
-        if len(small) > 1 and any(name == "scenes" for _, name, _ in jobs + figures):
-            common.die("scenes are of one size: give checkpoints of images below 96 px and of larger ones apart")
-        side, sets = next(iter(small), 96), {}
-        for figure, kind in (("fullgrad", "ResNets"), ("attention", "ViTs")):
-            if subjects and figure in args.figures and not any(knows(figure, s.encoder) for s in subjects):
-                common.die(f"--figures {figure}: is for {kind} only, and no checkpoint holds one")
-        for part, name, root in jobs + figures if subjects else ():
-            if part in USES:
-                sets[part, name] = load(part, name, root, side, args.images)
+        if len(small) > 1 and "scenes" in names:
+            common.die("scenes have one size: give encoders of images below 96 px and of larger ones in separate calls")
+        side, sets, able = next(iter(small), 96), {}, {}
+
+        # A task needs all encoders, a figure one; figures leave out the others, with a line for each.
+        for part in dict.fromkeys(part for part, *_ in jobs):
+            reasons = [common.by_rank_0(partial(s.encoder.obstacle, part)) for s in subjects]
+            able[part] = [s for s, why in zip(subjects, reasons) if not why]
+            for path, why in [(s.path, why) for s, why in zip(subjects, reasons) if why]:
+                if part in TASKS or not able[part]:
+                    common.die(f"--{'tasks' if part in TASKS else 'figures'} {part}: {why}, unlike {path}")
+                notes.append(f"{path}: left out of the figure {part}, which {why}")
+
+        # Read all sets before anything is trained.
+        stride = max([s.encoder.stride for s in subjects], default=1)
+        for part, name, root in jobs if subjects else ():
+            if part not in PROBED:
+                sets[part, name] = load(part, name, root, side, args.images, stride)
+            else:
+                sets[part, name] = open_cases(part, name, root, able[part], args, device)
 
         # A task that fails does not stop the others.
         for line in notes:
             eval_probe.say(line)
+        tasks, figures = ([job for job in jobs if (job[0] in TASKS) == measured] for measured in (True, False))
         for subject in subjects:
-            for task, name, root in jobs:
+            for task, name, root in tasks:
                 part = partial(measure, subject, task, name, root, sets[task, name], args)
-                evaluation.attempt(f"{subject.path}: {task}", part)
-
-        # Figures leave out encoders that they cannot show, with a line for each.
-        for figure, name, root in figures if subjects else ():
-            some = [s for s in subjects if knows(figure, s.encoder)]
-            for path in [s.path for s in subjects if not knows(figure, s.encoder)]:
-                eval_probe.say(f"{path}: not in the figure {figure}, which knows no such encoder")
-            part = partial(make_figure, figure, name, root, sets.get((figure, name)), some, args, device)
-            evaluation.attempt(figure, part)
+                evaluation.attempt(f"{subject.path}: {task} on {name}", part)
+        for figure, name, _ in figures if subjects else ():
+            part = partial(make_figure, figure, name, sets[figure, name], able[figure], args)
+            evaluation.attempt(f"{figure} on {name}" if name else figure, part)
     return rows()
 
 

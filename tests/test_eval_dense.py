@@ -92,27 +92,25 @@ def test_j_and_f_of_empty_masks():
     assert ed.boundary_f(full, none) == 1 and ed.jaccard(full, none) == 0
 
 
-def test_over_time():
-    found = ed.over_time([0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2])
-    assert np.allclose([found["mean"], found["recall"], found["decay"]], [0.55, 0.5, 0.5])
-
-
 def test_f_beta():
-    p, r = torch.tensor([[0.5, 1, 0.5, 0.8, 0], [0.5, 0.5, 1, 0.6, 0]], dtype=torch.float64)
-    assert np.allclose(ed.f_beta(p, r), [0.5, 0.8125, 0.565217, 0.742857, 0], atol=1e-6)
-    curve = ed.f_curve(torch.tensor([0.9, 0.6, 0.4, 0.1]), torch.tensor([1, 0, 1, 0]).bool())
-    assert curve.max() == 0.8125 and curve.argmax() == 153
+    left, top, none = (
+        torch.tensor([[1, 0], [1, 0]]).bool(),
+        torch.tensor([[1, 1], [0, 0]]).bool(),
+        torch.zeros(2, 2) > 0,
+    )
+    one, all_of_it = left & top, torch.ones(2, 2) > 0
+    cases = [(left, top, 0.5), (one, top, 0.8125), (top, one, 0.565217), (top, ~top, 0), (left, left, 1)]
+    cases += [(none, top, 0), (top, none, 0), (none, none, 1), (all_of_it, top, 0.565217)]
+    assert np.allclose([ed.f_beta(mask, truth) for mask, truth, _ in cases], [f for *_, f in cases], atol=1e-6)
 
 
-def test_f_curve_by_a_loop():
-    saliency, truth = torch.rand(5, 6, generator=g), torch.rand(5, 6, generator=g) > 0.5
-    for k, f in enumerate(ed.f_curve(saliency, truth).tolist()):
-        mask = saliency > k / 255
-        p = (mask & truth).sum().item() / mask.sum().item() if mask.any() else 1.0
-        r = (mask & truth).sum().item() / truth.sum().item()
-        assert abs(f - (1.3 * p * r / (0.3 * p + r) if p + r else 0)) < 1e-12
-    curve = ed.f_curve(truth.float(), truth)
-    assert (curve == 1).all()
+def test_f_beta_is_that_of_every_threshold():
+    """TokenCut's code takes the maximum over 255 thresholds; they cut a mask of 0 and 1 at the same pixels."""
+    mask, truth = torch.rand(2, 5, 6, generator=g) > 0.5
+    for k in range(0, 255, 50):
+        cut = mask.float() > k / 255
+        p, r = (cut & truth).sum() / cut.sum(), (cut & truth).sum() / truth.sum()
+        assert abs(ed.f_beta(mask, truth) - 1.3 * p * r / (0.3 * p + r)) < 1e-6
 
 
 def of_coco(*rows):
@@ -377,8 +375,31 @@ def test_a_video_that_stands_still_keeps_its_labels():
     ids = ed.moving_scenes("test", 96, 1)["ids"][:1].repeat(4, 1, 1)
     sequence = ed.Sequence("still", ed.Pairs(painted(ids), ids))
     grid = to_grid_and_back(ids[:1], 3, 24)[0]
-    for _, predicted in ed.follow(stub(), sequence, davis=False):
+    for predicted, _ in ed.follow(stub(), sequence.frames, davis=False):
         assert (predicted == grid).float().mean() > 0.97
+
+
+def test_weights_are_computed_in_blocks(monkeypatch):
+    """With patches of 4 px all weights of a frame of DAVIS would take 20 GB."""
+    ids = ed.moving_scenes("test", 96, 1)["ids"][:4]
+    frames, sizes, whole = ed.Pairs(painted(ids), ids), [], ed.similar_patches
+
+    def recorded(target, context, mask):
+        sizes.append(len(target) * context.shape[0] * context.shape[1])
+        return whole(target, context, mask)
+
+    monkeypatch.setattr(ed, "similar_patches", recorded)
+    found = [predicted for predicted, _ in ed.follow(stub(), frames, davis=False)]
+    assert sizes == [n * 576**2 for n in (1, 2, 3)]
+    monkeypatch.setattr(ed, "BLOCK", 100_000, raising=False)
+    again = [predicted for predicted, _ in ed.follow(stub(), frames, davis=False)]
+    assert max(sizes[3:]) <= 100_000 and all(map(torch.equal, found, again))
+
+
+def test_near_patches_by_a_loop():
+    for i, row in enumerate(ed.near(4, 5, 2, "cpu").tolist()):
+        apart = [max(abs(i // 5 - j // 5), abs(i % 5 - j % 5)) for j in range(20)]
+        assert row == [d <= 2 for d in apart]
 
 
 def test_palette():
@@ -483,6 +504,17 @@ def test_rates():
     assert np.allclose(rates, [1.0e-9, 4.90625e-4, 9.625e-4, 5.0e-4, 2.5e-8], rtol=1e-5)
     rates = [ed.stepwise(t, 45_000) for t in (0, 125, 250, 29_999, 30_000, 40_000)]
     assert np.allclose(rates, [0.001, 0.5005, 1, 1, 0.1, 0.01])
+
+
+def test_recipes():
+    """Those of DINOv2's and mmsegmentation's files, and what flags replace."""
+    setting = lambda *flags: list(ed.recipe("segmentation", "ade20k", arguments(*flags)).values())
+    assert setting() == [40_000, 16, 1e-3, 1e-4] and setting("--head", "upernet") == [160_000, 16, 6e-5, 0.01]
+    flags = ["--head", "upernet", "--steps", "80000", "--batch-size", "8", "--lr", "1e-4"]
+    assert setting(*flags) == [80_000, 8, 1e-4, 0.01]
+    assert list(ed.recipe("detection", "coco", arguments()).values()) == [45_000, 32, 1e-4, 0.1]
+    for words in ("512 x 512", "40,000 steps of 16", "160,000 at 6e-5", "1,500 steps"):
+        assert words in " ".join(ed.__doc__.split())
 
 
 def test_linear_head():
@@ -754,7 +786,7 @@ def test_every_task_on_scenes(runs, capsys, monkeypatch):
     records = [json.loads(line) for line in open(runs["resnet"].replace("checkpoint.pt", "eval.jsonl"))]
     assert [r["protocol"]["task"] for r in records] == ["segmentation", "video", "saliency"]
     assert records[0]["protocol"]["steps"] == 1 and records[2]["protocol"]["feature"] == "last map"
-    assert len(records[0]["protocol"]["iou"]) == 11 and records[1]["protocol"]["objects"][0]["J"]["recall"] >= 0
+    assert len(records[0]["protocol"]["iou"]) == 11 and records[1]["protocol"]["objects"][0]["J"] >= 0
 
 
 def test_published_layouts(runs, trees, tmp_path, capsys):
@@ -805,7 +837,8 @@ def test_detection_on_coco(runs, trees, tmp_path):
 def test_figures(runs, trees, tmp_path, capsys):
     flags = [*QUICK, "--out", str(tmp_path), "--images", "12", "--embedding", "pca"]
     rows = ed.main([runs["vit-s0"], runs["resnet"], *flags, "--figures", "embedding", "fullgrad"])
-    assert "map 10-NN" in rows[0][1] and "not in the figure fullgrad" in capsys.readouterr().err
+    assert "map 10-NN" in rows[0][1]
+    assert "left out of the figure fullgrad, which needs a ResNet" in capsys.readouterr().err
     assert Image.open(tmp_path / "embedding.png").size == (800, 400)
     assert np.load(tmp_path / "embedding.npz")["1 points"].shape == (12, 2)
     assert np.load(tmp_path / "fullgrad.npz")["0 saliency"].shape == (8, 16, 16)
@@ -839,8 +872,7 @@ MISTAKES = {
     "2 unknown set": (["{vit-s0}", "--data", "voc"], "--data voc", "unknown", "ade20k"),
     "3 unused set": (
         ["{vit-s0}", "--tasks", "video", "--data", "davis", "ecssd", "--data-dir", "{trees}/davis", "{trees}/ecssd"],
-        "--data ecssd",
-        "nothing",
+        "--data ecssd: none of --tasks",
     ),
     "3 no set for a task": (
         ["{vit-s0}", "--tasks", "video", "--data", "ecssd", "--data-dir", "{trees}/ecssd"],
@@ -851,18 +883,21 @@ MISTAKES = {
     "4 lengths": (
         ["{vit-s0}", "--data", "davis", "ecssd", "--data-dir", "{trees}/davis"],
         "--data-dir",
-        "1 directories for 2 sets",
+        "1 given, 2 needed (davis, ecssd)",
     ),
-    "4 no directory": (["{vit-s0}", "--data", "davis"], "--data-dir", "0 directories for 1"),
+    "4 no directory": (["{vit-s0}", "--data", "davis"], "--data-dir", "0 given, 1 needed"),
     "5 missing": (["{vit-s0}", "--data", "davis", "--data-dir", "{trees}/nowhere"], "no such directory", "ImageSets"),
     "5 other layout": (["{vit-s0}", "--data", "ade20k", "--data-dir", "{trees}/ecssd"], "ade20k", "annotations/"),
     "14 steps": (["{vit-s0}", "--steps", "0"], "--steps 0"),
     "14 rate": (["{vit-s0}", "--lr", "0"], "--lr 0"),
     "14 images": (["{vit-s0}", "--images", "0"], "--images 0"),
-    "15 sizes": (["{vit-s0}", "{large}"], "scenes are of one size", "apart"),
-    "16 no ResNet": (["{vit-s0}", "--figures", "fullgrad"], "--figures fullgrad", "ResNets only"),
-    "17 no ViT": (["{resnet}", "--figures", "attention"], "--figures attention", "ViTs only"),
-    "18 few points": (["{vit-s0}", "--figures", "embedding", "--embedding", "pca", "--images", "1"], "1 points"),
+    "15 sizes": (["{vit-s0}", "{large}"], "scenes have one size", "separate calls"),
+    "16 no ResNet": (["{vit-s0}", "--figures", "fullgrad"], "--figures fullgrad", "needs a ResNet, unlike", "vit-s0"),
+    "17 no ViT": (["{resnet}", "--figures", "attention"], "--figures attention", "needs a ViT, unlike", "resnet"),
+    "18 few points": (
+        ["{vit-s0}", "--figures", "embedding", "--embedding", "pca", "--images", "1"],
+        "needs at least 2 points, but --images allows 1",
+    ),
     "19 classes": (
         ["{vit-s0}", "--figures", "embedding", "--embedding", "pca", "--classes", "3"],
         "--classes 3",
@@ -875,7 +910,11 @@ MISTAKES = {
     ),
     "20 corruption of nothing": (["{vit-s0}", "--corruption", "fog"], "--corruption", "embedding"),
     "21 head of nothing": (["{vit-s0}", "--tasks", "video", "--head", "upernet"], "--head", "segmentation"),
-    "21 save of nothing": (["{vit-s0}", "--figures", "attention", "--save", "{trees}/x"], "--save", "not asked for"),
+    "21 save of nothing": (
+        ["{vit-s0}", "--figures", "attention", "--save", "{trees}/x"],
+        "--save",
+        "detection, saliency",
+    ),
     "22 out": (
         ["{vit-s0}", "--figures", "attention", "--out", "{trees}/davis/ImageSets/2017/val.txt"],
         "--out",
@@ -884,6 +923,16 @@ MISTAKES = {
     "26 sets of figures": (
         ["{vit-s0}", "--figures", "embedding", "--embedding", "pca", "--data", "cifar10", "--data-dir", "{trees}"],
         "CIFAR10",
+    ),
+    "4 images of fullgrad": (["{resnet}", "--figures", "fullgrad", "--images", "5"], "--images", "attention"),
+    "5 tasks without a value": (["{vit-s0}", "--tasks"], "--tasks", "detection, saliency, segmentation, video"),
+    "5 figures without a value": (["{vit-s0}", "--figures"], "--figures", "attention, embedding, fullgrad"),
+    "5 data without a value": (["{vit-s0}", "--data"], "--data", "ade20k", "scenes"),
+    "5 a task twice": (["{vit-s0}", "--tasks", "video", "video"], "--tasks", "each once"),
+    "8 timm without a set": (
+        ["timm:resnet18@{vit-s0}", "--tasks", "saliency", "--figures", "embedding"],
+        "--data: timm:resnet18@",
+        "name a data set",
     ),
     "checkpoints last": (["--data", "scenes", "{vit-s0}"], "checkpoints come first"),
 }
@@ -894,6 +943,63 @@ def test_mistakes(name, runs, trees, capsys):
     flags, *words = MISTAKES[name]
     flags = [flag.format(trees=trees, **runs) for flag in flags]
     expect_mistake(capsys, ed.main, [*flags, *(QUICK if name != "checkpoints last" else [])], *words)
+
+
+EMBED = ["--tasks", "saliency", "--figures", "embedding", "--embedding"]
+EARLY = {
+    "8 classes": ([*EMBED, "pca", "--classes", "3"], "--classes 3", "has 2"),
+    "8 no classes": ([*EMBED, "pca", "--classes", "3", "--data", "{flat}"], "--classes 3", "has no classes"),
+    "8 perplexity": ([*EMBED, "tsne", "--images", "9"], "--embedding tsne", "31 points", "--images allows 9"),
+    "8 fullgrad": (["--tasks", "saliency", "--figures", "fullgrad", "--data", "{flat}"], "no classes"),
+    "8 batch": (["--tasks", "saliency", "segmentation", "--batch-size", "4"], "--batch-size 4", "processes, 3"),
+}
+
+
+@pytest.mark.parametrize("name", EARLY)
+def test_what_can_be_known_is_refused_first(name, runs, tmp_path, capsys, monkeypatch):
+    flags, *words = EARLY[name]
+    monkeypatch.setattr(ed, "installed", lambda use: True)
+    monkeypatch.setattr(ed, "measure", None)  # no checkpoint is evaluated
+    if name == "8 batch":
+        monkeypatch.setattr(common, "world_size", lambda: 3)
+
+    # A folder without class folders has no labels.
+    if "{flat}" in flags:
+        for split in ("train", "val"):
+            for i in range(4):
+                save(tmp_path / split / f"{i}.png", picture(16, 16))
+        flags = [*flags[:-1], "scenes", "imagefolder", "--data-dir", str(tmp_path)]
+    expect_mistake(capsys, ed.main, [runs["resnet"], *flags, *QUICK], *words)
+
+
+def test_runs_of_similar_names_have_predictions_of_their_own(runs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    paths = ["a/b/checkpoint.pt", "a-b/checkpoint.pt", "../checkpoint.pt"]
+    for path in paths:
+        (tmp_path / "x" / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(runs["vit-s0"], tmp_path / "x" / path)
+    monkeypatch.chdir(tmp_path / "x")
+    ed.main([*paths, *QUICK, "--tasks", "saliency", "--images", "1", "--save", "out"])
+    names = {folder.name for folder in (tmp_path / "x/out").iterdir()}
+    assert names == {"a%2Fb", "a-b", "%2E."}
+
+
+def test_tasks_and_columns_name_their_set(runs, trees, capsys, monkeypatch):
+    sets = ["--data", "scenes", "ecssd", "duts", "--data-dir", str(trees / "ecssd"), str(trees / "duts")]
+    flags = [*QUICK, "--tasks", "saliency", "--images", "1", *sets]
+    ((_, row),) = ed.main([runs["vit-s0"], *flags])
+    assert list(row)[0] == "scenes saliency IoU" and {metric.split()[0] for metric in row} == {
+        "scenes",
+        "ecssd",
+        "duts",
+    }
+
+    # So do the lines of tasks that fail.
+    monkeypatch.setattr(ed, "cut_object", None)
+    with pytest.raises(SystemExit):
+        ed.main([runs["vit-s0"], *flags])
+    err = capsys.readouterr().err
+    assert all(f"saliency on {name}: TypeError" in err for name in ("scenes", "ecssd", "duts"))
 
 
 @pytest.mark.parametrize(
@@ -938,6 +1044,18 @@ FAULTS = {
     "6 no image": ("duts", lambda r: (r / "DUTS-TE/DUTS-TE-Image/0.jpg").unlink(), "0 is in", "only"),
     "6 empty": ("dut-omron", lambda r: [f.unlink() for f in r.glob("*/*")], "holds no images"),
     "7 sizes": ("ecssd", lambda r: save(r / "ground_truth_mask/1.png", torch.zeros(40, 51)), "1.jpg", "one size"),
+    "7 sizes in training": (
+        "ade20k",
+        lambda r: save(r / ADE / "annotations/training/ADE_train_00000003.png", torch.zeros(40, 51)),
+        "ADE_train_00000003.jpg",
+        "one size",
+    ),
+    "7 sizes of a frame": (
+        "davis",
+        lambda r: save(r / "Annotations/480p/camel/00002.png", torch.zeros(48, 81), "P"),
+        "camel/00002.jpg",
+        "one size",
+    ),
     "8 colours": (
         "ade20k",
         lambda r: save(r / ADE / "annotations/validation/ADE_val_00000001.png", picture(40, 52)),
@@ -999,6 +1117,8 @@ def test_faults_of_published_sets(name, runs, trees, tmp_path, capsys, monkeypat
     where = spoil(trees, tmp_path, kind, act)
     capsys.readouterr()
     flags = ["--steps", "3"] if kind == "ade20k" else []
+    if name != "8 label":  # only pixels show it; all else is refused before a checkpoint is evaluated
+        monkeypatch.setattr(ed, "measure", None)
     with pytest.raises(SystemExit) as end:
         ed.main([runs["vit-s0"], *QUICK, "--data", kind, "--data-dir", where, *flags])
     err = capsys.readouterr().err
@@ -1029,6 +1149,59 @@ def test_models_of_timm(tmp_path, monkeypatch):
     assert theirs.last(torch.randn(1, 3, 24, 16)).shape == (1, 128, 6, 4)
 
 
+def small_timm(monkeypatch, **sizes):
+    """timm's models without a download, in a small size."""
+    create = eval_probe.timm.create_model
+    monkeypatch.setattr(
+        eval_probe.timm, "create_model", lambda name, pretrained=False, **how: create(name, **how | sizes)
+    )
+
+
+@pytest.mark.parametrize("part", ["--tasks", "--figures"])
+def test_attention_that_queries_and_keys_do_not_determine_is_refused(part, trees, tmp_path, capsys, monkeypatch):
+    small_timm(monkeypatch, embed_dim=48, depth=2, num_heads=4)
+    monkeypatch.setattr(ed, "measure", None)  # no checkpoint is evaluated
+    flags = [part, "saliency" if part == "--tasks" else "attention", "--data", "ecssd", "--data-dir"]
+    path = "timm:eva02_tiny_patch14_224"
+    expect_mistake(capsys, ed.main, [path, *flags, str(trees / "ecssd"), *QUICK], "plain ViT, such as", path)
+
+
+@pytest.mark.parametrize("name, complete", [("resnet18", True), ("seresnet18", False), ("skresnet18", False)])
+def test_fullgrad_refuses_networks_with_gates(name, complete):
+    """Batch norms at the end of residual branches start at 0, where gates have no effect."""
+    common.seed_everything("gates")
+    model = eval_probe.timm.create_model(name, num_classes=0)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.weight.data.normal_(1, 0.3)
+    model.pretrained_cfg |= dict(input_size=(3, 64, 64))
+    encoder = ed.Encoder(eval_probe.Timm(model).eval().requires_grad_(False), "x", torch.device("cpu"))
+    found = encoder.obstacle("fullgrad")
+    assert found is None if complete else "squeeze-and-excite" in found
+
+
+def test_fullgrad_names_the_model_with_gates(folder, tmp_path, capsys, monkeypatch):
+    model = eval_probe.timm.create_model("seresnet18", num_classes=0)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.ones_(module.weight)
+    torch.save(model.state_dict(), tmp_path / "se.pt")
+    monkeypatch.setattr(ed, "measure", None)  # no checkpoint is evaluated
+    path = f"timm:seresnet18@{tmp_path / 'se.pt'}"
+    flags = [
+        "--tasks",
+        "saliency",
+        "--figures",
+        "fullgrad",
+        "--data",
+        "scenes",
+        "imagefolder",
+        "--data-dir",
+        str(folder),
+    ]
+    expect_mistake(capsys, ed.main, [path, *flags, *QUICK], "--figures fullgrad", "squeeze-and-excite", path)
+
+
 @pytest.mark.parametrize(
     "how, stride, dim, layers",
     [
@@ -1047,7 +1220,7 @@ def test_encoders_of_all_methods(how, stride, dim, layers, monkeypatch):
     x = torch.randn(1, 3, 96, 64, generator=g)
     assert encoder.last(x).shape == (1, dim, 96 // stride, 64 // stride)
     assert [m.shape[1] for m in encoder.maps(x, layers)] == encoder.widths
-    assert [tuple(m.shape[2:]) for m in ed.Neck(encoder, 8)(x)] == [(24, 16), (12, 8), (6, 4), (3, 2)]
+    assert [tuple(m.shape[2:]) for m in ed.Neck(encoder, 8)(x).values()] == [(24, 16), (12, 8), (6, 4), (3, 2), (2, 1)]
     assert ed.UPerHead(encoder, 5, 8).eval()(x).shape == (1, 5, 24, 16)
     seen = ed.cut_features(encoder, torch.zeros(3, 64, 96, dtype=torch.uint8))
     assert seen[1] == (64 // stride, 96 // stride) and (seen[2] is None) == (how["arch"] != "vit_pico")
@@ -1099,7 +1272,7 @@ def test_boxes_that_are_none_are_one_line(change, words, tmp_path, capsys):
     box = dict(id=1, image_id=1, category_id=1, bbox=[0, 0, 5, 5], area=25, iscrowd=0) | change
     image = dict(id=1, height=10, width=10, file_name="1.jpg")
     file = tmp_path / "instances.json"
-    for images, text in (([image], words), ([image, image], "two images have one id")):
+    for images, text in (([image], words), ([image, image], "two images have the same id")):
         file.write_text(json.dumps(dict(images=images, categories=[dict(id=1)], annotations=[box])))
         with pytest.raises(SystemExit) as end:
             ed.parse_coco(file)
