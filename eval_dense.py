@@ -197,6 +197,15 @@ def boundary_f(mask, truth):
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
 
 
+def over_time(values):
+    """A measure in each frame of an object (list of T numbers) -> its mean, recall, the share above 0.5, and decay,
+    the mean of the first quarter less that of the last [DAVIS]."""
+    v = torch.tensor(values, dtype=torch.float64)
+    cuts = ((torch.linspace(1, len(v), 5, dtype=torch.float64) + 1e-10).round() - 1).long().tolist()
+    decay = v[: cuts[1] + 1].mean() - v[cuts[3] :].mean()
+    return dict(mean=v.mean().item(), recall=(v > 0.5).double().mean().item(), decay=decay.item())
+
+
 def f_beta(mask, truth):
     """1.3 p r / (0.3 p + r) of the precision p and recall r of two masks (H, W) bool [TokenCut]. A mask without pixels
     has precision 1, an object without pixels recall 1; F is 0 where p and r are."""
@@ -950,12 +959,12 @@ def video(encoder, sequences, name, args, save):
                     scores[k].append((jaccard(mask, of_object), boundary_f(mask, of_object)))
         except OSError as e:
             refuse(e)
-        means = {k: np.mean(values, 0).tolist() for k, values in scores.items()}
-        found[i] = [dict(sequence=sequence, object=k, J=J, F=f) for k, (J, f) in means.items()]
+        measures = {k: [over_time(values) for values in zip(*pairs)] for k, pairs in scores.items()}
+        found[i] = [dict(sequence=sequence, object=k, J=J, F=f) for k, (J, f) in measures.items()]
 
     # The mean is over objects, not over sequences.
     objects = [o for some in gathered(found) for o in some]
-    J, f = (100 * sum(o[m] for o in objects) / len(objects) for m in "JF")
+    J, f = (100 * sum(o[m]["mean"] for o in objects) / len(objects) for m in "JF")
     details = dict(sequences=len(sequences), objects=objects, context=N_CONTEXT, radius=RADIUS, top_k=TOP_K)
     return {"J&F": (J + f) / 2, "J": J, "F": f}, details
 

@@ -92,6 +92,11 @@ def test_j_and_f_of_empty_masks():
     assert ed.boundary_f(full, none) == 1 and ed.jaccard(full, none) == 0
 
 
+def test_over_time():
+    found = ed.over_time([0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2])
+    assert np.allclose([found["mean"], found["recall"], found["decay"]], [0.55, 0.5, 0.5])
+
+
 def test_f_beta():
     left, top, none = (
         torch.tensor([[1, 0], [1, 0]]).bool(),
@@ -786,7 +791,7 @@ def test_every_task_on_scenes(runs, capsys, monkeypatch):
     records = [json.loads(line) for line in open(runs["resnet"].replace("checkpoint.pt", "eval.jsonl"))]
     assert [r["protocol"]["task"] for r in records] == ["segmentation", "video", "saliency"]
     assert records[0]["protocol"]["steps"] == 1 and records[2]["protocol"]["feature"] == "last map"
-    assert len(records[0]["protocol"]["iou"]) == 11 and records[1]["protocol"]["objects"][0]["J"] >= 0
+    assert len(records[0]["protocol"]["iou"]) == 11 and records[1]["protocol"]["objects"][0]["J"]["recall"] >= 0
 
 
 def test_published_layouts(runs, trees, tmp_path, capsys):
