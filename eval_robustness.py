@@ -123,9 +123,8 @@ class Args:
 
 def check(args):
     """Refuse what cannot work, before checkpoints are read."""
-    # Images may have changed since another call of the same process.
-    for known in (labelled, load_frost):
-        known.cache_clear()
+    labelled.cache_clear()  # images may have changed since another call of this process
+    load_frost.cache_clear()
 
     # Refuse an empty suite and unknown types.
     types = {"corruptions": CORRUPTIONS, "perturbations": PERTURBATIONS}
@@ -171,18 +170,13 @@ def check_sets(args, classes):
     # Every condition of a finished set must be there, as a file or as folders of classes.
     if args.suite == ("corruptions",) and args.suite_dir:
         root = Path(args.suite_dir[0])
-        for name in corruption_names(args):
+        for name in args.types or CORRUPTIONS:
             for severity in range(1, 6):
                 found = find_finished(root, name, severity)
                 if found.suffix == ".npy":
                     finished(root, name, severity, classes)
                 else:
-                    class_index(found, class_folders(found), classes)
-
-
-def corruption_names(args):
-    """The corruptions that are asked for."""
-    return args.types or tuple(CORRUPTIONS)
+                    class_index(found, classes)
 
 
 def side_of(subjects):
@@ -534,68 +528,45 @@ def elastic_transform(x, draws, alpha, sigma, amplitude):
     return x
 
 
-@functools.lru_cache(maxsize=64)
-def box_taps(n, m, device):
-    """Pillow's box filter from n to m pixels: (taps) of (index (m,), weight (m,))."""
-    scale = n / m
-    support = 0.5 * max(scale, 1.0)
-
-    # Pixels within the support have equal weights; bounds are rounded as Pillow's.
-    weights = torch.zeros(m, n, dtype=torch.float64)
-    for i in range(m):
-        centre = (i + 0.5) * scale
-        for j in range(max(0, int(centre - support + 0.5)), min(n, int(centre + support + 0.5))):
-            weights[i, j] = -0.5 < (j - centre + 0.5) / max(scale, 1.0) <= 0.5
-
-    # Weights have 22 bits, as Pillow's; sorting puts the pixels without weight last, where they are cut off.
-    weights = (weights / weights.sum(1, keepdim=True) * 2**22).round() / 2**22
-    most = int((weights > 0).sum(1).max())
-    values, index = weights.sort(dim=1, descending=True, stable=True)
-    return [(index[:, k].to(device), values[:, k].float().to(device)) for k in range(most)]
-
-
-def box_rows(x, m):
-    """uint8 (B, C, H, W) -> (B, C, m, W), rounded."""
-    taps = box_taps(x.shape[2], m, x.device)
-    if len(taps) == 1:
-        return x.index_select(2, taps[0][0])
-    return (sum(x.index_select(2, index) * weight[:, None] for index, weight in taps) + 0.5).to(torch.uint8)
-
-
-def box_resize(x, m):
-    """uint8 (B, C, S, S) -> (B, C, m, m), first along the columns' axis, as Pillow does."""
-    return box_rows(box_rows(x.mT.contiguous(), m).mT.contiguous(), m)
-
-
 def pixelate(x, draws, share):
     S = x.shape[-1]
-    return box_resize(box_resize(x, int(S * share)), S)
+    side = int(S * share)
+    small = by_pillow(x, side, lambda image: image.resize((side, side), Image.BOX))
+
+    # The box filter enlarges by repeating pixels.
+    source = ((torch.arange(S, dtype=torch.float64) + 0.5) * (side / S)).long().to(x.device)
+    return small.index_select(3, source).index_select(2, source)
 
 
 def jpeg_compression(x, draws, quality):
-    return jpeg(x, quality)
+    """uint8 (B, 3, S, S) compressed and decoded by Pillow: exact where GPU encoders are not."""
 
-
-def jpeg(x, quality):
-    """uint8 (B, 3, S, S) compressed and decoded, by Pillow on the CPU, one thread a core: exact where GPU encoders are
-    not."""
-    images = torch.stack(x.cpu().unbind(1), 3).numpy()  # (B, S, S, 3)
-
-    # Compress one image, and decode it in place.
-    def compress(i):
+    def compressed(image):
         file = io.BytesIO()
-        Image.fromarray(images[i]).save(file, "JPEG", quality=quality)
-        images[i] = np.frombuffer(Image.open(file).tobytes(), np.uint8).reshape(images[i].shape)
+        image.save(file, "JPEG", quality=quality)
+        return Image.open(file, formats=["JPEG"])
+
+    return by_pillow(x, x.shape[-1], compressed)
+
+
+def by_pillow(x, side, change):
+    """uint8 (B, 3, S, S) -> (B, 3, side, side): change(image) of each image in Pillow's form, on the CPU, one thread a
+    core."""
+    planes, out = x.cpu().contiguous().numpy(), np.empty((len(x), side, side, 3), np.uint8)
+    as_band = lambda plane: Image.frombuffer("L", plane.shape, plane, "raw", "L", 0, 1)  # shares the memory
+
+    def convert(i):
+        out[i] = change(Image.merge("RGB", [as_band(plane) for plane in planes[i]]))
 
     # A single thread needs no pool.
     threads = 1 if x.device.type == "cpu" and torch.get_num_threads() == 1 else common.default_workers(None)
     if threads == 1:
-        for i in range(len(images)):
-            compress(i)
+        for i in range(len(out)):
+            convert(i)
     else:
         with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(compress, range(len(images))))
-    return common.send(torch.from_numpy(images).permute(0, 3, 1, 2), x.device)
+            list(pool.map(convert, range(len(out))))
+    return common.send(torch.from_numpy(out).permute(0, 3, 1, 2), x.device)
 
 
 def spatter(x, draws, mean, std, sigma, threshold, strength, mud):
@@ -953,19 +924,10 @@ ALEXNET = dict(
     contrast=(.64548, .76150, .88874, .97760, .99270),
     elastic_transform=(.52596, .70116, .55686, .64076, .80554), pixelate=(.52218, .54620, .73728, .87092, .91262),
     jpeg_compression=(.51002, .54718, .57294, .65458, .74778))
-# fmt: on
 ALEXNET_FLIPS = dict(  # its flip probabilities [assembled-cnn]
-    gaussian_noise=0.23653,
-    shot_noise=0.30062,
-    motion_blur=0.09297,
-    zoom_blur=0.05942,
-    snow=0.11928,
-    brightness=0.04889,
-    translate=0.11007,
-    rotate=0.13104,
-    tilt=0.07050,
-    scale=0.23531,
-)
+    gaussian_noise=.23653, shot_noise=.30062, motion_blur=.09297, zoom_blur=.05942, snow=.11928,
+    brightness=.04889, translate=.11007, rotate=.13104, tilt=.07050, scale=.23531)
+# fmt: on
 
 
 def mean_corruption_error(errors, clean_error=None):
@@ -1030,15 +992,15 @@ class Source:
     def __call__(self, images, params=None):
         if not self.whole:
             return self.centre(images)
-        batches = [images] if isinstance(images, torch.Tensor) else [image[None] for image in images]
-        out = [self.scaled(x) for x in batches]
-        return torch.cat(out) if len({x.shape[2:] for x in out}) == 1 else [x[0] for x in out]
 
-    def scaled(self, x):  # (n, 3, H, W) -> the same with the short side as before the crop
-        (H, W), short = x.shape[2:], self.centre.resize
-        if min(H, W) == short or H == W == self.size:
-            return x
-        return common.resize(x, (short * H // min(H, W), short * W // min(H, W)), "bilinear")
+        # Scale the short side as it is before the crop. Images of different sizes stay apart.
+        short, out = self.centre.resize, []
+        for x in [images] if isinstance(images, torch.Tensor) else [image[None] for image in images]:
+            H, W = x.shape[2:]
+            if min(H, W) != short and not H == W == self.size:
+                x = common.resize(x, (short * H // min(H, W), short * W // min(H, W)), "bilinear")
+            out.append(x)
+        return torch.cat(out) if len({x.shape[2:] for x in out}) == 1 else [x[0] for x in out]
 
 
 @dataclasses.dataclass
@@ -1193,7 +1155,7 @@ def batch_of(size, device, small, large, gpu):
 
 def corruptions(subjects, data, args):
     """The 15 corruptions and the 4 of validation, 5 severities each."""
-    names, size = corruption_names(args), side_of(subjects)
+    names, size = args.types or tuple(CORRUPTIONS), side_of(subjects)
     photographs = load_frost(args.frost_dir, size)
     jpeg85 = args.jpeg85 and size >= SMALL
 
@@ -1204,7 +1166,7 @@ def corruptions(subjects, data, args):
     # ImageNet-C was saved as JPEG of quality 85.
     def make(x, rows, condition):
         y = corrupt(x, *condition, seeds[condition][rows], photographs)
-        return jpeg(y, 85) if jpeg85 else y
+        return jpeg_compression(y, None, 85) if jpeg85 else y
 
     # Read each published file by itself, or make all conditions from one reading of the clean images.
     if args.suite_dir:
@@ -1422,13 +1384,10 @@ SUITES = dict(corruptions=corruptions, perturbations=perturbations, augmentation
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def class_folders(folder):
-    """Names of the folders of a tree of one folder a class."""
-    return sorted(f.name for f in folder.iterdir() if f.is_dir() and not f.name.startswith("."))
-
-
-def class_index(folder, names, classes):
-    """Class folders -> their classes: those of the same name, or, as in ImageNet-V2, of that number."""
+def class_index(folder, classes, names=None):
+    """Names of class folders, by default those of a folder -> their classes: of the same name, or of that number."""
+    if names is None:
+        names = sorted(f.name for f in folder.iterdir() if f.is_dir() and not f.name.startswith("."))
     if len(names) < 2:
         common.die(f"--suite-dir {folder}: holds no class folders; one folder a class is expected")
 
@@ -1444,9 +1403,9 @@ def class_index(folder, names, classes):
 @functools.lru_cache
 def labelled(folder, classes):
     """A tree of one folder a class, labelled by their names."""
-    class_index(folder, class_folders(folder), classes)
+    class_index(folder, classes)  # before all files are listed
     data = common.imagefolder(folder, "train")
-    return dataclasses.replace(data, labels=class_index(folder, data.classes, classes)[data.labels], classes=classes)
+    return dataclasses.replace(data, labels=class_index(folder, classes, data.classes)[data.labels], classes=classes)
 
 
 def finished(root, name, severity, classes):
@@ -1497,19 +1456,14 @@ def load_frost(folder, size):
     except OSError as e:
         common.die(f"--frost-dir {folder}: {e}")
 
-    # A crop of the size of an image must fit into each photograph.
+    # Photographs shrink without antialiasing, as OpenCV does it. A crop must fit into each.
     if size < SMALL:
-        images = [fifth(x) for x in images]
+        fifth = lambda x: F.interpolate(x[None].float(), (x.shape[1] // 5, x.shape[2] // 5), mode="bilinear")[0]
+        images = [fifth(x).round().to(torch.uint8) for x in images]
     if not images or min(min(x.shape[1:]) for x in images) < size:
         least = size if size >= SMALL else 5 * size
         common.die(f"--frost-dir {folder}: photographs of at least {least} px are needed, found {len(images)} images")
     return tuple(images)
-
-
-def fifth(x):
-    """uint8 (3, H, W) -> (3, H / 5, W / 5), without antialiasing, as OpenCV does."""
-    small = F.interpolate(x[None].float(), (x.shape[1] // 5, x.shape[2] // 5), mode="bilinear")
-    return small.round().to(torch.uint8)[0]
 
 
 def contact_sheet(path, rows, side=96):
@@ -1535,7 +1489,7 @@ def save_sheet(suite, data, size, args):
 
     # Each type has a row, of the clean image and five severities, or of every fifth frame.
     if suite == "corruptions":
-        for name in corruption_names(args):
+        for name in args.types or CORRUPTIONS:
             rows[name] = [x[0]]
             for severity in range(1, 6):
                 seed = seeds_of(data, args.seed, name, severity)[:1]
