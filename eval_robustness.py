@@ -51,12 +51,11 @@ from typing import Literal
 
 import common
 import eval_probe
-from common import Count, Natural, Positive, Seed
+from common import Count
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-import tyro
 from PIL import Image, ImageDraw
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -65,12 +64,9 @@ from PIL import Image, ImageDraw
 
 
 @dataclasses.dataclass
-class Args:
+class Args(eval_probe.SharedArgs):
     """Which checkpoints, which suites, on which data."""
 
-    checkpoints: tyro.conf.Positional[tuple[str, ...]] = ()
-    """checkpoint.pt files written by the method scripts; timm:NAME takes a model of timm with its weights,
-    timm:NAME@FILE with yours"""
     suite: tuple[Literal["corruptions", "perturbations", "augmentations", "shifts"], ...] = ("corruptions",)
     """what to test; several share the probes"""
     suite_dir: tuple[str, ...] = ()
@@ -79,13 +75,6 @@ class Args:
     """which corruptions or perturbations; default: all"""
     images_per_class: Count | None = None
     """test on the first so many images of each class; default: all"""
-    data: str | None = None
-    """data set; default: the one the checkpoint was trained on"""
-    data_dir: str | None = None
-    """its directory; default, for the same data set: the directory that the checkpoint was trained from"""
-    part: tuple[Literal["all", "inv", "equi"], ...] = ("all",)
-    """dimensions that the probe sees: all, or, of the encoders of recon_xattn.py and clever.py, the invariant or the
-    equivariant part"""
     jpeg85: bool = True
     """pass corrupted images of 224 px through JPEG of quality 85, as in the published set"""
     frost_dir: str | None = None
@@ -94,31 +83,6 @@ class Args:
     """draws of each random augmentation"""
     save_images: str | None = None
     """directory for a contact sheet of each suite of corruptions or perturbations"""
-    cache_dir: str | None = None
-    """keep the probe's features here, and use those that are there"""
-    linear: Literal["sgd", "lbfgs", "steps"] = "sgd"
-    """how the probe learns, as in eval_probe.py"""
-    augment: bool = False
-    """train it (sgd) on random crops and flips, as CLeVER does"""
-    linear_epochs: Count = 50
-    """its epochs (sgd)"""
-    linear_lrs: tuple[Positive, ...] = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
-    """its learning rates (sgd), per 256 images"""
-    format: Literal["table", "markdown", "csv", "json"] = "table"
-    """how tables are printed; csv and json hold all digits"""
-    plot: str | None = None
-    """also draw all tables into this file (.png, .pdf or .svg), a panel a metric, accuracy over severity for
-    corruptions; needs the package matplotlib"""
-    seed: Seed = 0
-    """seed of the probe and of everything random in the suites"""
-    skip_corrupt: bool = False
-    """open every image of a folder first and leave out those that cannot be read"""
-    workers: Natural | None = None
-    """loader processes for image folders; default: as many as this process has cores, at most 16"""
-    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
-    """auto takes CUDA, then MPS, then the CPU"""
-    amp: Literal["auto", "off"] = "auto"
-    """auto is bfloat16 autocast on CUDA and float32 elsewhere"""
 
 
 def check(args):
@@ -475,15 +439,11 @@ def fog(x, draws, thickness, decay):
     return (x + cloud) * top / (top + 255 * thickness)
 
 
-def value_to(x, V, new):
-    """Scale colours so that their value, the largest channel V, becomes `new`; black becomes grey: HSV without
-    leaving RGB."""
-    return torch.where(V > 0, x * new / V.clamp(min=1), new)
-
-
 def brightness(x, draws, c):
+    """Raise the value V of HSV, the largest channel, without leaving RGB; black becomes grey."""
     V = x.amax(1, keepdim=True)
-    return value_to(x, V, (V + 255 * c).clamp(0, 255))
+    new = (V + 255 * c).clamp(0, 255)
+    return torch.where(V > 0, x * new / V.clamp(min=1), new)
 
 
 def saturate(x, draws, factor, offset):
@@ -1579,8 +1539,7 @@ def main(argv=None):
         check(args)
 
         # Probes are trained as in eval_probe.py, by the flags that both scripts have.
-        fields = {f.name for f in dataclasses.fields(eval_probe.Args)}
-        shared = {k: v for k, v in dataclasses.asdict(args).items() if k in fields}
+        shared = {f.name: getattr(args, f.name) for f in dataclasses.fields(eval_probe.SharedArgs)}
         probing = eval_probe.Args(tasks=("linear",), **shared)
         eval_probe.check(probing)
         device = common.start(args.device)
