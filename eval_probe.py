@@ -240,11 +240,7 @@ def check(args):
     if args.plot:
         check_plot(args.plot)
     if args.cache_dir:
-        try:
-            Path(args.cache_dir).mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=args.cache_dir).close()
-        except OSError as e:
-            common.die(f"--cache-dir {args.cache_dir}: cannot be written ({e.strerror}); choose another directory")
+        make_directory("cache-dir", args.cache_dir)
 
     # Every checkpoint must exist, once.
     if len({p if p.startswith("timm:") else os.path.realpath(p) for p in args.checkpoints}) < len(args.checkpoints):
@@ -255,6 +251,15 @@ def check(args):
             common.die(f"{path}: no such {'file ' + file if path.startswith('timm:') else 'checkpoint file'}")
         if path.startswith("timm:") and args.data is None:
             common.die(f"--data: {path} does not say what to probe it on; name a data set")
+
+
+def make_directory(flag, path):
+    """Make the directory of a flag; refuse one that cannot be written."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as e:
+        common.die(f"--{flag} {path}: cannot be written ({e.strerror}); choose another directory")
 
 
 def file_of(path):
@@ -475,7 +480,6 @@ def begin(path, args_for, device, evaluation):
 def open_all(args, args_for, device, evaluation):
     """Open every checkpoint before anything is computed -> [(path, row name, Case)] of those that can be opened. One
     that cannot costs a line and, at the end, the exit code."""
-    # All ranks agree on which checkpoints can be opened.
     cases = [(path, begin(path, args_for, device, evaluation)) for path in args.checkpoints]
     cases = [(path, case) for path, case in cases if case is not None]
 
@@ -484,7 +488,6 @@ def open_all(args, args_for, device, evaluation):
         splits = "only encoders of recon_xattn.py and clever.py do"
         common.die(f"--part {' '.join(args.part)}: none of the checkpoints splits its representation; {splits}")
 
-    # Rows of the table are named after the runs; seeds of one run share a name.
     names = row_names([path for path, _ in cases], [case.state for _, case in cases])
     return [(path, name, case) for (path, case), name in zip(cases, names)]
 
@@ -573,15 +576,13 @@ class Case:
 
     def kept_features(self, data):
         """The features in --cache-dir, if rank 0 finds them there; otherwise they are extracted and kept."""
-        # Only rank 0 reads the cache.
+        # Only rank 0 reads the cache. The others hold no features, but need their width.
         path = x = None
         if self.args.cache_dir and common.rank() == 0:
             path = Path(self.args.cache_dir) / f"features-{self.fingerprint(data)}.pt"
             with contextlib.suppress(Exception):  # not there, or damaged: extracted anew
                 kept = common.read_tensors(path)["x"]
                 x = kept if len(kept) == len(data) else None
-
-        # Ranks other than 0 hold no features, but need their width.
         width = common.by_rank_0(lambda: None if x is None else x.shape[1])
         if width is not None:
             return torch.empty(0, width) if x is None else x
@@ -689,20 +690,17 @@ class Case:
 
     def train_together(self, heads, labels):
         """LinearProbes {name: probe}, on the labels (N,) of the train images."""
-        # All heads see the features of an epoch in one pass. Augmented views are encoded again in every epoch.
         args = self.args
         if args.augment:
             views = args.linear_epochs * len(self.train)
             say(f"  {args.linear_epochs} epochs of augmented views: {views:,} images to encode")
 
-        # Rank 0 alone trains; the others help to encode.
+        # Rank 0 alone trains; the others help to encode. All heads see the features of an epoch in one pass.
         trained = heads.values() if common.rank() == 0 else ()
         for epoch in common.progress(range(args.linear_epochs), desc="linear probes", unit="epoch"):
             x = self.augmented(epoch) if args.augment else self.x[0]
             for head in trained:
                 head.epoch(x[:, head.columns], labels)
-
-        # Each head chooses its learning rate after the last epoch.
         for head in trained:
             head.choose(self.x[0][:, head.columns], labels)
 
@@ -784,13 +782,11 @@ class LinearProbe:
         self.rows, self.held, self.lrs, self.classes = rows, held, lrs, classes
         self.generator, self.batch_size, self.device = generator, batch_size, device
 
-        # All learning rates start at the same weights.
+        # All learning rates start at the same weights, and each column of W has the rate of its probe.
         W = torch.randn(dim, classes, generator=generator).mul_(0.01)
         self.W = W.to(device).repeat(1, len(lrs))  # (D, L C)
         self.b = torch.zeros(len(lrs) * classes, device=device)
         self.mW, self.mb = torch.zeros_like(self.W), torch.zeros_like(self.b)
-
-        # Each column of W has the learning rate of its probe.
         self.rate = torch.tensor(lrs, device=device).repeat_interleave(classes) * batch_size / 256  # (L C,)
         self.steps, self.step = epochs * math.ceil(len(rows) / batch_size), 0
         self.best = torch.zeros((), dtype=torch.int64, device=device)  # of the rates
@@ -800,12 +796,11 @@ class LinearProbe:
         # The order of the images is drawn on the CPU, so that it does not depend on the device.
         order = self.rows[torch.randperm(len(self.rows), generator=self.generator)]
         for batch in common.send(order, self.device).split(self.batch_size):
-            # The gradient is written out, which serves all learning rates at once.
+            # The gradient is written out for all rates at once. High rates make it so small that CPUs take six times as
+            # long; such numbers become 0.
             f, n = x[batch], len(batch)  # (n, D)
             g = self.logits(f).softmax(2)  # (n, L, C)
             g[torch.arange(n, device=self.device), :, labels[batch]] -= 1
-
-            # High rates make gradients so small that CPUs take six times as long; those become 0.
             g = F.hardshrink(g.flatten(1), 1e-20) / n  # (n, L C)
             self.mW.mul_(0.9).addmm_(f.T, g)
             self.mb.mul_(0.9).add_(g.sum(0))
@@ -977,9 +972,8 @@ class Standardise(nn.Module):
 
 def mlp_probe(sample, outputs, epochs, generator, columns=slice(None)):
     """A 3-layer MLP D-1024-1024-K, ReLU, Adam at a constant rate of 1e-3, batches of 256 [SIE], on `columns` of
-    standardised features (SIE's are raw; it takes 25 times as many steps). sample(epoch) -> (features (N, D) or pairs
-    of them (N, 2, D), targets: (N, K) numbers or (N,) int64 classes), the same or others each epoch -> the trained
-    MLP: features (M, ...) -> (M, K)."""
+    standardised features. sample(epoch) -> (features (N, D) or pairs of them (N, 2, D), targets: (N, K) numbers or
+    (N,) int64 classes), the same or others each epoch -> the trained MLP: features (M, ...) -> (M, K)."""
     x = sample(0)[0]
     first = Standardise(x, columns)
 
@@ -1535,7 +1529,6 @@ class Evaluation:
         return self
 
     def __exit__(self, kind, error, trace):
-        # The table and the figure come first, whatever has happened.
         self.at_end()
         for s, handler in self.handlers.items():
             signal.signal(s, handler)
@@ -1565,11 +1558,10 @@ class Evaluation:
             tqdm.write(f"{Path(sys.argv[0]).name}: error: {what}: {one_line(e)}", file=sys.stderr)
 
         # Ranks agree on the outcome where they were asked to. Otherwise they would wait for each other for ever.
-        if common.world_size() > 1 and together:
+        if together:
             code = common.any_rank(code)
         elif common.world_size() > 1 and code not in (0, 2):
             raise SystemExit(code)
-
         if code:
             self.codes.append(code)
         return None if code else out
@@ -1784,7 +1776,6 @@ class Panel:
 def make_panels(results, over="block", suffix=""):
     """[(row name, {metric: value})] -> [Panel], one a metric, seeds folded as in the table. Metrics "NAME @k" of
     several numbers k share a panel with the axis `over`. The suffix is added to the titles."""
-    # Metrics of several blocks share a panel, whose axis has the number.
     rows, metrics = fold([(name, values) for name, values in results if values])
     panels = {}
     for metric in metrics:
@@ -1805,7 +1796,6 @@ def make_panels(results, over="block", suffix=""):
 
 def draw(path, panels, title):
     """A figure of [Panel], none of them empty, into a file. Rows have one order and one colour in all of them."""
-    # Each row has a colour and a marker in all panels.
     names = list(dict.fromkeys(name for panel in panels for name in panel.rows))
     shown = {name: f" {name}".replace("$", r"\$") for name in names}  # a leading underscore would hide it, $ is TeX
     if any(std is not None for panel in panels for points in panel.rows.values() for *_, std in points):
@@ -1821,9 +1811,8 @@ def draw(path, panels, title):
     title_lines = textwrap.wrap(title, int(11 * width))
     height = rows * max(2.4 if lines else 1.5, 0.9 + 0.27 * len(names))
     legend_columns = max(1, int(40 * columns / (longest + 8)))
-    legend = 0.25 * math.ceil(len(names) / legend_columns) if lines else 0.0
-    size = width, 0.4 + 0.2 * len(title_lines) + height + legend
-
+    height += 0.25 * math.ceil(len(names) / legend_columns) if lines else 0.0
+    size = width, 0.4 + 0.2 * len(title_lines) + height
     figure = figure_class()(figsize=size, dpi=150, layout="constrained")
     figure.suptitle("\n".join(title_lines), fontsize=11)
 
@@ -1850,8 +1839,8 @@ def draw(path, panels, title):
 
 
 def draw_lines(axes, panel, looks):
-    """A line a row over the panel's axis, with error bars where seeds are folded; rows stand a little apart. Returns
-    {row name: what its legend shows}."""
+    """A line a row over the panel's axis, with error bars where seeds are folded. Returns {row name: what its legend
+    shows}."""
     # Rows are shifted a little, so that their error bars stay apart.
     handles = {}
     ticks = sorted({x for points in panel.rows.values() for x, *_ in points})
@@ -1871,14 +1860,11 @@ def draw_lines(axes, panel, looks):
 
 def draw_bars(axes, panel, shown, looks, named):
     """A bar a row from top to bottom, its number at the end; a dash where a row lacks the metric."""
-    # Bars have their value at the end; the decimals suit the unit.
     digits = 3 if panel.unit in ("R²", "cosine") else 1
     for i, name in enumerate(shown):
         ((_, mean, std),) = panel.rows.get(name, [(0, 0.0, None)])
         bar = axes.barh(i, mean, xerr=std, color=looks[name][0], edgecolor="black", linewidth=0.4, capsize=2)
         axes.bar_label(bar, [f"{mean:.{digits}f}" if name in panel.rows else "-"], padding=2, fontsize=7)
-
-    # The first row is at the top.
     axes.set_yticks(range(len(shown)), shown.values() if named else ["" for _ in shown])
     axes.invert_yaxis()
     axes.margins(x=0.25)

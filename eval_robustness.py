@@ -118,10 +118,7 @@ def check(args):
         if missing := [folder for folder in folders if not os.path.isdir(folder)]:
             common.die(f"--{flag}-dir {missing[0]}: no such directory")
     if args.save_images:
-        try:
-            Path(args.save_images).mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            common.die(f"--save-images {args.save_images}: cannot be made a directory ({e.strerror})")
+        eval_probe.make_directory("save-images", args.save_images)
 
 
 def check_sets(args, classes):
@@ -143,12 +140,12 @@ def check_sets(args, classes):
                     class_index(found, classes)
 
 
+SMALL = 96  # px; below it images are small ones, as CIFAR-10's
+
+
 def side_of(subjects):
     """Side of the images that corruptions and perturbations are made of: 32 px for small encoders, 224 for others."""
     return 32 if size_of(subjects[0]) < SMALL else 224
-
-
-SMALL = 96  # px; below it images are small ones, as CIFAR-10's
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -341,10 +338,8 @@ def motion_blur(x, draws, radius, sigma):
 
 def zoom_blur(x, draws, step, count):
     """Mean of the image and `count` magnifications of it, by 1, 1 + step, 1 + 2 step, ..."""
-    # The magnification by 1 is the image itself.
-    total = 2 * x
-
     # The original's range steps by (1 + step) - 1, which is rounded; one size at 32 px depends on it.
+    total = 2 * x  # also the magnification by 1
     for i in range(1, count):
         total += centre_zoom(x, 1 + i * ((1 + step) - 1))
     return total / (count + 1)
@@ -384,12 +379,10 @@ def frost_texture(draws, S, device):
     kinds = constant(FROST, device)[draws.integers(0, len(FROST))]  # (B, 7)
     mean, std, beta = kinds[:, :3], kinds[:, 3:6], kinds[:, 6]
 
-    # Amplitudes fall with the frequency, and that of the mean is 0.
+    # Amplitudes fall with the frequency, white noise gives the phases, and f has unit variance.
     ky, kx = torch.fft.fftfreq(S, device=device)[:, None], torch.fft.rfftfreq(S, device=device)
     k = (ky**2 + kx**2).sqrt()
     amplitude = torch.where(k > 0, k, 1.0) ** (-beta / 2)[:, None, None] * (k > 0)  # (B, S, S / 2 + 1)
-
-    # White noise gives the phases; the texture has unit variance before it is coloured.
     z = torch.fft.rfft2(draws.normal(S, S))
     f = torch.fft.irfft2(z / z.abs().clamp(min=1e-12) * amplitude, s=(S, S))
     f = f / f.std((1, 2), correction=0, keepdim=True)
@@ -413,12 +406,10 @@ def plasma(u, decay):
     B, side = len(u), math.isqrt(u.shape[1] + 1)
     corners, amplitude, used = u.new_zeros(B, 1, 1), 100.0, 0
     while (m := corners.shape[1]) < side:
-        # The middle of a square is the mean of its corners plus noise.
+        # A square has four corners; a side has two corners and the two nearest middles.
         noise = amplitude**2 * u[:, used : used + 3 * m * m].view(B, 3, m, m)
         right, down = corners.roll(-1, 2), corners.roll(-1, 1)
         middle = (corners + right + down + right.roll(-1, 1)) / 4 + noise[:, 0]
-
-        # The middle of a side is the mean of its two corners and the two nearest middles, plus noise.
         row = (corners + right + middle + middle.roll(1, 1)) / 4 + noise[:, 1]
         column = (corners + down + middle + middle.roll(1, 2)) / 4 + noise[:, 2]
 
@@ -426,8 +417,6 @@ def plasma(u, decay):
         quads = torch.stack([torch.stack([corners, row], 3), torch.stack([column, middle], 3)], 2)
         corners = quads.reshape(B, 2 * m, 2 * m)
         amplitude, used = amplitude / decay, used + 3 * m * m
-
-    # Scale each cloud to [0, 1].
     low = corners.amin((1, 2), True)
     return (corners - low) / (corners.amax((1, 2), True) - low)
 
@@ -998,7 +987,7 @@ class Job:
     """Images that are read once, and what is made of them for some of the subjects."""
 
     name: str
-    read: Callable  # () -> ImageSet
+    read: Callable  # subject -> ImageSet, the same for all subjects
     source: Callable  # op that crops
     conditions: list
     subjects: list
@@ -1035,7 +1024,7 @@ def measure(suite, sums, args):
     over ranks at the end."""
     reader = None
     for job in suite.jobs:
-        data, device = job.read(), job.subjects[0].case.device
+        data, device = job.read(job.subjects[0]), job.subjects[0].case.device
 
         # Jobs on the same images share a reader; ranks share the images.
         if reader is None or reader.data is not data:
@@ -1053,26 +1042,21 @@ def measure(suite, sums, args):
                     for part, scores in subject.scores(y).items():
                         sums[subject.path][part][c] += suite.count(condition, scores, labels)
             job.done += len(rows)
-
-    # Add up the counts of all ranks.
     for parts in sums.values():
         for part, n in parts.items():
             parts[part] = common.all_reduce(n)
 
 
 def at_own_size(name, read, condition, subjects):
-    """A job for each size of encoder: images cropped as in eval_probe.py. read(subject) -> function that reads them."""
-    jobs = []
-    for size, group in groupby(sorted(subjects, key=size_of), size_of):
-        first, *others = group
-        crop = common.CenterCrop(size, interpolation="bicubic")
-        jobs.append(Job(name, read(first), crop, [condition], [first, *others]))
-    return jobs
+    """A job for each size of encoder: images cropped as in eval_probe.py."""
+    crop = partial(common.CenterCrop, interpolation="bicubic")
+    groups = groupby(sorted(subjects, key=size_of), size_of)
+    return [Job(name, read, crop(size), [condition], list(group)) for size, group in groups]
 
 
 def clean(subjects, condition):
     """The jobs that show unaltered test images."""
-    return at_own_size("clean", lambda subject: lambda: subject.case.test, condition, subjects)
+    return at_own_size("clean", lambda subject: subject.case.test, condition, subjects)
 
 
 def resized(what, size, subjects):
@@ -1119,25 +1103,25 @@ def corruptions(subjects, data, args):
     photographs = load_frost(args.frost_dir, size)
     jpeg85 = args.jpeg85 and size >= SMALL
 
-    # The seeds of a condition do not depend on the other conditions of the call.
+    # The seeds of a condition do not depend on the other conditions. ImageNet-C was saved as JPEG of quality 85.
     conditions = [("clean", 0), *((name, severity) for name in names for severity in range(1, 6))]
     seeds = {c: seeds_of(data, args.seed, *c) for c in conditions}
 
-    # ImageNet-C was saved as JPEG of quality 85.
     def make(x, rows, condition):
         y = corrupt(x, *condition, seeds[condition][rows], photographs)
         return jpeg_compression(y, None, 85) if jpeg85 else y
 
     # Read each published file by itself, or make all conditions from one reading of the clean images.
     if args.suite_dir:
-        root = Path(args.suite_dir[0])
-        read = lambda c: lambda subject: partial(finished, root, *c, data.classes)
-        jobs = [job for c in conditions[1:] for job in at_own_size(f"{c[0]} {c[1]}", read(c), c, subjects)]
+        root, jobs = Path(args.suite_dir[0]), []
+        for c in conditions[1:]:
+            read = lambda subject, c=c: finished(root, *c, data.classes)
+            jobs += at_own_size(f"{c[0]} {c[1]}", read, c, subjects)
         small = any(find_finished(root, *c).suffix == ".npy" for c in conditions[1:])  # CIFAR-10-C's
         notes = resized(f"the corruptions in {root}", 32, subjects) if small else []
     else:
         batch = batch_of(size, subjects[0].case.device, small=256, large=64, gpu=256)
-        jobs = [Job("corruptions", lambda: data, Source(size), conditions[1:], subjects, make, batch)]
+        jobs = [Job("corruptions", lambda subject: data, Source(size), conditions[1:], subjects, make, batch)]
         notes = resized("corruptions", size, subjects)
 
     # A star marks results whose frost is not the published one.
@@ -1182,9 +1166,6 @@ def corruptions(subjects, data, args):
     return Suite(conditions, jobs, count_right, 3, row, details, notes, partial(over_severity, conditions, star))
 
 
-FROST_NOTE = "* with frost drawn by a procedure, not from photographs: not comparable with published figures"
-
-
 def over_severity(conditions, star, n):
     """Counts (conditions, 3) of `corruptions` -> {"fog @1": accuracy in percent, ...}; severity 0 is clean, and the
     star goes to frost."""
@@ -1207,9 +1188,7 @@ def perturbations(subjects, data, args):
     def make(x, rows, name):
         whole = [image[None] for image in x] if isinstance(x, list) else [x]
         part_seeds = seeds[name][rows].split([len(images) for images in whole])
-        frames = []
-        for images, image_seeds in zip(whole, part_seeds):
-            frames.append(perturb(images, name, image_seeds, size))
+        frames = [perturb(images, name, image_seeds, size) for images, image_seeds in zip(whole, part_seeds)]
         return torch.cat(frames).flatten(0, 1)  # (B n, 3, S, S)
 
     # Frames are scored as images, and compared within their sequence.
@@ -1243,7 +1222,7 @@ def perturbations(subjects, data, args):
 
     # An image becomes up to 41 frames, so that batches are small.
     batch = batch_of(size, subjects[0].case.device, small=32, large=8, gpu=64)
-    jobs = [Job("perturbations", lambda: data, Source(size, whole=True), names, subjects, make, batch)]
+    jobs = [Job("perturbations", lambda subject: data, Source(size, whole=True), names, subjects, make, batch)]
     details = dict(codec="none", flips_over=TEST_PERTURBATIONS)
     return Suite(names, jobs, count, 6, row, details, resized("perturbations", size, subjects))
 
@@ -1263,20 +1242,16 @@ def augmentations(subjects, data, args):
     conditions = [(name, k) for name in ops for k in range(args.passes if ops[name] else 1)]
 
     # Parameters are drawn for the whole set, so that they do not depend on batches.
-    def drawn():
-        """Parameters for every image and condition -> make(x, rows, condition)."""
-        params = {}  # {condition: [parameters (N, ...) of an op]}
-        for condition in conditions:
-            g = common.rng(args.seed, "augmentations", *condition)
-            params[condition] = [op.sample(len(data), g) for op in ops[condition[0]]]
+    params = {}  # {condition: [parameters (N, ...) of an op]}
+    for condition in conditions:
+        g = common.rng(args.seed, "augmentations", *condition)
+        params[condition] = [op.sample(len(data), g) for op in ops[condition[0]]]
 
-        def make(x, rows, condition):
-            y = x.float() / 255
-            for op, p in zip(ops[condition[0]], params[condition]):
-                y = op(y, {k: v[rows] for k, v in p.items()})
-            return (255 * y).round().clamp(0, 255).to(torch.uint8)
-
-        return make
+    def make(x, rows, condition):
+        y = x.float() / 255
+        for op, p in zip(ops[condition[0]], params[condition]):
+            y = op(y, {k: v[rows] for k, v in p.items()})
+        return (255 * y).round().clamp(0, 255).to(torch.uint8)
 
     def row(n):  # (conditions, 3)
         top1 = [100 * v for v in (n[:, 1].double() / n[:, 0]).tolist()]
@@ -1288,7 +1263,7 @@ def augmentations(subjects, data, args):
     jobs = []
     for job in clean(subjects, conditions[0]):
         batch = batch_of(job.source.size, subjects[0].case.device, small=256, large=64, gpu=256)
-        how = Source(job.source.size), conditions[1:], job.subjects, drawn(), batch
+        how = Source(job.source.size), conditions[1:], job.subjects, make, batch
         jobs += [job, Job("augmentations", job.read, *how)]
     return Suite(conditions, jobs, count_right, 3, row)
 
@@ -1299,16 +1274,17 @@ def shifts(subjects, data, args):
 
     # Published sets are read from folders; `blocks` has rendered stand-ins.
     if args.suite_dir:
-        sets = {Path(path).resolve().name: partial(labelled, Path(path), data.classes) for path in args.suite_dir}
-        read = lambda name: lambda subject: sets[name]
-        jobs = [job for name in sets for job in at_own_size(name, read(name), name, subjects)]
-        classes |= {name: read_set().labels.unique() for name, read_set in sets.items()}
+        jobs = []
+        for path in args.suite_dir:
+            name, shifted = Path(path).resolve().name, labelled(Path(path), data.classes)
+            jobs += at_own_size(name, lambda subject, shifted=shifted: shifted, name, subjects)
+            classes[name] = shifted.labels.unique()
     else:
         data_set = subjects[0].case.state["data"]
         name, split = ("hues (stand-in)", "hues") if data_set == "blocks" else ("sessions seen (stand-in)", "seen")
-        read = lambda subject: partial(common.load_data, data_set, None, split, size_of(subject))
+        read = lambda subject: common.load_data(data_set, None, split, size_of(subject))
         jobs = at_own_size(name, read, name, subjects)
-        classes[name] = jobs[0].read().labels.unique()
+        classes[name] = read(subjects[0]).labels.unique()
 
     # Count twice, with all classes to choose from and with those of the set alone.
     def count(name, scores, labels):
@@ -1336,6 +1312,7 @@ def shifts(subjects, data, args):
     return Suite(list(classes), clean(subjects, "clean") + jobs, count, 5, row)
 
 
+FROST_NOTE = "* with frost drawn by a procedure, not from photographs: not comparable with published figures"
 SUITES = dict(corruptions=corruptions, perturbations=perturbations, augmentations=augmentations, shifts=shifts)
 
 
@@ -1478,9 +1455,6 @@ def run(name, subjects, data, args, evaluation, protocol, panels):
     suite = SUITES[name](subjects, data, args)
     sums = zeros(suite, subjects)
 
-    def found(subject):  # {part: (results in percent, counts for the record)}
-        return {part: suite.row(n.cpu()) for part, n in sums[subject.path].items()}
-
     def show():
         """Print the table of what is counted so far, keep its panels for --plot; returns the rows."""
         for note in suite.notes:
@@ -1489,10 +1463,11 @@ def run(name, subjects, data, args, evaluation, protocol, panels):
         # A part of a subject is a row of the table; metrics that are not finite are left out.
         rows, curves = [], []
         for subject in subjects:
-            for part, (values, _) in found(subject).items():
+            for part, n in sums[subject.path].items():
+                values, _ = suite.row(n.cpu())
                 rows.append((subject.name + part, {k: v for k, v in values.items() if math.isfinite(v)}))
                 if suite.curves:
-                    curves.append((subject.name + part, suite.curves(sums[subject.path][part].cpu())))
+                    curves.append((subject.name + part, suite.curves(n.cpu())))
         evaluation.table(rows, args.format)
         panels.extend(panels_of(f" ({name})", rows, curves))
         return rows
@@ -1510,7 +1485,7 @@ def run(name, subjects, data, args, evaluation, protocol, panels):
     # Append a record beside each checkpoint, then print the table.
     seconds = time.monotonic() - start
     for subject in subjects:
-        parts = found(subject)
+        parts = {part: suite.row(n.cpu()) for part, n in sums[subject.path].items()}
         results = {part or "all": values for part, (values, _) in parts.items()}
         own = dict(suite=name, probe=subject.probe, seconds=seconds, **suite.details)
         own |= dict(details={part: record for part, (_, record) in parts.items()})
@@ -1543,9 +1518,7 @@ def main(argv=None):
         probing = eval_probe.Args(tasks=("linear",), **shared)
         eval_probe.check(probing)
         device = common.start(args.device)
-
-        # Corruptions need float32, where containers may have chosen TF32.
-        torch.set_float32_matmul_precision("highest")
+        torch.set_float32_matmul_precision("highest")  # corruptions need float32; containers may have chosen TF32
 
         # The figure is drawn in any case, even after an error.
         def at_end():
@@ -1554,9 +1527,8 @@ def main(argv=None):
                 title += f"; {FROST_NOTE}"
             evaluation.plot(args.plot, panels, title)
 
-        evaluation.at_end = at_end
-
         # Open all checkpoints that can be read, and evaluate them together.
+        evaluation.at_end = at_end
         cases = eval_probe.open_all(probing, lambda state: probing, device, evaluation)
         subjects = [Subject(name, path, case) for path, name, case in cases]
         data += [subject.case.state["data"] for subject in subjects]
