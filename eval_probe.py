@@ -347,7 +347,6 @@ def load_timm(path, name, file, content):
     except Exception as e:  # no network, no such weights, or weights that do not fit: timm and torch differ
         common.die(f"{path}: {'its weights cannot be read safely' if 'weights_only' in str(e) else one_line(e)}")
 
-    # A diverged encoder is refused.
     if not common.finite(model.state_dict()):
         common.die(f"{path}: its weights hold NaN or infinity")
     return Timm(model).eval().requires_grad_(False)
@@ -548,9 +547,7 @@ class Case:
     test: common.ImageSet
     args: Args
     device: torch.device
-
-    def __post_init__(self):
-        self.seconds = {}  # {task: its duration}
+    seconds: dict = dataclasses.field(default_factory=dict)  # {task: its duration}
 
     @functools.cached_property
     def readers(self):
@@ -1646,8 +1643,7 @@ def table(results, form="table", encoding="utf-8"):
         writer = csv.writer(out, lineterminator="\n")
         writer.writerow(["", "n", *(f"{c}{suffix}" for c in metrics for suffix in ("", " std"))])
         for name, (n, values) in rows.items():
-            cells = [v for c in metrics for v in values.get(c, (None, None))[:2]]
-            writer.writerow([name, n, *("" if v is None else v for v in cells)])
+            writer.writerow([name, n, *(v for c in metrics for v in values.get(c, (None, None))[:2])])
         return written(out.getvalue().strip(), encoding)
 
     # The other formats have rows of text.
@@ -1705,7 +1701,7 @@ def append_record(path, state, args, results, protocol):
     record |= dict(processes=common.world_size(), args=dataclasses.asdict(args))
     record |= dict(results=results, protocol=protocol, seed=args.seed)
 
-    # One write keeps evaluations at the same time apart. A line that a full disk broke off stays alone.
+    # One write keeps evaluations at the same time apart. A line that a full disk broke off gets no other behind it.
     if common.rank() == 0:
         line = json.dumps(finite(record)).encode() + b"\n"
         try:
