@@ -87,23 +87,7 @@ from types import SimpleNamespace
 from typing import Literal
 
 import common
-from common import (
-    FAMILIES,
-    Affine,
-    CenterCrop,
-    Compose,
-    Count,
-    GridResize,
-    HorizontalFlip,
-    Natural,
-    Normalize,
-    Plural,
-    Positive,
-    RandomResizedCrop,
-    Rot90,
-    Seed,
-    ShareAbove0,
-)
+from common import Count, Natural, Plural, Positive, Seed, ShareAbove0
 
 import safetensors.torch
 import timm
@@ -124,12 +108,7 @@ PROTOCOLS = dict(
     default=dict(),
     ser=dict(augment=True, linear_epochs=50),  # rates are swept: neither paper nor code names one
     clever=dict(
-        augment=True,
-        linear_epochs=100,
-        linear_lrs=(0.001,),
-        fewshot="finetune",
-        finetune_epochs=200,
-        finetune_lr=0.001,
+        augment=True, linear_epochs=100, linear_lrs=(0.001,), fewshot="finetune", finetune_epochs=200, finetune_lr=0.001
     ),
     ciper=dict(linear="steps"),
     recon=dict(linear="lbfgs", r2_epochs=300, r2_images=50_000),
@@ -143,38 +122,63 @@ SIMSIAM = dict(linear_lrs=(30.0,), linear_epochs=200)  # `clever` for encoders o
 
 
 @dataclasses.dataclass
-class Args:
-    """Which checkpoints, which probes, on which data."""
+class SharedArgs:
+    """What eval_probe.py and eval_robustness.py both ask."""
 
     checkpoints: tyro.conf.Positional[tuple[str, ...]] = ()
     """checkpoint.pt files written by the method scripts; timm:NAME takes a model of timm with its weights,
     timm:NAME@FILE with yours"""
-    tasks: tuple[
-        Literal["knn", "linear", "mlp", "finetune", "fewshot", "r2", "layers", "equivariance", "rotation", "latents"],
-        ...,
-    ] = ("knn", "linear")
-    """probes to run"""
+    _: dataclasses.KW_ONLY  # the flags of a script follow as its positional arguments
     data: str | None = None
-    """data set to probe on; default: the one the checkpoint was trained on"""
+    """data set; default: the one the checkpoint was trained on"""
     data_dir: str | None = None
     """its directory; default, for the same data set: the directory that the checkpoint was trained from"""
-    knn_k: Count = 20
-    """neighbours that vote"""
-    protocol: Literal["default", "ser", "clever", "ciper", "recon"] = "default"
-    """a paper's own way to probe: it sets the flags below, as --help then shows"""
-    cache_dir: str | None = None
-    """keep the features of train and test images here, and use those that are there"""
+    part: tuple[Literal["all", "inv", "equi"], ...] = ("all",)
+    """dimensions that knn, linear, mlp, fewshot, r2 and rotation see: all, or, of the encoders of recon_xattn.py and
+    clever.py, the invariant (first) or the equivariant (last) part"""
     linear: Literal["sgd", "lbfgs", "steps"] = "sgd"
     """how linear probes learn: SGD with several rates side by side; L-BFGS with the best of 45 ridge weights
     (transfer); CIPER's steps"""
     augment: bool = False
     """train them (sgd) on random crops and flips, encoded anew each epoch"""
+    linear_epochs: Count = 50
+    """their epochs (sgd)"""
+    linear_lrs: tuple[Positive, ...] = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+    """their learning rates (sgd), per 256 images"""
+    cache_dir: str | None = None
+    """keep the features of train and test images here, and use those that are there"""
+    format: Literal["table", "markdown", "csv", "json"] = "table"
+    """how tables are printed; csv and json hold all digits"""
+    plot: str | None = None
+    """also draw the tables into this file (.png, .pdf or .svg), a panel a metric, accuracy over severity for
+    corruptions; needs the package matplotlib"""
+    seed: Seed = 0
+    """seed of the probes' weights, of their batches and of everything random that is done to images"""
+    skip_corrupt: bool = False
+    """open every image of a folder first and leave out those that cannot be read"""
+    workers: Natural | None = None
+    """loader processes for image folders; default: as many as this process has cores, at most 16"""
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+    """auto takes CUDA, then MPS, then the CPU"""
+    amp: Literal["auto", "off"] = "auto"
+    """auto is bfloat16 autocast on CUDA and float32 elsewhere"""
+
+
+@dataclasses.dataclass
+class Args(SharedArgs):
+    """Which checkpoints, which probes, on which data."""
+
+    tasks: tuple[
+        Literal["knn", "linear", "mlp", "finetune", "fewshot", "r2", "layers", "equivariance", "rotation", "latents"],
+        ...,
+    ] = ("knn", "linear")
+    """probes to run"""
+    protocol: Literal["default", "ser", "clever", "ciper", "recon"] = "default"
+    """a paper's own way to probe: it sets other flags, as --help then shows"""
+    knn_k: Count = 20
+    """neighbours that vote"""
     fewshot: Literal["linear", "finetune"] = "linear"
     """what learns from few labels: a linear probe, or the whole encoder"""
-    linear_epochs: Count = 50
-    """epochs of the linear probe (sgd)"""
-    linear_lrs: tuple[Positive, ...] = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
-    """learning rates of the linear probe (sgd), per 256 images"""
     mlp_epochs: Count = 50
     """epochs of the MLP"""
     finetune_epochs: Count = 20
@@ -187,29 +191,12 @@ class Args:
         tuple[Literal["rotation", "color", "blur", "translation", "crop", "flip", "pose", "hues"], ...] | None
     ) = None
     """what to regress; default: pose and hues on posed objects, the six families of transformations on other images"""
-    part: tuple[Literal["all", "inv", "equi"], ...] = ("all",)
-    """dimensions that knn, linear, mlp, fewshot, r2 and rotation see: all, or, of the encoders of recon_xattn.py and
-    clever.py, the invariant (first) or the equivariant (last) part"""
-    known_fraction: ShareAbove0 = 1.0
-    """train the probes on this share of every class, the one that recon_xattn.py --known-fraction knew"""
     r2_epochs: Count = 50
     """epochs of the regression"""
     r2_images: Plural = 10_000
     """training images of the regression, evenly spaced (test images: half as many); a forward pass each per target"""
-    format: Literal["table", "markdown", "csv", "json"] = "table"
-    """how the table is printed; csv and json hold all digits"""
-    plot: str | None = None
-    """also draw the table into this file (.png, .pdf or .svg), a panel a metric; needs the package matplotlib"""
-    seed: Seed = 0
-    """seed of the probes' weights, of their batches and of the transformations"""
-    skip_corrupt: bool = False
-    """open every image of a folder first and leave out those that cannot be read"""
-    workers: Natural | None = None
-    """loader processes for image folders; default: as many as this process has cores, at most 16"""
-    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
-    """auto takes CUDA, then MPS, then the CPU"""
-    amp: Literal["auto", "off"] = "auto"
-    """auto is bfloat16 autocast on CUDA and float32 elsewhere"""
+    known_fraction: ShareAbove0 = 1.0
+    """train the probes on this share of every class, the one that recon_xattn.py --known-fraction knew"""
 
 
 def arguments(argv, base=None):
@@ -253,11 +240,7 @@ def check(args):
     if args.plot:
         check_plot(args.plot)
     if args.cache_dir:
-        try:
-            Path(args.cache_dir).mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=args.cache_dir).close()
-        except OSError as e:
-            common.die(f"--cache-dir {args.cache_dir}: cannot be written ({e.strerror}); choose another directory")
+        make_directory("cache-dir", args.cache_dir)
 
     # Every checkpoint must exist, once.
     if len({p if p.startswith("timm:") else os.path.realpath(p) for p in args.checkpoints}) < len(args.checkpoints):
@@ -268,6 +251,15 @@ def check(args):
             common.die(f"{path}: no such {'file ' + file if path.startswith('timm:') else 'checkpoint file'}")
         if path.startswith("timm:") and args.data is None:
             common.die(f"--data: {path} does not say what to probe it on; name a data set")
+
+
+def make_directory(flag, path):
+    """Make the directory of a flag; refuse one that cannot be written."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as e:
+        common.die(f"--{flag} {path}: cannot be written ({e.strerror}); choose another directory")
 
 
 def file_of(path):
@@ -355,7 +347,6 @@ def load_timm(path, name, file, content):
     except Exception as e:  # no network, no such weights, or weights that do not fit: timm and torch differ
         common.die(f"{path}: {'its weights cannot be read safely' if 'weights_only' in str(e) else one_line(e)}")
 
-    # A diverged encoder is refused.
     if not common.finite(model.state_dict()):
         common.die(f"{path}: its weights hold NaN or infinity")
     return Timm(model).eval().requires_grad_(False)
@@ -429,9 +420,7 @@ def open_case(path, encoder, state, args, device):
     # The data are those of the checkpoint, unless a flag names others. Its directory goes with its own set alone.
     own = state["args"]
     name = args.data or own["data"]
-    root = args.data_dir
-    if root is None and name == own["data"]:
-        root = own["data_dir"]
+    root = own["data_dir"] if args.data_dir is None and name == own["data"] else args.data_dir
 
     # Only some encoders split their representation.
     if "all" not in args.part and encoder.inv is None:
@@ -466,7 +455,8 @@ def open_case(path, encoder, state, args, device):
 
     # Flags of single tasks must fit the data and the encoder.
     if "rotation" not in train.factors and set(args.r2_targets or ()) & set(POSES):
-        common.die(f"--r2-targets {' '.join(args.r2_targets)}: {name} has no poses; choose among {', '.join(FAMILIES)}")
+        others = ", ".join(common.FAMILIES)
+        common.die(f"--r2-targets {' '.join(args.r2_targets)}: {name} has no poses; choose among {others}")
     if args.layers and max(args.layers) > encoder.depth:
         common.die(f"--layers {' '.join(map(str, args.layers))}: {path} has {encoder.depth}")
     if "finetune" in (*args.tasks, args.fewshot) and common.world_size() > 1 and isinstance(encoder, Timm):
@@ -489,7 +479,6 @@ def begin(path, args_for, device, evaluation):
 def open_all(args, args_for, device, evaluation):
     """Open every checkpoint before anything is computed -> [(path, row name, Case)] of those that can be opened. One
     that cannot costs a line and, at the end, the exit code."""
-    # All ranks agree on which checkpoints can be opened.
     cases = [(path, begin(path, args_for, device, evaluation)) for path in args.checkpoints]
     cases = [(path, case) for path, case in cases if case is not None]
 
@@ -498,7 +487,6 @@ def open_all(args, args_for, device, evaluation):
         splits = "only encoders of recon_xattn.py and clever.py do"
         common.die(f"--part {' '.join(args.part)}: none of the checkpoints splits its representation; {splits}")
 
-    # Rows of the table are named after the runs; seeds of one run share a name.
     names = row_names([path for path, _ in cases], [case.state for _, case in cases])
     return [(path, name, case) for (path, case), name in zip(cases, names)]
 
@@ -516,14 +504,10 @@ class SecondView:
         self.name, self.size = name, size
 
         # All transformations begin with the centre crop that the encoder is evaluated on.
-        self.centre = CenterCrop(size, interpolation="bicubic")
-        turns = dict(
-            quarters=Rot90,
-            mirror=HorizontalFlip,
-            turn90=partial(Affine, 90, interpolation="nearest"),
-            turn180=partial(Affine, 180, interpolation="nearest"),
-        )
-        self.op = turns[name]() if name in turns else common.family(name, size)
+        self.centre = common.CenterCrop(size, interpolation="bicubic")
+        turns = {f"turn{degrees}": common.Affine(degrees, interpolation="nearest") for degrees in (90, 180)}
+        ops = turns | dict(quarters=common.Rot90(), mirror=common.HorizontalFlip())
+        self.op = ops[name] if name in ops else common.family(name, size)
 
     def sample(self, n, seed):
         """Parameters of n images, drawn from the seed."""
@@ -543,7 +527,7 @@ class RandomView:
     """An op: a random crop and flip of each image, the usual augmentation of linear probes."""
 
     def __init__(self, size):
-        self.size, self.view = size, Compose([RandomResizedCrop(size), HorizontalFlip()])
+        self.size, self.view = size, common.Compose([common.RandomResizedCrop(size), common.HorizontalFlip()])
 
     def __call__(self, images, params):
         return (self.view(images, params) * 255).round().clamp(0, 255).to(torch.uint8)
@@ -563,9 +547,7 @@ class Case:
     test: common.ImageSet
     args: Args
     device: torch.device
-
-    def __post_init__(self):
-        self.seconds = {}  # {task: its duration}
+    seconds: dict = dataclasses.field(default_factory=dict)  # {task: its duration}
 
     @functools.cached_property
     def readers(self):
@@ -591,15 +573,13 @@ class Case:
 
     def kept_features(self, data):
         """The features in --cache-dir, if rank 0 finds them there; otherwise they are extracted and kept."""
-        # Only rank 0 reads the cache.
+        # Only rank 0 reads the cache. The others hold no features, but need their width.
         path = x = None
         if self.args.cache_dir and common.rank() == 0:
             path = Path(self.args.cache_dir) / f"features-{self.fingerprint(data)}.pt"
             with contextlib.suppress(Exception):  # not there, or damaged: extracted anew
                 kept = common.read_tensors(path)["x"]
                 x = kept if len(kept) == len(data) else None
-
-        # Ranks other than 0 hold no features, but need their width.
         width = common.by_rank_0(lambda: None if x is None else x.shape[1])
         if width is not None:
             return torch.empty(0, width) if x is None else x
@@ -691,8 +671,9 @@ class Case:
             self.train_together(heads, labels)
 
         # Rank 0 sends the trained heads to all ranks.
-        for head in heads.values():
-            head.share()
+        for head in heads.values() if common.world_size() > 1 else ():
+            for name in head.learnt:
+                common.dist.broadcast(getattr(head, name), 0)
         return heads
 
     def new_head(self, dim, rows, held, labels, generator):
@@ -706,32 +687,24 @@ class Case:
 
     def train_together(self, heads, labels):
         """LinearProbes {name: probe}, on the labels (N,) of the train images."""
-        # All heads see the features of an epoch in one pass. Augmented views are encoded again in every epoch.
         args = self.args
         if args.augment:
             views = args.linear_epochs * len(self.train)
             say(f"  {args.linear_epochs} epochs of augmented views: {views:,} images to encode")
 
-        # Rank 0 alone trains; the others help to encode.
+        # Rank 0 alone trains; the others help to encode. All heads see the features of an epoch in one pass.
         trained = heads.values() if common.rank() == 0 else ()
         for epoch in common.progress(range(args.linear_epochs), desc="linear probes", unit="epoch"):
             x = self.augmented(epoch) if args.augment else self.x[0]
             for head in trained:
                 head.epoch(x[:, head.columns], labels)
-
-        # Each head chooses its learning rate after the last epoch.
         for head in trained:
             head.choose(self.x[0][:, head.columns], labels)
 
     def fit_probes(self):
         """Train the linear probes, where that has not happened -> how, for the protocol; flags are recorded too."""
-        return dict(
-            optimizer=self.args.linear,
-            batch_size=256,
-            feature=self.feature,
-            held_out=0.1,
-            chosen={name: head.chosen for name, head in self.heads.items()},
-        )
+        chosen = {name: head.chosen for name, head in self.heads.items()}
+        return dict(optimizer=self.args.linear, batch_size=256, feature=self.feature, held_out=0.1, chosen=chosen)
 
     def read(self, name, x):
         """Scores of the linear probe `name` on features x (M, W), for each part: {name: (M, C)}."""
@@ -747,14 +720,8 @@ class Case:
 
     def tuning(self):
         """How encoders are fine-tuned, for the protocol."""
-        return dict(
-            epochs=self.args.finetune_epochs,
-            batch_size=256,
-            lr=self.args.finetune_lr,
-            weight_decay=1e-4,
-            crop_scale=(0.08, 1.0),
-            feature=self.feature,
-        )
+        how = dict(epochs=self.args.finetune_epochs, batch_size=256, lr=self.args.finetune_lr, weight_decay=1e-4)
+        return how | dict(crop_scale=(0.08, 1.0), feature=self.feature)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -800,34 +767,23 @@ def accuracies(name, scores, labels):
     return out
 
 
-class Shared:
-    """A linear probe that rank 0 trains and all ranks then evaluate. `learnt` names the tensors that rank 0 sends."""
-
-    def share(self):
-        if common.world_size() > 1:
-            for name in self.learnt:
-                common.dist.broadcast(getattr(self, name), 0)
-
-
-class LinearProbe(Shared):
+class LinearProbe:
     """One softmax regression per learning rate, all trained at once: W (D, L C) makes the logits of L probes in one
     matmul, and the learning rate is a vector. SGD with momentum 0.9, no weight decay, half a cosine to 0; weights
     start as N(0, 0.01), biases 0; the gradient of the mean cross-entropy over a batch is (softmax - onehot) / batch.
     It learns from `rows`, and `choose` finds the rate that is best on the rows `held`."""
 
-    learnt = ("W", "b", "best")
+    learnt = ("W", "b", "best")  # by rank 0, which sends them to all ranks
 
     def __init__(self, dim, classes, rows, held, lrs, epochs, generator, device, batch_size=256):
         self.rows, self.held, self.lrs, self.classes = rows, held, lrs, classes
         self.generator, self.batch_size, self.device = generator, batch_size, device
 
-        # All learning rates start at the same weights.
+        # All learning rates start at the same weights, and each column of W has the rate of its probe.
         W = torch.randn(dim, classes, generator=generator).mul_(0.01)
         self.W = W.to(device).repeat(1, len(lrs))  # (D, L C)
         self.b = torch.zeros(len(lrs) * classes, device=device)
         self.mW, self.mb = torch.zeros_like(self.W), torch.zeros_like(self.b)
-
-        # Each column of W has the learning rate of its probe.
         self.rate = torch.tensor(lrs, device=device).repeat_interleave(classes) * batch_size / 256  # (L C,)
         self.steps, self.step = epochs * math.ceil(len(rows) / batch_size), 0
         self.best = torch.zeros((), dtype=torch.int64, device=device)  # of the rates
@@ -837,12 +793,11 @@ class LinearProbe(Shared):
         # The order of the images is drawn on the CPU, so that it does not depend on the device.
         order = self.rows[torch.randperm(len(self.rows), generator=self.generator)]
         for batch in common.send(order, self.device).split(self.batch_size):
-            # The gradient is written out, which serves all learning rates at once.
+            # The gradient is written out for all rates at once. High rates make it so small that CPUs take six times as
+            # long; such numbers become 0.
             f, n = x[batch], len(batch)  # (n, D)
             g = self.logits(f).softmax(2)  # (n, L, C)
             g[torch.arange(n, device=self.device), :, labels[batch]] -= 1
-
-            # High rates make gradients so small that CPUs take six times as long; those become 0.
             g = F.hardshrink(g.flatten(1), 1e-20) / n  # (n, L C)
             self.mW.mul_(0.9).addmm_(f.T, g)
             self.mb.mul_(0.9).add_(g.sum(0))
@@ -884,7 +839,7 @@ def linear_probe(train, labels, test, classes, lrs, epochs, generator, batch_siz
     return head.scores(test), rate
 
 
-class RidgeProbe(Shared):
+class RidgeProbe:
     """Softmax regression by L-BFGS on fixed features: sum of cross-entropies + w |(W, b)|^2, in float64 (on the CPU
     where the device has none). 45 weights w between 1e-6 and 1e5 are tried from the strongest down, each from the
     solution of the last. The w that is best on the rows `held` is chosen, and then these train too."""
@@ -969,7 +924,7 @@ def linear_schedule(train, target, generator, epochs=100):
     return fit(readout, sample, epochs, optimizer, generator, scheduler, desc="linear readout")
 
 
-class StepsProbe(Shared):
+class StepsProbe:
     """`linear_schedule` of classes, on its rows of features (N, D) with labels (N,)."""
 
     learnt, chosen = ("W", "b"), 1.0
@@ -1014,9 +969,8 @@ class Standardise(nn.Module):
 
 def mlp_probe(sample, outputs, epochs, generator, columns=slice(None)):
     """A 3-layer MLP D-1024-1024-K, ReLU, Adam at a constant rate of 1e-3, batches of 256 [SIE], on `columns` of
-    standardised features (SIE's are raw; it takes 25 times as many steps). sample(epoch) -> (features (N, D) or pairs
-    of them (N, 2, D), targets: (N, K) numbers or (N,) int64 classes), the same or others each epoch -> the trained
-    MLP: features (M, ...) -> (M, K)."""
+    standardised features. sample(epoch) -> (features (N, D) or pairs of them (N, 2, D), targets: (N, K) numbers or
+    (N,) int64 classes), the same or others each epoch -> the trained MLP: features (M, ...) -> (M, K)."""
     x = sample(0)[0]
     first = Standardise(x, columns)
 
@@ -1092,13 +1046,12 @@ def fewshot(case):
             scores[name] = case.features(case.test, encode=fine_tune(case, rows=chosen), name=name)
     else:
         details = case.fit_probes()
+        for name in rows:
+            scores |= case.read(name, case.x[1])
     if common.rank():
         return None
 
     results = {}
-    if case.args.fewshot == "linear":
-        for name in rows:
-            scores |= case.read(name, case.x[1])
     for name, values in scores.items():
         results |= accuracies(name, values, case.test.labels)
     return results, dict(details, images={name: len(chosen) for name, chosen in rows.items()})
@@ -1147,10 +1100,10 @@ def fine_tune(case, quarters=False, rows=None):
     encoder, ddp = model.encoder, common.distributed(model)
 
     # Random crops and flips augment the images. With `quarters` the images are turned, and the turns are the classes.
-    ops = [RandomResizedCrop(encoder.img_size), HorizontalFlip()]
+    ops = [common.RandomResizedCrop(encoder.img_size), common.HorizontalFlip()]
     if quarters:
-        ops.append(Rot90())
-    view = Compose([*ops, Normalize(encoder.mean, encoder.std)])
+        ops.append(common.Rot90())
+    view = common.Compose([*ops, common.Normalize(encoder.mean, encoder.std)])
     run = SimpleNamespace(seed=args.seed, batch_size=batch, workers=args.workers, epochs=args.finetune_epochs)
     loader = common.Loader(train, {"1": view}, partial(draw_view, view, batch), run, device)
     steps = loader.total_steps
@@ -1237,26 +1190,21 @@ def rotation(case):
     return results, dict(details, draws=3, fourfold=dict(optimizer="sgd", augment=False, chosen=rates))
 
 
-def every_second_object(data):
-    """(N,) bool: the images of every second object of each class."""
-    chosen = torch.zeros(len(data), dtype=torch.bool)
-    for c in data.labels.unique():
-        chosen |= torch.isin(data.groups, data.groups[data.labels == c].unique()[1::2])
-    return chosen
-
-
 def latents(train, test, x, x_test, args):
     """Linear readouts of one image. Sets and their features (N, D), (M, D) -> (results, protocol); None beside rank
     0."""
     if common.rank():
         return None
 
-    # Every readout is trained by SGD, and solved by least squares in closed form.
     results, details = {}, {}
 
-    def note_accuracy(name, x, y, x_test, y_test):
+    def readouts(name, x, y, x_test):
+        """What is read from x_test: {"": by the readout that SGD trains, " lstsq": by the one in closed form}."""
         readout = linear_schedule(x, y.to(x.device), common.rng(args.seed, name))
-        for suffix, scores in (("", readout(x_test)), (" lstsq", least_squares(x, y, x_test))):
+        return {"": readout(x_test), " lstsq": least_squares(x, y, x_test)}
+
+    def note_accuracy(name, x, y, x_test, y_test):
+        for suffix, scores in readouts(name, x, y, x_test).items():
             results[name + suffix] = 100 * (scores.argmax(1).cpu() == y_test).float().mean().item()
 
     # Classes are the kind of object, the object itself (on core50, where both splits show it), and the session.
@@ -1272,7 +1220,9 @@ def latents(train, test, x, x_test, args):
     if "view" in test.factors:
         known, unseen, f, f_test = train, test, x, x_test
         if "session" in test.factors:
-            second = every_second_object(test)  # (M,) bool
+            second = torch.zeros(len(test), dtype=torch.bool)  # the images of every second object of each class
+            for c in test.labels.unique():
+                second |= torch.isin(test.groups, test.groups[test.labels == c].unique()[1::2])
             known, unseen = test.subset((~second).nonzero()[:, 0]), test.subset(second.nonzero()[:, 0])
             f, f_test = x_test[~second], x_test[second]
 
@@ -1284,8 +1234,7 @@ def latents(train, test, x, x_test, args):
         a, b = (f - centre) / scale, (f_test - centre) / scale
 
         # Errors are given in units of the deviations, and in degrees and lengths.
-        readout = linear_schedule(a, target, common.rng(args.seed, "view"))
-        for suffix, predicted in (("", readout(b)), (" lstsq", least_squares(a, target, b))):
+        for suffix, predicted in readouts("view", a, target, b).items():
             error = predicted.cpu() * std + mean - unseen.factors["view"]  # (m, 3)
             results["view err" + suffix] = 100 * (error / std).square().mean().item()
             rmse = dict(zip(("azimuth", "elevation", "distance"), error.square().mean(0).sqrt().tolist()))
@@ -1350,15 +1299,22 @@ def pairs_of_poses(target, case):
     return lambda epoch: sample(case.train, y, "pairs", epoch), *sample(case.test, y_test, "test pairs")
 
 
+def second_views(case, view):
+    """Of the train and the test images: (set, evenly spaced rows (n,) of it, parameters of `view` for all its
+    images). Each split has a seed of its own."""
+    most, seed = case.args.r2_images, case.args.seed
+    for data, n, split_seed in ((case.train, most, seed), (case.test, max(2, most // 2), seed + 1)):
+        yield data, evenly(len(data), n), view.sample(len(data), split_seed)
+
+
 def pairs_of_images(target, case):
     """An image and its transformed self, on evenly spaced images, one draw per image; targets are standardised by the
     mean and deviation of the training draws. Returns what `pairs_of_poses` does."""
-    args, view = case.args, SecondView(target, case.backbone.img_size)
+    view = SecondView(target, case.backbone.img_size)
 
-    # Each image is encoded again after its transformation; each split has a seed of its own.
+    # Each image is encoded again after its transformation.
     pairs, targets = [], []
-    for data, y, most, seed in zip((case.train, case.test), case.y, view_limits(args), (args.seed, args.seed + 1)):
-        rows, params = evenly(len(data), most), view.sample(len(data), seed)  # (n,), of all N
+    for y, (data, rows, params) in zip(case.y, second_views(case, view)):
         y2 = case.features(data, transform=view, params=params, rows=rows, name=target)  # (n, D)
         if common.rank() == 0:
             pairs.append(torch.stack([y[rows], y2.to(y.device)], 1))  # (n, 2, D)
@@ -1372,17 +1328,12 @@ def pairs_of_images(target, case):
     return lambda epoch: (pairs[0], train_targets), pairs[1], test_targets
 
 
-def view_limits(args):
-    """Most train and test images of which second views are encoded."""
-    return args.r2_images, max(2, args.r2_images // 2)
-
-
 def r2(case):
     """R^2 of the transformation between two views, on test pairs; in the protocol also on training pairs. Near 0 on
     both, the probe has not converged or the features hold nothing; high on training pairs alone, it has overfitted."""
     # Posed objects are probed for their poses, images for the families of transformations.
     args, train = case.args, case.train
-    targets = args.r2_targets or (POSES if "rotation" in train.factors else FAMILIES)
+    targets = args.r2_targets or (POSES if "rotation" in train.factors else common.FAMILIES)
     most = 100_000 if set(targets) <= set(POSES) else args.r2_images
     warn_of_few_steps("--r2-epochs", args.r2_epochs, min(len(train), most))
 
@@ -1424,19 +1375,18 @@ def layers(case):
     for name, kind, key, classes in (("rotation", "quarters", "rot90", 4), ("flip", "mirror", "flip", 2)):
         # The features of both views hold the chosen blocks side by side, for train and test images.
         view, splits = SecondView(kind, backbone.img_size), []
-        for data, most, seed in zip((case.train, case.test), view_limits(args), (args.seed, args.seed + 1)):
-            rows, params = evenly(len(data), most), view.sample(len(data), seed)
-            encode = lambda x: torch.cat(mean_tokens(x), 1)
-            how = dict(encode=encode, params=params, rows=rows, name=f"{name} by layer")
-            pairs = [case.features(data, transform=op, **how).to(case.device) for op in (None, view)]
-            splits.append((torch.stack(pairs, 1).split(widths, 2), params[key][rows].long().to(case.device)))
+        for data, rows, params in second_views(case, view):
+            how = dict(encode=lambda x: torch.cat(mean_tokens(x), 1), params=params, rows=rows)
+            both = [case.features(data, transform=op, name=f"{name} by layer", **how) for op in (None, view)]
+            pairs = torch.stack(both, 1).to(case.device)  # (n, 2, sum of widths)
+            splits.append((pairs.split(widths, 2), params[key][rows].long().to(case.device)))
         if common.rank():
             continue
 
         # Each block has an MLP of its own.
         (train_pairs, answers), (test_pairs, test_answers) = splits
         for k, pairs, unseen in zip(chosen, train_pairs, test_pairs):  # (n, 2, D), (m, 2, D)
-            sample = lambda epoch, pairs=pairs, answers=answers: (pairs, answers)
+            sample = lambda epoch, drawn=(pairs, answers): drawn
             model = mlp_probe(sample, classes, args.r2_epochs, common.rng(args.seed, name, k))
             right = lambda x, y, model=model: 100 * (model(x).argmax(1) == y).float().mean().item()
             results[f"{name} @{k}"] = right(unseen, test_answers)
@@ -1498,7 +1448,7 @@ def equivariance(case):
     scaled = []
     if hasattr(backbone, "patch_size"):
         for chunk in torch.arange(len(rows)).split(100):
-            grid = GridResize(backbone.patch_size, backbone.grid)
+            grid = common.GridResize(backbone.patch_size, backbone.grid)
             params = grid.sample(1, generator)
             size = int(params["grid_h"][0]), int(params["grid_w"][0])
             seen = maps(resize=partial(grid, params=params), rows=rows[chunk], shape=(*size, shape[-1]))
@@ -1576,7 +1526,6 @@ class Evaluation:
         return self
 
     def __exit__(self, kind, error, trace):
-        # The table and the figure come first, whatever has happened.
         self.at_end()
         for s, handler in self.handlers.items():
             signal.signal(s, handler)
@@ -1606,11 +1555,10 @@ class Evaluation:
             tqdm.write(f"{Path(sys.argv[0]).name}: error: {what}: {one_line(e)}", file=sys.stderr)
 
         # Ranks agree on the outcome where they were asked to. Otherwise they would wait for each other for ever.
-        if common.world_size() > 1 and together:
+        if together:
             code = common.any_rank(code)
         elif common.world_size() > 1 and code not in (0, 2):
             raise SystemExit(code)
-
         if code:
             self.codes.append(code)
         return None if code else out
@@ -1695,8 +1643,7 @@ def table(results, form="table", encoding="utf-8"):
         writer = csv.writer(out, lineterminator="\n")
         writer.writerow(["", "n", *(f"{c}{suffix}" for c in metrics for suffix in ("", " std"))])
         for name, (n, values) in rows.items():
-            cells = [v for c in metrics for v in values.get(c, (None, None))[:2]]
-            writer.writerow([name, n, *("" if v is None else v for v in cells)])
+            writer.writerow([name, n, *(v for c in metrics for v in values.get(c, (None, None))[:2])])
         return written(out.getvalue().strip(), encoding)
 
     # The other formats have rows of text.
@@ -1747,22 +1694,14 @@ def finite(value):
 def append_record(path, state, args, results, protocol):
     """One line in eval.jsonl beside the checkpoint, from rank 0: the results, and all that it takes to repeat them."""
     file = Path(file_of(path))
-    record = dict(
-        time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        checkpoint=path if path.startswith("timm:") else file.name,
-        step=state["step"],
-        sha256=state["sha256"],
-        backbone=state["backbone"],
-        torch=str(torch.__version__),
-        torchvision=str(torchvision.__version__),
-        processes=common.world_size(),
-        args=dataclasses.asdict(args),
-        results=results,
-        protocol=protocol,
-        seed=args.seed,
-    )
+    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    record = dict(time=now, checkpoint=path if path.startswith("timm:") else file.name)
+    record |= {key: state[key] for key in ("step", "sha256", "backbone")}
+    record |= dict(torch=str(torch.__version__), torchvision=str(torchvision.__version__))
+    record |= dict(processes=common.world_size(), args=dataclasses.asdict(args))
+    record |= dict(results=results, protocol=protocol, seed=args.seed)
 
-    # One write keeps evaluations at the same time apart. A line that a full disk broke off stays alone.
+    # One write keeps evaluations at the same time apart. A line that a full disk broke off gets no other behind it.
     if common.rank() == 0:
         line = json.dumps(finite(record)).encode() + b"\n"
         try:
@@ -1833,7 +1772,6 @@ class Panel:
 def make_panels(results, over="block", suffix=""):
     """[(row name, {metric: value})] -> [Panel], one a metric, seeds folded as in the table. Metrics "NAME @k" of
     several numbers k share a panel with the axis `over`. The suffix is added to the titles."""
-    # Metrics of several blocks share a panel, whose axis has the number.
     rows, metrics = fold([(name, values) for name, values in results if values])
     panels = {}
     for metric in metrics:
@@ -1854,7 +1792,6 @@ def make_panels(results, over="block", suffix=""):
 
 def draw(path, panels, title):
     """A figure of [Panel], none of them empty, into a file. Rows have one order and one colour in all of them."""
-    # Each row has a colour and a marker in all panels.
     names = list(dict.fromkeys(name for panel in panels for name in panel.rows))
     shown = {name: f" {name}".replace("$", r"\$") for name in names}  # a leading underscore would hide it, $ is TeX
     if any(std is not None for panel in panels for points in panel.rows.values() for *_, std in points):
@@ -1870,9 +1807,8 @@ def draw(path, panels, title):
     title_lines = textwrap.wrap(title, int(11 * width))
     height = rows * max(2.4 if lines else 1.5, 0.9 + 0.27 * len(names))
     legend_columns = max(1, int(40 * columns / (longest + 8)))
-    legend = 0.25 * math.ceil(len(names) / legend_columns) if lines else 0.0
-    size = width, 0.4 + 0.2 * len(title_lines) + height + legend
-
+    height += 0.25 * math.ceil(len(names) / legend_columns) if lines else 0.0
+    size = width, 0.4 + 0.2 * len(title_lines) + height
     figure = figure_class()(figsize=size, dpi=150, layout="constrained")
     figure.suptitle("\n".join(title_lines), fontsize=11)
 
@@ -1899,8 +1835,8 @@ def draw(path, panels, title):
 
 
 def draw_lines(axes, panel, looks):
-    """A line a row over the panel's axis, with error bars where seeds are folded; rows stand a little apart. Returns
-    {row name: what its legend shows}."""
+    """A line a row over the panel's axis, with error bars where seeds are folded. Returns {row name: what its legend
+    shows}."""
     # Rows are shifted a little, so that their error bars stay apart.
     handles = {}
     ticks = sorted({x for points in panel.rows.values() for x, *_ in points})
@@ -1920,14 +1856,11 @@ def draw_lines(axes, panel, looks):
 
 def draw_bars(axes, panel, shown, looks, named):
     """A bar a row from top to bottom, its number at the end; a dash where a row lacks the metric."""
-    # Bars have their value at the end; the decimals suit the unit.
     digits = 3 if panel.unit in ("R²", "cosine") else 1
     for i, name in enumerate(shown):
         ((_, mean, std),) = panel.rows.get(name, [(0, 0.0, None)])
         bar = axes.barh(i, mean, xerr=std, color=looks[name][0], edgecolor="black", linewidth=0.4, capsize=2)
         axes.bar_label(bar, [f"{mean:.{digits}f}" if name in panel.rows else "-"], padding=2, fontsize=7)
-
-    # The first row is at the top.
     axes.set_yticks(range(len(shown)), shown.values() if named else ["" for _ in shown])
     axes.invert_yaxis()
     axes.margins(x=0.25)
@@ -1939,24 +1872,8 @@ def draw_bars(axes, panel, shown, looks, named):
 # From checkpoints to the table
 # ----------------------------------------------------------------------------------------------------------------------
 
-TASKS = dict(
-    knn=knn,
-    linear=linear,
-    mlp=mlp,
-    finetune=finetune,
-    fewshot=fewshot,
-    r2=r2,
-    layers=layers,
-    equivariance=equivariance,
-    rotation=rotation,
-    latents=lambda case: latents(case.train, case.test, *case.y, case.args),
-)
-
-
-def run_task(name, case):
-    """What rank 0 finds, on every rank: (results, what the protocol says)."""
-    found = TASKS[name](case)
-    return common.by_rank_0(lambda: found)
+TASKS = {task.__name__: task for task in (knn, linear, mlp, finetune, fewshot, r2, layers, equivariance, rotation)}
+TASKS["latents"] = lambda case: latents(case.train, case.test, *case.y, case.args)
 
 
 def probe(path, case, evaluation, row):
@@ -1964,18 +1881,9 @@ def probe(path, case, evaluation, row):
     finished."""
     # All tasks share the data, the encoder and the arithmetic.
     backbone, state, args, seconds = case.backbone, case.state, case.args, case.seconds
-    protocol = dict(
-        protocol=args.protocol,
-        data=state["data"],
-        data_dir=state["data_dir"],
-        amp=args.amp,
-        device=case.device.type,
-        train_images=len(case.train),
-        test_images=len(case.test),
-        view=f"centre crop {backbone.img_size} px",
-        dim=backbone.dim,
-        inv=backbone.inv,
-    )
+    protocol = dict(protocol=args.protocol, data=state["data"], data_dir=state["data_dir"])
+    protocol |= dict(amp=args.amp, device=case.device.type, train_images=len(case.train), test_images=len(case.test))
+    protocol |= dict(view=f"centre crop {backbone.img_size} px", dim=backbone.dim, inv=backbone.inv)
 
     # Sessions and known labels are recorded where they are in force.
     if state["data"] == "core50":
@@ -1983,10 +1891,14 @@ def probe(path, case, evaluation, row):
     if args.known_fraction < 1:
         protocol |= dict(known_fraction=args.known_fraction, known_seed=state["args"]["seed"])
 
+    def run(task):
+        found = TASKS[task](case)  # None beside rank 0
+        return common.by_rank_0(lambda: found)
+
     # The time of features that a task was the first to ask for is noted apart from its own.
     for task in args.tasks:
         start, before = time.monotonic(), seconds.get("features", 0.0)
-        finished = evaluation.attempt(f"{path}: {task}", partial(run_task, task, case))
+        finished = evaluation.attempt(f"{path}: {task}", partial(run, task))
         if finished is None:
             continue
 

@@ -51,12 +51,11 @@ from typing import Literal
 
 import common
 import eval_probe
-from common import Count, Natural, Positive, Seed
+from common import Count
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-import tyro
 from PIL import Image, ImageDraw
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -65,12 +64,9 @@ from PIL import Image, ImageDraw
 
 
 @dataclasses.dataclass
-class Args:
+class Args(eval_probe.SharedArgs):
     """Which checkpoints, which suites, on which data."""
 
-    checkpoints: tyro.conf.Positional[tuple[str, ...]] = ()
-    """checkpoint.pt files written by the method scripts; timm:NAME takes a model of timm with its weights,
-    timm:NAME@FILE with yours"""
     suite: tuple[Literal["corruptions", "perturbations", "augmentations", "shifts"], ...] = ("corruptions",)
     """what to test; several share the probes"""
     suite_dir: tuple[str, ...] = ()
@@ -79,13 +75,6 @@ class Args:
     """which corruptions or perturbations; default: all"""
     images_per_class: Count | None = None
     """test on the first so many images of each class; default: all"""
-    data: str | None = None
-    """data set; default: the one the checkpoint was trained on"""
-    data_dir: str | None = None
-    """its directory; default, for the same data set: the directory that the checkpoint was trained from"""
-    part: tuple[Literal["all", "inv", "equi"], ...] = ("all",)
-    """dimensions that the probe sees: all, or, of the encoders of recon_xattn.py and clever.py, the invariant or the
-    equivariant part"""
     jpeg85: bool = True
     """pass corrupted images of 224 px through JPEG of quality 85, as in the published set"""
     frost_dir: str | None = None
@@ -94,38 +83,12 @@ class Args:
     """draws of each random augmentation"""
     save_images: str | None = None
     """directory for a contact sheet of each suite of corruptions or perturbations"""
-    cache_dir: str | None = None
-    """keep the probe's features here, and use those that are there"""
-    linear: Literal["sgd", "lbfgs", "steps"] = "sgd"
-    """how the probe learns, as in eval_probe.py"""
-    augment: bool = False
-    """train it (sgd) on random crops and flips, as CLeVER does"""
-    linear_epochs: Count = 50
-    """its epochs (sgd)"""
-    linear_lrs: tuple[Positive, ...] = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
-    """its learning rates (sgd), per 256 images"""
-    format: Literal["table", "markdown", "csv", "json"] = "table"
-    """how tables are printed; csv and json hold all digits"""
-    plot: str | None = None
-    """also draw all tables into this file (.png, .pdf or .svg), a panel a metric, accuracy over severity for
-    corruptions; needs the package matplotlib"""
-    seed: Seed = 0
-    """seed of the probe and of everything random in the suites"""
-    skip_corrupt: bool = False
-    """open every image of a folder first and leave out those that cannot be read"""
-    workers: Natural | None = None
-    """loader processes for image folders; default: as many as this process has cores, at most 16"""
-    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
-    """auto takes CUDA, then MPS, then the CPU"""
-    amp: Literal["auto", "off"] = "auto"
-    """auto is bfloat16 autocast on CUDA and float32 elsewhere"""
 
 
 def check(args):
     """Refuse what cannot work, before checkpoints are read."""
-    # Images may have changed since another call of the same process.
-    for known in (labelled, load_frost):
-        known.cache_clear()
+    labelled.cache_clear()  # images may have changed since another call of this process
+    load_frost.cache_clear()
 
     # Refuse an empty suite and unknown types.
     types = {"corruptions": CORRUPTIONS, "perturbations": PERTURBATIONS}
@@ -155,10 +118,7 @@ def check(args):
         if missing := [folder for folder in folders if not os.path.isdir(folder)]:
             common.die(f"--{flag}-dir {missing[0]}: no such directory")
     if args.save_images:
-        try:
-            Path(args.save_images).mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            common.die(f"--save-images {args.save_images}: cannot be made a directory ({e.strerror})")
+        eval_probe.make_directory("save-images", args.save_images)
 
 
 def check_sets(args, classes):
@@ -171,26 +131,21 @@ def check_sets(args, classes):
     # Every condition of a finished set must be there, as a file or as folders of classes.
     if args.suite == ("corruptions",) and args.suite_dir:
         root = Path(args.suite_dir[0])
-        for name in corruption_names(args):
+        for name in args.types or CORRUPTIONS:
             for severity in range(1, 6):
                 found = find_finished(root, name, severity)
                 if found.suffix == ".npy":
                     finished(root, name, severity, classes)
                 else:
-                    class_index(found, class_folders(found), classes)
+                    class_index(found, classes)
 
 
-def corruption_names(args):
-    """The corruptions that are asked for."""
-    return args.types or tuple(CORRUPTIONS)
+SMALL = 96  # px; below it images are small ones, as CIFAR-10's
 
 
 def side_of(subjects):
     """Side of the images that corruptions and perturbations are made of: 32 px for small encoders, 224 for others."""
     return 32 if size_of(subjects[0]) < SMALL else 224
-
-
-SMALL = 96  # px; below it images are small ones, as CIFAR-10's
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -383,10 +338,8 @@ def motion_blur(x, draws, radius, sigma):
 
 def zoom_blur(x, draws, step, count):
     """Mean of the image and `count` magnifications of it, by 1, 1 + step, 1 + 2 step, ..."""
-    # The magnification by 1 is the image itself.
-    total = 2 * x
-
     # The original's range steps by (1 + step) - 1, which is rounded; one size at 32 px depends on it.
+    total = 2 * x  # also the magnification by 1
     for i in range(1, count):
         total += centre_zoom(x, 1 + i * ((1 + step) - 1))
     return total / (count + 1)
@@ -426,12 +379,10 @@ def frost_texture(draws, S, device):
     kinds = constant(FROST, device)[draws.integers(0, len(FROST))]  # (B, 7)
     mean, std, beta = kinds[:, :3], kinds[:, 3:6], kinds[:, 6]
 
-    # Amplitudes fall with the frequency, and that of the mean is 0.
+    # Amplitudes fall with the frequency, white noise gives the phases, and f has unit variance.
     ky, kx = torch.fft.fftfreq(S, device=device)[:, None], torch.fft.rfftfreq(S, device=device)
     k = (ky**2 + kx**2).sqrt()
     amplitude = torch.where(k > 0, k, 1.0) ** (-beta / 2)[:, None, None] * (k > 0)  # (B, S, S / 2 + 1)
-
-    # White noise gives the phases; the texture has unit variance before it is coloured.
     z = torch.fft.rfft2(draws.normal(S, S))
     f = torch.fft.irfft2(z / z.abs().clamp(min=1e-12) * amplitude, s=(S, S))
     f = f / f.std((1, 2), correction=0, keepdim=True)
@@ -455,12 +406,10 @@ def plasma(u, decay):
     B, side = len(u), math.isqrt(u.shape[1] + 1)
     corners, amplitude, used = u.new_zeros(B, 1, 1), 100.0, 0
     while (m := corners.shape[1]) < side:
-        # The middle of a square is the mean of its corners plus noise.
+        # A square has four corners; a side has two corners and the two nearest middles.
         noise = amplitude**2 * u[:, used : used + 3 * m * m].view(B, 3, m, m)
         right, down = corners.roll(-1, 2), corners.roll(-1, 1)
         middle = (corners + right + down + right.roll(-1, 1)) / 4 + noise[:, 0]
-
-        # The middle of a side is the mean of its two corners and the two nearest middles, plus noise.
         row = (corners + right + middle + middle.roll(1, 1)) / 4 + noise[:, 1]
         column = (corners + down + middle + middle.roll(1, 2)) / 4 + noise[:, 2]
 
@@ -468,8 +417,6 @@ def plasma(u, decay):
         quads = torch.stack([torch.stack([corners, row], 3), torch.stack([column, middle], 3)], 2)
         corners = quads.reshape(B, 2 * m, 2 * m)
         amplitude, used = amplitude / decay, used + 3 * m * m
-
-    # Scale each cloud to [0, 1].
     low = corners.amin((1, 2), True)
     return (corners - low) / (corners.amax((1, 2), True) - low)
 
@@ -481,15 +428,11 @@ def fog(x, draws, thickness, decay):
     return (x + cloud) * top / (top + 255 * thickness)
 
 
-def value_to(x, V, new):
-    """Scale colours so that their value, the largest channel V, becomes `new`; black becomes grey: HSV without
-    leaving RGB."""
-    return torch.where(V > 0, x * new / V.clamp(min=1), new)
-
-
 def brightness(x, draws, c):
+    """Raise the value V of HSV, the largest channel, without leaving RGB; black becomes grey."""
     V = x.amax(1, keepdim=True)
-    return value_to(x, V, (V + 255 * c).clamp(0, 255))
+    new = (V + 255 * c).clamp(0, 255)
+    return torch.where(V > 0, x * new / V.clamp(min=1), new)
 
 
 def saturate(x, draws, factor, offset):
@@ -534,68 +477,45 @@ def elastic_transform(x, draws, alpha, sigma, amplitude):
     return x
 
 
-@functools.lru_cache(maxsize=64)
-def box_taps(n, m, device):
-    """Pillow's box filter from n to m pixels: (taps) of (index (m,), weight (m,))."""
-    scale = n / m
-    support = 0.5 * max(scale, 1.0)
-
-    # Pixels within the support have equal weights; bounds are rounded as Pillow's.
-    weights = torch.zeros(m, n, dtype=torch.float64)
-    for i in range(m):
-        centre = (i + 0.5) * scale
-        for j in range(max(0, int(centre - support + 0.5)), min(n, int(centre + support + 0.5))):
-            weights[i, j] = -0.5 < (j - centre + 0.5) / max(scale, 1.0) <= 0.5
-
-    # Weights have 22 bits, as Pillow's; sorting puts the pixels without weight last, where they are cut off.
-    weights = (weights / weights.sum(1, keepdim=True) * 2**22).round() / 2**22
-    most = int((weights > 0).sum(1).max())
-    values, index = weights.sort(dim=1, descending=True, stable=True)
-    return [(index[:, k].to(device), values[:, k].float().to(device)) for k in range(most)]
-
-
-def box_rows(x, m):
-    """uint8 (B, C, H, W) -> (B, C, m, W), rounded."""
-    taps = box_taps(x.shape[2], m, x.device)
-    if len(taps) == 1:
-        return x.index_select(2, taps[0][0])
-    return (sum(x.index_select(2, index) * weight[:, None] for index, weight in taps) + 0.5).to(torch.uint8)
-
-
-def box_resize(x, m):
-    """uint8 (B, C, S, S) -> (B, C, m, m), first along the columns' axis, as Pillow does."""
-    return box_rows(box_rows(x.mT.contiguous(), m).mT.contiguous(), m)
-
-
 def pixelate(x, draws, share):
     S = x.shape[-1]
-    return box_resize(box_resize(x, int(S * share)), S)
+    side = int(S * share)
+    small = by_pillow(x, side, lambda image: image.resize((side, side), Image.BOX))
+
+    # The box filter enlarges by repeating pixels.
+    source = ((torch.arange(S, dtype=torch.float64) + 0.5) * (side / S)).long().to(x.device)
+    return small.index_select(3, source).index_select(2, source)
 
 
 def jpeg_compression(x, draws, quality):
-    return jpeg(x, quality)
+    """uint8 (B, 3, S, S) compressed and decoded by Pillow: exact where GPU encoders are not."""
 
-
-def jpeg(x, quality):
-    """uint8 (B, 3, S, S) compressed and decoded, by Pillow on the CPU, one thread a core: exact where GPU encoders are
-    not."""
-    images = torch.stack(x.cpu().unbind(1), 3).numpy()  # (B, S, S, 3)
-
-    # Compress one image, and decode it in place.
-    def compress(i):
+    def compressed(image):
         file = io.BytesIO()
-        Image.fromarray(images[i]).save(file, "JPEG", quality=quality)
-        images[i] = np.frombuffer(Image.open(file).tobytes(), np.uint8).reshape(images[i].shape)
+        image.save(file, "JPEG", quality=quality)
+        return Image.open(file, formats=["JPEG"])
+
+    return by_pillow(x, x.shape[-1], compressed)
+
+
+def by_pillow(x, side, change):
+    """uint8 (B, 3, S, S) -> (B, 3, side, side): change(image) of each image in Pillow's form, on the CPU, one thread a
+    core."""
+    planes, out = x.cpu().contiguous().numpy(), np.empty((len(x), side, side, 3), np.uint8)
+    as_band = lambda plane: Image.frombuffer("L", plane.shape, plane, "raw", "L", 0, 1)  # shares the memory
+
+    def convert(i):
+        out[i] = change(Image.merge("RGB", [as_band(plane) for plane in planes[i]]))
 
     # A single thread needs no pool.
     threads = 1 if x.device.type == "cpu" and torch.get_num_threads() == 1 else common.default_workers(None)
     if threads == 1:
-        for i in range(len(images)):
-            compress(i)
+        for i in range(len(out)):
+            convert(i)
     else:
         with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(compress, range(len(images))))
-    return common.send(torch.from_numpy(images).permute(0, 3, 1, 2), x.device)
+            list(pool.map(convert, range(len(out))))
+    return common.send(torch.from_numpy(out).permute(0, 3, 1, 2), x.device)
 
 
 def spatter(x, draws, mean, std, sigma, threshold, strength, mud):
@@ -953,19 +873,10 @@ ALEXNET = dict(
     contrast=(.64548, .76150, .88874, .97760, .99270),
     elastic_transform=(.52596, .70116, .55686, .64076, .80554), pixelate=(.52218, .54620, .73728, .87092, .91262),
     jpeg_compression=(.51002, .54718, .57294, .65458, .74778))
-# fmt: on
 ALEXNET_FLIPS = dict(  # its flip probabilities [assembled-cnn]
-    gaussian_noise=0.23653,
-    shot_noise=0.30062,
-    motion_blur=0.09297,
-    zoom_blur=0.05942,
-    snow=0.11928,
-    brightness=0.04889,
-    translate=0.11007,
-    rotate=0.13104,
-    tilt=0.07050,
-    scale=0.23531,
-)
+    gaussian_noise=.23653, shot_noise=.30062, motion_blur=.09297, zoom_blur=.05942, snow=.11928,
+    brightness=.04889, translate=.11007, rotate=.13104, tilt=.07050, scale=.23531)
+# fmt: on
 
 
 def mean_corruption_error(errors, clean_error=None):
@@ -1030,15 +941,15 @@ class Source:
     def __call__(self, images, params=None):
         if not self.whole:
             return self.centre(images)
-        batches = [images] if isinstance(images, torch.Tensor) else [image[None] for image in images]
-        out = [self.scaled(x) for x in batches]
-        return torch.cat(out) if len({x.shape[2:] for x in out}) == 1 else [x[0] for x in out]
 
-    def scaled(self, x):  # (n, 3, H, W) -> the same with the short side as before the crop
-        (H, W), short = x.shape[2:], self.centre.resize
-        if min(H, W) == short or H == W == self.size:
-            return x
-        return common.resize(x, (short * H // min(H, W), short * W // min(H, W)), "bilinear")
+        # Scale the short side as it is before the crop. Images of different sizes stay apart.
+        short, out = self.centre.resize, []
+        for x in [images] if isinstance(images, torch.Tensor) else [image[None] for image in images]:
+            H, W = x.shape[2:]
+            if min(H, W) != short and not H == W == self.size:
+                x = common.resize(x, (short * H // min(H, W), short * W // min(H, W)), "bilinear")
+            out.append(x)
+        return torch.cat(out) if len({x.shape[2:] for x in out}) == 1 else [x[0] for x in out]
 
 
 @dataclasses.dataclass
@@ -1076,7 +987,7 @@ class Job:
     """Images that are read once, and what is made of them for some of the subjects."""
 
     name: str
-    read: Callable  # () -> ImageSet
+    read: Callable  # subject -> ImageSet, the same for all subjects
     source: Callable  # op that crops
     conditions: list
     subjects: list
@@ -1113,7 +1024,7 @@ def measure(suite, sums, args):
     over ranks at the end."""
     reader = None
     for job in suite.jobs:
-        data, device = job.read(), job.subjects[0].case.device
+        data, device = job.read(job.subjects[0]), job.subjects[0].case.device
 
         # Jobs on the same images share a reader; ranks share the images.
         if reader is None or reader.data is not data:
@@ -1131,26 +1042,21 @@ def measure(suite, sums, args):
                     for part, scores in subject.scores(y).items():
                         sums[subject.path][part][c] += suite.count(condition, scores, labels)
             job.done += len(rows)
-
-    # Add up the counts of all ranks.
     for parts in sums.values():
         for part, n in parts.items():
             parts[part] = common.all_reduce(n)
 
 
 def at_own_size(name, read, condition, subjects):
-    """A job for each size of encoder: images cropped as in eval_probe.py. read(subject) -> function that reads them."""
-    jobs = []
-    for size, group in groupby(sorted(subjects, key=size_of), size_of):
-        first, *others = group
-        crop = common.CenterCrop(size, interpolation="bicubic")
-        jobs.append(Job(name, read(first), crop, [condition], [first, *others]))
-    return jobs
+    """A job for each size of encoder: images cropped as in eval_probe.py."""
+    crop = partial(common.CenterCrop, interpolation="bicubic")
+    groups = groupby(sorted(subjects, key=size_of), size_of)
+    return [Job(name, read, crop(size), [condition], list(group)) for size, group in groups]
 
 
 def clean(subjects, condition):
     """The jobs that show unaltered test images."""
-    return at_own_size("clean", lambda subject: lambda: subject.case.test, condition, subjects)
+    return at_own_size("clean", lambda subject: subject.case.test, condition, subjects)
 
 
 def resized(what, size, subjects):
@@ -1193,29 +1099,29 @@ def batch_of(size, device, small, large, gpu):
 
 def corruptions(subjects, data, args):
     """The 15 corruptions and the 4 of validation, 5 severities each."""
-    names, size = corruption_names(args), side_of(subjects)
+    names, size = args.types or tuple(CORRUPTIONS), side_of(subjects)
     photographs = load_frost(args.frost_dir, size)
     jpeg85 = args.jpeg85 and size >= SMALL
 
-    # The seeds of a condition do not depend on the other conditions of the call.
+    # The seeds of a condition do not depend on the other conditions. ImageNet-C was saved as JPEG of quality 85.
     conditions = [("clean", 0), *((name, severity) for name in names for severity in range(1, 6))]
     seeds = {c: seeds_of(data, args.seed, *c) for c in conditions}
 
-    # ImageNet-C was saved as JPEG of quality 85.
     def make(x, rows, condition):
         y = corrupt(x, *condition, seeds[condition][rows], photographs)
-        return jpeg(y, 85) if jpeg85 else y
+        return jpeg_compression(y, None, 85) if jpeg85 else y
 
     # Read each published file by itself, or make all conditions from one reading of the clean images.
     if args.suite_dir:
-        root = Path(args.suite_dir[0])
-        read = lambda c: lambda subject: partial(finished, root, *c, data.classes)
-        jobs = [job for c in conditions[1:] for job in at_own_size(f"{c[0]} {c[1]}", read(c), c, subjects)]
+        root, jobs = Path(args.suite_dir[0]), []
+        for c in conditions[1:]:
+            read = lambda subject, c=c: finished(root, *c, data.classes)
+            jobs += at_own_size(f"{c[0]} {c[1]}", read, c, subjects)
         small = any(find_finished(root, *c).suffix == ".npy" for c in conditions[1:])  # CIFAR-10-C's
         notes = resized(f"the corruptions in {root}", 32, subjects) if small else []
     else:
         batch = batch_of(size, subjects[0].case.device, small=256, large=64, gpu=256)
-        jobs = [Job("corruptions", lambda: data, Source(size), conditions[1:], subjects, make, batch)]
+        jobs = [Job("corruptions", lambda subject: data, Source(size), conditions[1:], subjects, make, batch)]
         notes = resized("corruptions", size, subjects)
 
     # A star marks results whose frost is not the published one.
@@ -1260,9 +1166,6 @@ def corruptions(subjects, data, args):
     return Suite(conditions, jobs, count_right, 3, row, details, notes, partial(over_severity, conditions, star))
 
 
-FROST_NOTE = "* with frost drawn by a procedure, not from photographs: not comparable with published figures"
-
-
 def over_severity(conditions, star, n):
     """Counts (conditions, 3) of `corruptions` -> {"fog @1": accuracy in percent, ...}; severity 0 is clean, and the
     star goes to frost."""
@@ -1285,9 +1188,7 @@ def perturbations(subjects, data, args):
     def make(x, rows, name):
         whole = [image[None] for image in x] if isinstance(x, list) else [x]
         part_seeds = seeds[name][rows].split([len(images) for images in whole])
-        frames = []
-        for images, image_seeds in zip(whole, part_seeds):
-            frames.append(perturb(images, name, image_seeds, size))
+        frames = [perturb(images, name, image_seeds, size) for images, image_seeds in zip(whole, part_seeds)]
         return torch.cat(frames).flatten(0, 1)  # (B n, 3, S, S)
 
     # Frames are scored as images, and compared within their sequence.
@@ -1321,7 +1222,7 @@ def perturbations(subjects, data, args):
 
     # An image becomes up to 41 frames, so that batches are small.
     batch = batch_of(size, subjects[0].case.device, small=32, large=8, gpu=64)
-    jobs = [Job("perturbations", lambda: data, Source(size, whole=True), names, subjects, make, batch)]
+    jobs = [Job("perturbations", lambda subject: data, Source(size, whole=True), names, subjects, make, batch)]
     details = dict(codec="none", flips_over=TEST_PERTURBATIONS)
     return Suite(names, jobs, count, 6, row, details, resized("perturbations", size, subjects))
 
@@ -1341,20 +1242,16 @@ def augmentations(subjects, data, args):
     conditions = [(name, k) for name in ops for k in range(args.passes if ops[name] else 1)]
 
     # Parameters are drawn for the whole set, so that they do not depend on batches.
-    def drawn():
-        """Parameters for every image and condition -> make(x, rows, condition)."""
-        params = {}  # {condition: [parameters (N, ...) of an op]}
-        for condition in conditions:
-            g = common.rng(args.seed, "augmentations", *condition)
-            params[condition] = [op.sample(len(data), g) for op in ops[condition[0]]]
+    params = {}  # {condition: [parameters (N, ...) of an op]}
+    for condition in conditions:
+        g = common.rng(args.seed, "augmentations", *condition)
+        params[condition] = [op.sample(len(data), g) for op in ops[condition[0]]]
 
-        def make(x, rows, condition):
-            y = x.float() / 255
-            for op, p in zip(ops[condition[0]], params[condition]):
-                y = op(y, {k: v[rows] for k, v in p.items()})
-            return (255 * y).round().clamp(0, 255).to(torch.uint8)
-
-        return make
+    def make(x, rows, condition):
+        y = x.float() / 255
+        for op, p in zip(ops[condition[0]], params[condition]):
+            y = op(y, {k: v[rows] for k, v in p.items()})
+        return (255 * y).round().clamp(0, 255).to(torch.uint8)
 
     def row(n):  # (conditions, 3)
         top1 = [100 * v for v in (n[:, 1].double() / n[:, 0]).tolist()]
@@ -1366,7 +1263,7 @@ def augmentations(subjects, data, args):
     jobs = []
     for job in clean(subjects, conditions[0]):
         batch = batch_of(job.source.size, subjects[0].case.device, small=256, large=64, gpu=256)
-        how = Source(job.source.size), conditions[1:], job.subjects, drawn(), batch
+        how = Source(job.source.size), conditions[1:], job.subjects, make, batch
         jobs += [job, Job("augmentations", job.read, *how)]
     return Suite(conditions, jobs, count_right, 3, row)
 
@@ -1377,16 +1274,17 @@ def shifts(subjects, data, args):
 
     # Published sets are read from folders; `blocks` has rendered stand-ins.
     if args.suite_dir:
-        sets = {Path(path).resolve().name: partial(labelled, Path(path), data.classes) for path in args.suite_dir}
-        read = lambda name: lambda subject: sets[name]
-        jobs = [job for name in sets for job in at_own_size(name, read(name), name, subjects)]
-        classes |= {name: read_set().labels.unique() for name, read_set in sets.items()}
+        jobs = []
+        for path in args.suite_dir:
+            name, shifted = Path(path).resolve().name, labelled(Path(path), data.classes)
+            jobs += at_own_size(name, lambda subject, shifted=shifted: shifted, name, subjects)
+            classes[name] = shifted.labels.unique()
     else:
         data_set = subjects[0].case.state["data"]
         name, split = ("hues (stand-in)", "hues") if data_set == "blocks" else ("sessions seen (stand-in)", "seen")
-        read = lambda subject: partial(common.load_data, data_set, None, split, size_of(subject))
+        read = lambda subject: common.load_data(data_set, None, split, size_of(subject))
         jobs = at_own_size(name, read, name, subjects)
-        classes[name] = jobs[0].read().labels.unique()
+        classes[name] = read(subjects[0]).labels.unique()
 
     # Count twice, with all classes to choose from and with those of the set alone.
     def count(name, scores, labels):
@@ -1414,6 +1312,7 @@ def shifts(subjects, data, args):
     return Suite(list(classes), clean(subjects, "clean") + jobs, count, 5, row)
 
 
+FROST_NOTE = "* with frost drawn by a procedure, not from photographs: not comparable with published figures"
 SUITES = dict(corruptions=corruptions, perturbations=perturbations, augmentations=augmentations, shifts=shifts)
 
 
@@ -1422,13 +1321,10 @@ SUITES = dict(corruptions=corruptions, perturbations=perturbations, augmentation
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def class_folders(folder):
-    """Names of the folders of a tree of one folder a class."""
-    return sorted(f.name for f in folder.iterdir() if f.is_dir() and not f.name.startswith("."))
-
-
-def class_index(folder, names, classes):
-    """Class folders -> their classes: those of the same name, or, as in ImageNet-V2, of that number."""
+def class_index(folder, classes, names=None):
+    """Names of class folders, by default those of a folder -> their classes: of the same name, or of that number."""
+    if names is None:
+        names = sorted(f.name for f in folder.iterdir() if f.is_dir() and not f.name.startswith("."))
     if len(names) < 2:
         common.die(f"--suite-dir {folder}: holds no class folders; one folder a class is expected")
 
@@ -1444,9 +1340,9 @@ def class_index(folder, names, classes):
 @functools.lru_cache
 def labelled(folder, classes):
     """A tree of one folder a class, labelled by their names."""
-    class_index(folder, class_folders(folder), classes)
+    class_index(folder, classes)  # before all files are listed
     data = common.imagefolder(folder, "train")
-    return dataclasses.replace(data, labels=class_index(folder, data.classes, classes)[data.labels], classes=classes)
+    return dataclasses.replace(data, labels=class_index(folder, classes, data.classes)[data.labels], classes=classes)
 
 
 def finished(root, name, severity, classes):
@@ -1497,19 +1393,14 @@ def load_frost(folder, size):
     except OSError as e:
         common.die(f"--frost-dir {folder}: {e}")
 
-    # A crop of the size of an image must fit into each photograph.
+    # Photographs shrink without antialiasing, as OpenCV does it. A crop must fit into each.
     if size < SMALL:
-        images = [fifth(x) for x in images]
+        fifth = lambda x: F.interpolate(x[None].float(), (x.shape[1] // 5, x.shape[2] // 5), mode="bilinear")[0]
+        images = [fifth(x).round().to(torch.uint8) for x in images]
     if not images or min(min(x.shape[1:]) for x in images) < size:
         least = size if size >= SMALL else 5 * size
         common.die(f"--frost-dir {folder}: photographs of at least {least} px are needed, found {len(images)} images")
     return tuple(images)
-
-
-def fifth(x):
-    """uint8 (3, H, W) -> (3, H / 5, W / 5), without antialiasing, as OpenCV does."""
-    small = F.interpolate(x[None].float(), (x.shape[1] // 5, x.shape[2] // 5), mode="bilinear")
-    return small.round().to(torch.uint8)[0]
 
 
 def contact_sheet(path, rows, side=96):
@@ -1535,7 +1426,7 @@ def save_sheet(suite, data, size, args):
 
     # Each type has a row, of the clean image and five severities, or of every fifth frame.
     if suite == "corruptions":
-        for name in corruption_names(args):
+        for name in args.types or CORRUPTIONS:
             rows[name] = [x[0]]
             for severity in range(1, 6):
                 seed = seeds_of(data, args.seed, name, severity)[:1]
@@ -1564,9 +1455,6 @@ def run(name, subjects, data, args, evaluation, protocol, panels):
     suite = SUITES[name](subjects, data, args)
     sums = zeros(suite, subjects)
 
-    def found(subject):  # {part: (results in percent, counts for the record)}
-        return {part: suite.row(n.cpu()) for part, n in sums[subject.path].items()}
-
     def show():
         """Print the table of what is counted so far, keep its panels for --plot; returns the rows."""
         for note in suite.notes:
@@ -1575,10 +1463,11 @@ def run(name, subjects, data, args, evaluation, protocol, panels):
         # A part of a subject is a row of the table; metrics that are not finite are left out.
         rows, curves = [], []
         for subject in subjects:
-            for part, (values, _) in found(subject).items():
+            for part, n in sums[subject.path].items():
+                values, _ = suite.row(n.cpu())
                 rows.append((subject.name + part, {k: v for k, v in values.items() if math.isfinite(v)}))
                 if suite.curves:
-                    curves.append((subject.name + part, suite.curves(sums[subject.path][part].cpu())))
+                    curves.append((subject.name + part, suite.curves(n.cpu())))
         evaluation.table(rows, args.format)
         panels.extend(panels_of(f" ({name})", rows, curves))
         return rows
@@ -1596,7 +1485,7 @@ def run(name, subjects, data, args, evaluation, protocol, panels):
     # Append a record beside each checkpoint, then print the table.
     seconds = time.monotonic() - start
     for subject in subjects:
-        parts = found(subject)
+        parts = {part: suite.row(n.cpu()) for part, n in sums[subject.path].items()}
         results = {part or "all": values for part, (values, _) in parts.items()}
         own = dict(suite=name, probe=subject.probe, seconds=seconds, **suite.details)
         own |= dict(details={part: record for part, (_, record) in parts.items()})
@@ -1625,14 +1514,11 @@ def main(argv=None):
         check(args)
 
         # Probes are trained as in eval_probe.py, by the flags that both scripts have.
-        fields = {f.name for f in dataclasses.fields(eval_probe.Args)}
-        shared = {k: v for k, v in dataclasses.asdict(args).items() if k in fields}
+        shared = {f.name: getattr(args, f.name) for f in dataclasses.fields(eval_probe.SharedArgs)}
         probing = eval_probe.Args(tasks=("linear",), **shared)
         eval_probe.check(probing)
         device = common.start(args.device)
-
-        # Corruptions need float32, where containers may have chosen TF32.
-        torch.set_float32_matmul_precision("highest")
+        torch.set_float32_matmul_precision("highest")  # corruptions need float32; containers may have chosen TF32
 
         # The figure is drawn in any case, even after an error.
         def at_end():
@@ -1641,9 +1527,8 @@ def main(argv=None):
                 title += f"; {FROST_NOTE}"
             evaluation.plot(args.plot, panels, title)
 
-        evaluation.at_end = at_end
-
         # Open all checkpoints that can be read, and evaluate them together.
+        evaluation.at_end = at_end
         cases = eval_probe.open_all(probing, lambda state: probing, device, evaluation)
         subjects = [Subject(name, path, case) for path, name, case in cases]
         data += [subject.case.state["data"] for subject in subjects]
