@@ -153,12 +153,9 @@ def parse(Args, values_in_force, argv=None, description=""):
     """Command line -> Args, in two passes. The first reads the choices (--base, --data, --recipe ...), from which
     `values_in_force(first) -> dict` looks up defaults. The second parses over those, so `--help` shows what would
     run."""
+    # The help ends before the notes on the paper, which are for readers of the file. Only rank 0 shows tyro's messages.
     argv = sys.argv[1:] if argv is None else list(argv)
-
-    # The help ends before the notes on the paper, which are for readers of the file.
     description = description.partition("\n\nWhere the paper is silent")[0]
-
-    # Only rank 0 shows tyro's own messages.
     shown = os.environ.get("RANK", "0") == "0"
     cli = partial(tyro.cli, Args, args=argv, console_outputs=shown)
     try:
@@ -303,12 +300,12 @@ def die(message, code=2, alone=False):
     Every rank may call it for the same mistake: rank 0 prints, and the others wait. torchrun kills all processes as
     soon as one ends, so a rank that is still there after the wait made the mistake by itself, and prints. `alone`: it
     is known that no other rank made it."""
-    # Rank 0 prints for all ranks, and torchrun then kills those that wait.
     if not alone and os.environ.get("RANK", "0") != "0":
         time.sleep(5)
+
+    # An open progress bar would share its line with the message.
     with contextlib.suppress(OSError):  # nobody may be reading
         for bar in list(getattr(tqdm, "_instances", ())):
-            # An open progress bar would share its line with the message.
             bar.close()
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
     raise SystemExit(code)
@@ -365,19 +362,19 @@ def rank():
 def from_torchrun():
     """RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE as torchrun sets them; those of one process where it did not."""
     # A launcher or a batch system may have set these variables to something else.
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
-    for name in names:
-        value = os.environ.get(name, "0")
+    numbers = []
+    for name, default in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_WORLD_SIZE", "1")):
+        value = os.environ.get(name, default)
         if not value.isdecimal():
             die(f"{name}={value!r} in the environment is not a number; start with torchrun, or unset it", alone=True)
-    numbers = [int(os.environ.get(name, default)) for name, default in zip(names, (0, 0, 1, 1))]
+        numbers.append(int(value))
     global_rank, local_rank, world, local_world = numbers
 
     # Variables of another program may name a group without its address, or a rank outside its group.
-    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    if world > 1 and missing:
-        problem = f"WORLD_SIZE={world} is in the environment and {missing[0]} is not"
-        die(f"{problem}; start with torchrun, or unset WORLD_SIZE", alone=True)
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        if world > 1 and name not in os.environ:
+            problem = f"WORLD_SIZE={world} is in the environment and {name} is not"
+            die(f"{problem}; start with torchrun, or unset WORLD_SIZE", alone=True)
     for name, value, size in (("RANK", global_rank, world), ("LOCAL_RANK", local_rank, max(world, local_world))):
         if value >= size:
             problem = f"{name}={value} is in the environment of {world} processes"
@@ -405,15 +402,13 @@ def start(device="auto"):
                 resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
                 break
 
-    # Several processes need one GPU each, or share the CPU.
-    if world > 1:
-        if device == "mps":
-            die("--device mps: several processes need CUDA or the CPU; use --device cpu")
-        if device == "cuda" and local_world > torch.cuda.device_count():
-            count = torch.cuda.device_count()
-            die(f"--nproc_per_node {local_world}: this machine has {count} GPUs; start as many processes")
+    # Several processes need one GPU each, or share the CPU. NCCL takes the current GPU, so each chooses its own first.
+    if world > 1 and device == "mps":
+        die("--device mps: several processes need CUDA or the CPU; use --device cpu")
+    gpus = torch.cuda.device_count()
+    if world > 1 and device == "cuda" and local_world > gpus:
+        die(f"--nproc_per_node {local_world}: this machine has {gpus} GPUs; start as many processes")
     if device == "cuda":
-        # NCCL takes the current GPU, so each process chooses its own GPU first.
         torch.cuda.set_device(local_rank)
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=timedelta(minutes=10))
@@ -423,13 +418,10 @@ def start(device="auto"):
 
 def send(x, device):
     """The tensor x on `device`. The host does not wait for a GPU: it leaves x in pinned memory and goes on. CUDA takes
-    64 kB or less from any memory without a wait.
-
-    Elsewhere the host waits. On MPS a copy that nobody waits for may read memory that is in use again."""
+    64 kB or less from any memory without a wait. Elsewhere the host waits, because on MPS a copy that nobody waits for
+    may read memory that is in use again."""
     if x.device.type != "cpu" or device.type != "cuda":
         return x.to(device)
-
-    # Only a copy from pinned memory leaves the host free to go on.
     if x.nbytes > 2**16 and not x.is_pinned():
         x = torch.empty_like(x, pin_memory=True).copy_(x)
     return x.to(device, non_blocking=True)
@@ -438,10 +430,9 @@ def send(x, device):
 def any_rank(number):
     """The largest of all ranks' whole numbers `number`. So ranks agree on what each has seen for itself, such as a
     signal, a full disk or a file that only one machine has. Every rank must call it, whatever it has seen."""
-    if not dist.is_initialized():
-        return number
-    number = torch.tensor(number)
-    dist.all_reduce(number, op=dist.ReduceOp.MAX)
+    number = torch.tensor(int(number))
+    if dist.is_initialized():
+        dist.all_reduce(number, op=dist.ReduceOp.MAX)
     return int(number)
 
 
@@ -474,17 +465,12 @@ def from_all_ranks(value):
 
 
 def same_on_all_ranks(value, complaint):
-    """End the program where ranks hold different values: complaint(value of rank 0, rank that differs, its value)."""
+    """End the program where ranks hold different plain values. `complaint` is the message, or a function that makes it:
+    complaint(value of rank 0, rank that differs, its value)."""
     values = from_all_ranks(value)
     for other, theirs in enumerate(values):
         if theirs != values[0]:
-            die(complaint(values[0], other, theirs))
-
-
-def same_on_ranks(value):
-    """Whether all ranks hold the same plain value (compared by its repr)."""
-    number = number_of(value)
-    return any_rank(number) == -any_rank(-number)
+            die(complaint if isinstance(complaint, str) else complaint(values[0], other, theirs))
 
 
 def number_of(*key):
@@ -559,24 +545,20 @@ class BatchNormOverRanks(nn.modules.batchnorm._BatchNorm):
         if not self.training:
             return super().forward(x)
 
-        # The number n of values per channel corrects the bias of the running variance below.
+        # The global batch is normalised by its biased variance, as in any batch norm that trains.
         dims = [0, *range(2, x.dim())]
-        n = x.numel() // x.shape[1] * world_size()
         view = lambda v: v.view(1, -1, *[1] * (x.dim() - 2))
-
-        # The variance of the global batch is the biased one, as in any batch norm that trains.
         mean = all_reduce(x.mean(dims)) / world_size()  # (C,)
         centred = x - view(mean)
         var = all_reduce((centred * centred).mean(dims)) / world_size()  # (C,)
+        y = centred * view((var + self.eps).rsqrt())
 
-        # The running statistics are updated without gradient, the variance as the unbiased one.
+        # The running variance is the unbiased one, of n values per channel.
+        n = x.numel() // x.shape[1] * world_size()
         with torch.no_grad():
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(var * n / (n - 1), self.momentum)
             self.num_batches_tracked += 1
-
-        # The batch is normalised, then scaled and shifted per channel.
-        y = centred * view((var + self.eps).rsqrt())
         return y * view(self.weight) + view(self.bias) if self.affine else y
 
 
@@ -662,8 +644,6 @@ def write(path, content):
     """Write bytes so that a kill at any moment leaves either the old or the new file: a temporary file in the same
     directory, flushed to the disk, then renamed over the old one (over its target, if `path` is a link)."""
     path = Path(path).resolve()
-
-    # The content goes to a temporary file first, so that the old file stays whole until the rename.
     tmp = path.with_name(f"{path.name}.tmp")
     try:
         with open(tmp, "wb") as f:
@@ -744,8 +724,6 @@ def load_checkpoint(path, file=None):
     path = Path(path)
     if not os.path.isfile(path):
         die(f"{path}: no such checkpoint file")
-
-    # A missing or damaged file is refused first.
     try:
         state = read_tensors(path, file)
     except Exception:  # a dozen different types
@@ -808,18 +786,15 @@ class Run:
         same_on_all_ranks({k: v for k, v in dataclasses.asdict(args).items() if k not in self.LOCAL}, complaint)
         by_rank_0(self._claim)
 
-        # The signal handler sets `signal` and interrupts a run that is `waiting`
-        # for data; `parent` is the process of torchrun.
+        # A signal sets `signal` and interrupts a run that is `waiting` for data; `parent` is the process of torchrun.
         self.signal = None
         self.waiting = False
         self.parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
-        # Logged values stay on the device in `pending`, from step `first_pending` on, until a line of the log is due.
+        # Logged values stay on the device in `pending` until a line of the log is due. `logged` steps were in the log
+        # when its last line came at `clock`; a full disk may have `torn` that line.
         self.pending = []
-        self.first_pending = 0
-
-        # `logged` steps were in the log when its last line came at `clock`; a full disk may have `torn` that line.
-        self.logged = 0
+        self.first_pending = self.logged = 0
         self.clock = 0.0
         self.torn = False
 
@@ -852,8 +827,6 @@ class Run:
         if path in LOCKS:
             return
         LOCKS[path] = os.open(path, os.O_RDONLY)
-
-        # The lock is tried without waiting, so that a second run is refused at once.
         try:
             fcntl.flock(LOCKS[path], fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -873,28 +846,27 @@ class Run:
 
         Rank 0 reads the checkpoint for all. `data` is the training set: all ranks must see the same, and a run goes on
         with nothing else than it began with."""
-        # All ranks must see the same images, in the same order, before any of them resumes.
-        self.data = data.fingerprint()
 
         def complaint(a, other, b):
             what = f"rank {other} sees other images than rank 0 ({difference(a, b)})"
             return f"--data-dir: {what}; give all machines the same"
 
+        self.data = data.fingerprint()
         same_on_all_ranks(self.data, complaint)
 
-        # Rank 0 reads the checkpoint, and every rank starts from its step.
+        # Every rank starts from the step of the checkpoint.
         state = by_rank_0(lambda: self._read() if self.args.resume and self.path.exists() else None)
         self.resumed = state is not None
         self.begin = 0
-        if state is not None:
+        if self.resumed:
             self.begin = state["step"]
             self._load(state)
             self.say(f"resuming {self.path} at step {self.begin}")
         by_rank_0(self._prepare)
 
     def _read(self):
-        """The checkpoint to resume, if it is of this method, these arguments and these images."""
-        # The checkpoint must come from the same method, with the same arguments wherever they change the result.
+        """The checkpoint to resume, if it is of this method, these images and the same arguments wherever they change
+        the result."""
         state = load_checkpoint(self.path)
         saved, now = state["args"], dataclasses.asdict(self.args)
         if state["method"] != self.method:
@@ -929,8 +901,8 @@ class Run:
 
     def _prepare(self):
         """What the directory holds before the first step."""
+        # An overwritten run leaves files which a reader would take for those of the new run.
         try:
-            # An overwritten run leaves files which a reader would take for those of the new run.
             if not self.resumed:
                 names = ["checkpoint.pt", "log.jsonl", "backbone.safetensors", "eval.jsonl"]
                 if of_a_run(os.listdir(self.out)):
@@ -992,11 +964,9 @@ class Run:
                 if self.due(step) and step + 1 < total:
                     self.save(step + 1)
 
-            # The last checkpoint is written, unless the resumed run was complete already.
+            # A resumed run may have been complete already. A signal may come while the last checkpoint is written.
             if begin < total or not self.resumed:
                 self.save(total, last=True)
-
-                # A signal may have come while the last checkpoint was written.
                 self._stop_if_asked(total)
             else:
                 self.say(f"{self.path} is finished: {begin} of {total} steps")
@@ -1048,14 +1018,13 @@ class Run:
         heads = {k: v for k, v in self.model.state_dict().items() if not k.startswith(f"{self.model.evaluated}.")}
         train_state = dict(heads=heads, optimizer=self.optimizer.state_dict(), data=self.data)
 
-        # Weights with NaN or infinity on any rank stop all ranks before a good checkpoint is overwritten.
-        if any_rank(int(not finite([self.encoder.state_dict(), train_state]))):
-            die(f"the weights are not finite after step {step - 1}; lower --lr; {self._last_good()}", 1)
-
-        # The checkpoint holds everything that evaluation and resuming need.
         state = dict(format=FORMAT, method=self.method, args=dataclasses.asdict(self.args), step=step)
         state |= dict(backbone=self.encoder.description, backbone_state=self.encoder.state_dict())
         state |= dict(train_state=train_state)
+
+        # Weights with NaN or infinity on any rank stop all ranks before a good checkpoint is overwritten.
+        if any_rank(not finite(state)):
+            die(f"the weights are not finite after step {step - 1}; lower --lr; {self._last_good()}", 1)
 
         # Only rank 0 writes, but all ranks must learn whether it succeeded.
         error = 0
@@ -1131,7 +1100,6 @@ class Run:
         need not wait for the device every step; each is then checked: a value that is not finite ends the run with
         exit code 1, naming the step and the components, and the last good checkpoint stays.
         """
-        # A CPU checks every step at once; a GPU is read only for a line of the log.
         self.names = list(values)
         self.pending.append(torch.stack([scalar(v, self.device) for v in values.values()]))  # (names,)
         due = is_logged(self.args, step)
@@ -1149,8 +1117,11 @@ class Run:
         # Throughput and waiting time are averages since the last line of the log.
         now = time.monotonic()
         done, seconds = step + 1 - self.logged, now - self.clock
+        memory = (
+            torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
+        )  # bytes, the most yet
         line |= dict(images_per_s=round(done * self.args.batch_size / seconds, 1))
-        line |= dict(data_wait=round(self.loader.waited / seconds, 4), memory_gb=round(memory_gb(self.device), 3))
+        line |= dict(data_wait=round(self.loader.waited / seconds, 4), memory_gb=round(memory / 2**30, 3))
         self.logged = step + 1
         self.clock = now
         self.loader.waited = 0.0
@@ -1277,11 +1248,6 @@ def collapse_monitors(y):
     return {name: value if math.isfinite(value) else None for name, value in monitors.items()}
 
 
-def memory_gb(device):
-    """The most memory that tensors have taken on a GPU so far; 0 elsewhere."""
-    return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
-
-
 def progress(iterable=None, leave=False, **kwargs):
     """A tqdm bar on rank 0; where stderr is a file it writes a line every half minute instead of ten a second."""
     slow = 0.1 if sys.stderr.isatty() else 30
@@ -1295,18 +1261,16 @@ def progress(iterable=None, leave=False, **kwargs):
 #   Paths, ImageSet         file names; one split of a data set
 #   open_image, visible     one file; one folder
 #   imagefolder             any folder of images
-#   cifar, threediebench, transfer_set, cub200, core50, tdw   published sets
-#   known_part, without_unreadable                            parts of a set
+#   cifar, threediebench, core50, tdw      published sets
+#   known_part, without_unreadable         parts of a set
 #   cached                  what takes long is kept
 # ----------------------------------------------------------------------------------------------------------------------
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and std of each channel, of images in [0, 1]
 CIFAR10 = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
-CIFAR100 = ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
 BLOCKS = ((0.39, 0.39, 0.39), (0.14, 0.14, 0.14))
 CORE50 = ((0.6000, 0.5681, 0.5411), (0.1817, 0.1944, 0.2039))
 TDW = ((0.7709, 0.7642, 0.7470), (0.0835, 0.0842, 0.0840))
-BENCH3DIE = ((0.5016, 0.5037, 0.5060), (0.1030, 0.0999, 0.0969))
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 # wnids of ImageNet-100 [CMC]
 # fmt: off
@@ -1644,8 +1608,8 @@ def threediebench(root, split, workers=None, skip_corrupt=False, **_):
     for i in ((labels < 0) | (labels > 54)).nonzero()[:1, 0].tolist():
         found = f"{part}_labels.npy says {labels[i]} at index {i} ({objects[i]})"
         die(f"--data-dir {root}: {found}; 3DIEBench has the classes 0 to 54")
-    if not same_on_ranks((objects, labels.tolist())):
-        die(f"--data-dir {root}: {part}_images.npy or {part}_labels.npy differs between machines; copy the set anew")
+    problem = f"{part}_images.npy or {part}_labels.npy differs between machines; copy the set anew"
+    same_on_all_ranks(number_of(objects, labels.tolist()), f"--data-dir {root}: {problem}")
 
     def of_objects(look, like):
         """look(object's folder) of every object, each rank its share: (objects, ...), shape and type as `like`."""
@@ -1717,89 +1681,6 @@ def latents_of(folder):
             return f"{path}: numbers 0 to 2 must be angles from -pi/2 to pi/2 (radians), 3 and 6 hues from 0 to 1"
         out[v] = torch.from_numpy(z)
     return out
-
-
-TRANSFER = dict(  # torchvision's class; its train and test splits
-    food101=("Food101", ("train",), ("test",)),
-    dtd=("DTD", ("train", "val"), ("test",)),
-    pets=("OxfordIIITPet", ("trainval",), ("test",)),
-    aircraft=("FGVCAircraft", ("trainval",), ("test",)),
-    flowers102=("Flowers102", ("train",), ("test",)),
-    sun397=("SUN397", (), ()),
-)
-
-
-def transfer_set(name, root, split, **_):
-    """A data set of TRANSFER as torchvision keeps it, or prepared as an image folder with train/ and val/ or test/.
-    sun397 needs the authors' Training_01.txt and Testing_01.txt (19,850 images each) beside its folder or in it."""
-    if os.path.isdir(root) and "train" in split_folders(root)[0]:
-        return imagefolder(root, split)
-
-    # torchvision checks the files and reads the splits; SUN397 has none.
-    kind, train_parts, test_parts = TRANSFER[name]
-    build = getattr(torchvision.datasets, kind)
-    try:
-        parts = [build(root, split=s) for s in (test_parts if split == "test" else train_parts)] or [build(root)]
-    except ModuleNotFoundError as e:
-        advice = f"pip install {e.name}, or prepare train/<class>/ and test/<class>/"
-        die(f"--data {name}: torchvision reads its lists with {e.name}; {advice}")
-    except Exception:  # torchvision raises whatever a missing or damaged list makes it raise
-        fetch = f"torchvision.datasets.{kind}({str(root)!r}, download=True)"
-        die(f"--data-dir {root}: holds no {name}; {fetch} would fetch it")
-
-    # torchvision keeps the file names and labels of each part in lists of its own.
-    files = "_images" if name == "pets" else "_image_files"
-    paths = [str(p) for p in itertools.chain(*(getattr(d, files) for d in parts))]
-    labels = list(itertools.chain(*(d._labels for d in parts)))
-
-    # torchvision gives SUN397 whole; the authors' lists say which images train.
-    if name == "sun397":
-        folder = Path(root) / "SUN397"
-        listing = dict(train="Training_01.txt", test="Testing_01.txt")[split]
-        found = next((p for p in (Path(root) / listing, folder / listing) if os.path.isfile(p)), None)
-        if found is None:
-            die(f"--data-dir {root}: sun397 needs {listing}, from the authors' Partitions.zip")
-        label = dict(zip(paths, labels))
-        lines = os.fsdecode(found.read_bytes()).split("\n")
-        paths = [str(folder / line.strip().lstrip("/")) for line in lines if line.strip()]
-        if unknown := set(paths) - set(label):
-            die(f"{found}: lists {printable(min(unknown))}, which is not there")
-        labels = [label[p] for p in paths]
-
-    # Relative paths make the fingerprint independent of the machine.
-    paths = Paths(root, (os.path.relpath(p, root) for p in paths))
-    return ImageSet(paths=paths, labels=torch.tensor(labels), classes=tuple(parts[0].classes))
-
-
-def cub200(root, split, **_):
-    """CUB-200-2011 as published: [CUB_200_2011/]images.txt, image_class_labels.txt, train_test_split.txt, classes.txt,
-    images/; or prepared as an image folder."""
-    if os.path.isdir(root) and "train" in split_folders(root)[0]:
-        return imagefolder(root, split)
-
-    # The archive may have been unpacked with its folder or without.
-    nested = Path(root) / "CUB_200_2011"
-    root = nested if os.path.isdir(nested) else Path(root)
-    lists = ("images", "image_class_labels", "train_test_split", "classes")
-    try:
-        # Lines are "<number> <path>", "<number> <class>", "<number> <1: trains>" and "<class> <name>".
-        texts = [os.fsdecode((root / f"{name}.txt").read_bytes()) for name in lists]
-        images, labels, train, classes = ([line.split() for line in text.splitlines()] for text in texts)
-        label, part = dict(labels), dict(train)
-
-        # An image belongs to the training set where its flag is 1.
-        chosen = [(path, int(label[i]) - 1) for i, path in images if (part[i] == "1") == (split == "train")]
-        classes = tuple(c for _, c in classes)
-    except OSError as e:
-        die(f"--data-dir {root}: cub200 needs {Path(e.filename).name} there ({e.strerror})")
-    except (ValueError, KeyError) as e:
-        problem = f"{', '.join(lists)}.txt of cub200 do not fit each other ({printable(e)})"
-        die(f"--data-dir {root}: {problem}; copy them again")
-
-    # Class numbers in the lists start at 1.
-    paths = Paths(root / "images", (path for path, _ in chosen))
-    labels = torch.tensor([y for _, y in chosen])
-    return ImageSet(paths=paths, labels=labels, classes=classes)
 
 
 CORE50_CLASSES = tuple(
@@ -1912,9 +1793,9 @@ def known_part(data, fraction, seed):
 
 
 def unreadable(data, rows):
-    """Those of some rows (n,) whose files cannot be read, as a list."""
+    """Those of some rows whose files cannot be read, as a list."""
     bad = []
-    for row in rows.tolist():
+    for row in rows:
         try:
             open_image(data.paths[row])
         except OSError:
@@ -1926,34 +1807,14 @@ def without_unreadable(data, workers):
     """Open every image once, each rank its share, and leave out those that cannot be read: they are then in
     `skipped`."""
     # The ranks divide the files among them and then exchange what they found.
-    chunks = torch.arange(len(data))[rank() :: world_size()].split(256)
+    rows = range(rank(), len(data), world_size())
+    chunks = [rows[i : i + 256] for i in range(0, len(rows), 256)]
     found = progress(in_workers(partial(unreadable, data), chunks, workers), desc="opening images", unit="x 256")
     bad = set().union(*from_all_ranks({row for rows in found for row in rows}))
-
-    # All ranks keep the same images, in the same order.
     keep = torch.tensor([i for i in range(len(data)) if i not in bad], dtype=torch.long)
     if not len(keep):
         die(f"--data-dir {data.paths.root}: none of the {len(data)} images can be read")
     return dataclasses.replace(data.subset(keep), skipped=tuple(data.paths[i] for i in sorted(bad)))
-
-
-class _Each(torch.utils.data.Dataset):
-    """i -> function(items[i]), for loader workers."""
-
-    def __init__(self, function, items):
-        self.function, self.items = function, items
-
-    def __len__(self):
-        return len(self.items)
-
-    def __getitem__(self, i):
-        return self.function(self.items[i])
-
-
-def in_workers(function, items, workers):
-    """function(item) of all items, in their order, by loader workers: an iterable that has a length."""
-    how = dict(num_workers=default_workers(workers), worker_init_fn=detach_worker)
-    return torch.utils.data.DataLoader(_Each(function, items), batch_size=None, **how)
 
 
 def cached(name, make, current=lambda kept: True):
@@ -2293,20 +2154,18 @@ class DataSet:
     std: tuple
 
 
-# To add a data set, write its reader above and its row here.
+# To add a data set, write its reader above and its row here. eval_probe.py adds the sets of transfer.
 DATA = {
     "blocks": DataSet(partial(rendered, blocks), *BLOCKS),
     "blocks-views": DataSet(partial(rendered, blocks_views), *BLOCKS),
     "cifar10": DataSet(partial(cifar, "cifar10"), *CIFAR10),
-    "cifar100": DataSet(partial(cifar, "cifar100"), *CIFAR100),
+    "cifar100": DataSet(partial(cifar, "cifar100"), (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
     "imagenet": DataSet(partial(imagenet, None), *IMAGENET),
     "imagenet100": DataSet(partial(imagenet, {f"n{wnid}" for wnid in IMAGENET100.split()}), *IMAGENET),
-    "3diebench": DataSet(threediebench, *BENCH3DIE),
+    "3diebench": DataSet(threediebench, (0.5016, 0.5037, 0.5060), (0.1030, 0.0999, 0.0969)),
     "core50": DataSet(core50, *CORE50),
     "tdw": DataSet(tdw, *TDW),
     "imagefolder": DataSet(lambda root, split, **_: imagefolder(root, split), *IMAGENET),
-    **{name: DataSet(partial(transfer_set, name), *IMAGENET) for name in TRANSFER},
-    "cub200": DataSet(cub200, *IMAGENET),
 }
 
 
@@ -2337,8 +2196,8 @@ def load_data(name, root, split, size, skip_corrupt=False, workers=None, session
 
     # A split must exist on all machines or on none.
     data = DATA[name].read(root, split, size=size, sessions=sessions, workers=workers, skip_corrupt=skip_corrupt)
-    if not same_on_ranks(data is None):
-        die(f"--data-dir {root}: some machines have a {split} split there, others have none; copy the data set anew")
+    problem = f"some machines have a {split} split there, others have none; copy the data set anew"
+    same_on_all_ranks(data is None, f"--data-dir {root}: {problem}")
 
     # Sets which were loaded whole have no unreadable files left.
     opens = skip_corrupt and data is not None and data.images is None
@@ -2350,7 +2209,7 @@ def load_data(name, root, split, size, skip_corrupt=False, workers=None, session
 #
 #   Loader              step -> this rank's views of the global batch
 #   unbroken            what a broken file or worker ends with
-#   default_workers, check_shared_memory, detach_worker   loader processes
+#   in_workers, default_workers, check_shared_memory, detach_worker   loader processes
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -2360,7 +2219,7 @@ def order_of_epoch(n, seed, epoch):
     return torch.randperm(n, generator=rng(seed, "order", epoch))
 
 
-class Loader(torch.utils.data.Dataset):
+class Loader:
     """step -> this rank's views of the global batch.
 
     `policies[view]` is the Compose that makes a view. `draw(generator)` samples for all ranks alike: {view: (rows of
@@ -2445,16 +2304,12 @@ class Loader(torch.utils.data.Dataset):
             size += len(rows) // world_size() * 3 * self.policies[view].crop.size ** 2
         size *= 1.5 if self.crop_only else 6
 
-        # One pass covers all steps, so that the workers live as long as the run.
+        # One pass covers all steps, so that the workers live as long as the run. `waited` sums the seconds in which the
+        # device had nothing else to do.
         files = self.data.images is None
-        workers = default_workers(self.workers, size) if files else 0
-        check_shared_memory(workers, size)
-        how = dict(num_workers=workers, worker_init_fn=detach_worker, timeout=600 if workers else 0)
+        workers = self.workers if files else 0
         pin = self.device.type == "cuda" and files
-        loader = torch.utils.data.DataLoader(self, batch_size=None, sampler=steps, pin_memory=pin, **how)
-
-        # `waited` sums the seconds in which the device had nothing else to do.
-        batches = unbroken(loader)
+        batches = unbroken(in_workers(self.__getitem__, steps, workers, size, pin_memory=pin))
         self.waited = 0.0
         while True:
             begin = time.monotonic()
@@ -2486,6 +2341,25 @@ def unbroken(loader):
         # A worker's error starts with its traceback and ends with the line that names the image.
         line = str(e).splitlines()[-1].removeprefix("OSError: ")
         die(f"{line}; repair or remove the file, or add --skip-corrupt", 1, alone=True)
+
+
+class _Each(torch.utils.data.Dataset):
+    """item -> function(item), for loader workers."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def __getitem__(self, item):
+        return self.function(item)
+
+
+def in_workers(function, items, workers, size=0, **how):
+    """function(item) of all items, in their order, by loader workers: an iterable that has a length. workers: as in
+    `default_workers`; size: bytes of a result; how: what else a DataLoader takes."""
+    workers = default_workers(workers, size)
+    check_shared_memory(workers, size)
+    how |= dict(num_workers=workers, worker_init_fn=detach_worker, timeout=600 if workers else 0)
+    return torch.utils.data.DataLoader(_Each(function), batch_size=None, sampler=items, **how)
 
 
 def local_processes():
@@ -3400,16 +3274,10 @@ def export_backbone(path, backbone):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-class _Views(torch.utils.data.Dataset):
-    """(op, rows, params) -> op(images of these rows, params): what the workers of a Reader run. All but the set comes
-    with the item; arrays, unlike tensors, take no shared memory on their way to a worker."""
-
-    def __init__(self, data):
-        self.data = data
-
-    def __getitem__(self, item):
-        op, rows, params = item
-        return op(self.data[torch.from_numpy(rows)], {name: torch.from_numpy(value) for name, value in params.items()})
+def view_of(data, item):
+    """(op, rows, params) -> op(images of these rows, params), in a worker of a Reader."""
+    op, rows, params = item
+    return op(data[torch.from_numpy(rows)], {name: torch.from_numpy(value) for name, value in params.items()})
 
 
 class Reader:
@@ -3417,9 +3285,8 @@ class Reader:
     pass and serve all later ones, as long as the reader lives; what is in memory needs none."""
 
     def __init__(self, data, workers=None):
-        self.data, self.workers, self.loader = data, workers, None
-        # The loader takes the items of a pass for its sampler.
-        self.items = []
+        self.data, self.workers = data, workers
+        self.loader, self.items = None, []
 
     def batches(self, op, rows, params=None, batch_size=256, name="images", pin=False):
         """Yield (rows (b,), op(their images, their parameters)) in the order of `rows` (n,), behind a progress bar.
@@ -3427,7 +3294,13 @@ class Reader:
         pinned memory, for a GPU."""
         # The loader starts once, for batches of the first pass's size, and its item list is refilled for each pass.
         if self.loader is None:
-            self.loader = self._start(1.5 * batch_size * 3 * op.size**2, pin)
+            files = self.data.images is None
+            workers = self.workers if files else 0
+            how = dict(pin_memory=pin and files, persistent_workers=files and workers != 0)
+            size = 1.5 * batch_size * 3 * op.size**2
+            self.loader = in_workers(partial(view_of, self.data), self.items, workers, size, **how)
+
+        # Arrays, unlike tensors, take no shared memory on their way to a worker.
         chunks = rows.split(batch_size) if len(rows) else ()
         part = lambda chunk: {key: value[chunk].numpy() for key, value in (params or {}).items()}
         self.items[:] = [(op, chunk.numpy(), part(chunk)) for chunk in chunks]
@@ -3439,17 +3312,6 @@ class Reader:
         except BaseException:
             self.loader = None
             raise
-
-    def _start(self, batch, pin):
-        """The loader of all passes, for batches of `batch` bytes."""
-        # Images in memory need no workers; prefetched batches of files must fit in shared memory.
-        files = self.data.images is None
-        workers = default_workers(self.workers, batch) if files else 0
-        check_shared_memory(workers, batch)
-        how = dict(num_workers=workers, worker_init_fn=detach_worker, pin_memory=pin and files)
-        if workers:
-            how |= dict(persistent_workers=True, timeout=600)
-        return torch.utils.data.DataLoader(_Views(self.data), batch_size=None, sampler=self.items, **how)
 
 
 @torch.no_grad()

@@ -70,6 +70,7 @@ import filecmp
 import functools
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -273,6 +274,97 @@ def check(args):
 def file_of(path):
     """A checkpoint, or timm:NAME@FILE -> its file; "" for timm:NAME, whose weights timm fetches."""
     return path.partition("@")[2] if path.startswith("timm:") else path
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data sets of transfer
+# ----------------------------------------------------------------------------------------------------------------------
+
+TRANSFER = dict(  # torchvision's class; its train and test splits
+    food101=("Food101", ("train",), ("test",)),
+    dtd=("DTD", ("train", "val"), ("test",)),
+    pets=("OxfordIIITPet", ("trainval",), ("test",)),
+    aircraft=("FGVCAircraft", ("trainval",), ("test",)),
+    flowers102=("Flowers102", ("train",), ("test",)),
+    sun397=("SUN397", (), ()),
+)
+
+
+def transfer_set(name, root, split, **_):
+    """A data set of TRANSFER as torchvision keeps it, or prepared as an image folder with train/ and val/ or test/.
+    sun397 needs the authors' Training_01.txt and Testing_01.txt (19,850 images each) beside its folder or in it."""
+    if os.path.isdir(root) and "train" in common.split_folders(root)[0]:
+        return common.imagefolder(root, split)
+
+    # torchvision checks the files and reads the splits; SUN397 has none.
+    kind, train_parts, test_parts = TRANSFER[name]
+    build = getattr(torchvision.datasets, kind)
+    try:
+        parts = [build(root, split=s) for s in (test_parts if split == "test" else train_parts)] or [build(root)]
+    except ModuleNotFoundError as e:
+        advice = f"pip install {e.name}, or prepare train/<class>/ and test/<class>/"
+        common.die(f"--data {name}: torchvision reads its lists with {e.name}; {advice}")
+    except Exception:  # torchvision raises whatever a missing or damaged list makes it raise
+        fetch = f"torchvision.datasets.{kind}({str(root)!r}, download=True)"
+        common.die(f"--data-dir {root}: holds no {name}; {fetch} would fetch it")
+
+    # torchvision keeps the file names and labels of each part in lists of its own.
+    files = "_images" if name == "pets" else "_image_files"
+    paths = [str(p) for p in itertools.chain(*(getattr(d, files) for d in parts))]
+    labels = list(itertools.chain(*(d._labels for d in parts)))
+
+    # torchvision gives SUN397 whole; the authors' lists say which images train.
+    if name == "sun397":
+        folder = Path(root) / "SUN397"
+        listing = dict(train="Training_01.txt", test="Testing_01.txt")[split]
+        found = next((p for p in (Path(root) / listing, folder / listing) if os.path.isfile(p)), None)
+        if found is None:
+            common.die(f"--data-dir {root}: sun397 needs {listing}, from the authors' Partitions.zip")
+        label = dict(zip(paths, labels))
+        lines = os.fsdecode(found.read_bytes()).split("\n")
+        paths = [str(folder / line.strip().lstrip("/")) for line in lines if line.strip()]
+        if unknown := set(paths) - set(label):
+            common.die(f"{found}: lists {common.printable(min(unknown))}, which is not there")
+        labels = [label[p] for p in paths]
+
+    # Relative paths make the fingerprint independent of the machine.
+    paths = common.Paths(root, (os.path.relpath(p, root) for p in paths))
+    return common.ImageSet(paths=paths, labels=torch.tensor(labels), classes=tuple(parts[0].classes))
+
+
+def cub200(root, split, **_):
+    """CUB-200-2011 as published: [CUB_200_2011/]images.txt, image_class_labels.txt, train_test_split.txt, classes.txt,
+    images/; or prepared as an image folder."""
+    if os.path.isdir(root) and "train" in common.split_folders(root)[0]:
+        return common.imagefolder(root, split)
+
+    # The archive may have been unpacked with its folder or without.
+    nested = Path(root) / "CUB_200_2011"
+    root = nested if os.path.isdir(nested) else Path(root)
+    lists = ("images", "image_class_labels", "train_test_split", "classes")
+    try:
+        # Lines are "<number> <path>", "<number> <class>", "<number> <1: trains>" and "<class> <name>".
+        texts = [os.fsdecode((root / f"{name}.txt").read_bytes()) for name in lists]
+        images, labels, train, classes = ([line.split() for line in text.splitlines()] for text in texts)
+        label, part = dict(labels), dict(train)
+
+        # An image belongs to the training set where its flag is 1.
+        chosen = [(path, int(label[i]) - 1) for i, path in images if (part[i] == "1") == (split == "train")]
+        classes = tuple(c for _, c in classes)
+    except OSError as e:
+        common.die(f"--data-dir {root}: cub200 needs {Path(e.filename).name} there ({e.strerror})")
+    except (ValueError, KeyError) as e:
+        problem = f"{', '.join(lists)}.txt of cub200 do not fit each other ({common.printable(e)})"
+        common.die(f"--data-dir {root}: {problem}; copy them again")
+
+    # Class numbers in the lists start at 1.
+    paths = common.Paths(root / "images", (path for path, _ in chosen))
+    labels = torch.tensor([y for _, y in chosen])
+    return common.ImageSet(paths=paths, labels=labels, classes=classes)
+
+
+common.DATA |= {name: common.DataSet(partial(transfer_set, name), *common.IMAGENET) for name in TRANSFER}
+common.DATA["cub200"] = common.DataSet(cub200, *common.IMAGENET)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
