@@ -1594,7 +1594,7 @@ def embedding(cases, name, args):
         if args.classes:
             chosen = torch.randperm(len(data.classes), generator=common.rng(args.seed, "classes"))[: args.classes]
             rows = torch.isin(data.labels, chosen).nonzero()[:, 0]
-        rows = rows[eval_probe.evenly(len(rows), args.images or (1000 if how == "tsne" else 13_000))]
+        rows = rows[common.evenly(len(rows), args.images or (1000 if how == "tsne" else 13_000))]
 
         # Every method needs a number of points, and t-SNE is slow on many.
         if how == "tsne" and len(rows) > 5000:
@@ -1606,7 +1606,7 @@ def embedding(cases, name, args):
         if args.corruption:
             transform = Corrupted(args.corruption, case.backbone.img_size)
         seeds = dict(seed=eval_robustness.seeds_of(data, args.seed, args.corruption, 3))
-        x = case.features(data, transform=transform, params=seeds if transform else None, rows=rows)
+        x = case.features(data, view=transform, params=seeds if transform else None, rows=rows)
         if common.rank():
             continue
 
@@ -1717,7 +1717,7 @@ def fullgrad(cases, name, args):
         maps, shown = [], []
 
         # Masks allow a score, which is measured on 512 images.
-        chosen = eval_probe.evenly(len(data), N_SHOWN if data.masks is None else 512)
+        chosen = common.evenly(len(data), N_SHOWN if data.masks is None else 512)
         for part in chosen.split(64):
             images = common.CenterCrop(case.backbone.img_size, interpolation="bicubic")(data[part])
             maps.append(fullgrad_map(model, normalise(images.to(device).float() / 255)).cpu())
@@ -1733,7 +1733,7 @@ def fullgrad(cases, name, args):
             results[-1] = {metric: 100 * value.item() for metric, value in found.items()}
 
         # Draw some of the images, evenly spaced.
-        some = eval_probe.evenly(len(chosen), N_SHOWN)
+        some = common.evenly(len(chosen), N_SHOWN)
         rows.setdefault(f"images of {label}", list(shown[some]))
         rows[f"FullGrad of {label}"] = [over(shown[j], heat(maps[j])) for j in some.tolist()]
         numbers |= {f"{i} name": label, f"{i} saliency": maps[some], f"{i} images": shown[some]}
@@ -1746,7 +1746,7 @@ def fullgrad(cases, name, args):
 def attention(subjects, pairs, name, args):
     """For some images: attention, eigenvector and mask of each ViT, and the truth. subjects: [(label, Encoder)]."""
     # All encoders are compared on the same images, evenly spaced.
-    items = [pairs[i] for i in eval_probe.evenly(len(pairs), N_SHOWN).tolist()]
+    items = [pairs[i] for i in common.evenly(len(pairs), N_SHOWN).tolist()]
     rows, numbers = {"image": [over(image, image) for image, _ in items]}, {}
     for i, (label, encoder) in enumerate(subjects):
         parts = {"attention": [], "eigenvector": [], "mask": []}

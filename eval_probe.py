@@ -494,17 +494,12 @@ def note_of(*sets):
     return "".join(f" ({data.note})" for data in sets if data.note)
 
 
-def evenly(n, most):
-    """At most `most` of n rows, evenly spaced."""
-    return torch.arange(min(most, n)) * n // min(most, n)
-
-
 def same_files(train, test, most=1000):
     """Test files, of `most` evenly spaced ones, that equal the training file of the same name and name of folder."""
     if train.paths is None or test.paths is None:
         return []
     name = lambda path: os.sep.join(str(path).rsplit(os.sep, 2)[-2:])
-    test_files = {name(test.paths[i]): test.paths[i] for i in evenly(len(test), most).tolist()}
+    test_files = {name(test.paths[i]): test.paths[i] for i in common.evenly(len(test), most).tolist()}
 
     # Names narrow the search, so that only few files are compared byte by byte.
     same = []
@@ -731,7 +726,7 @@ class Case:
         """Features of random crops and flips of the train images (N, W), drawn anew each epoch."""
         op = RandomView(self.backbone.img_size)
         draws = op.view.sample(len(self.train), common.rng(self.args.seed, "augmented", epoch))
-        how = dict(encode=self.backbone.last_blocks, transform=op, params=draws, name="augmented")
+        how = dict(encode=self.backbone.last_blocks, view=op, params=draws, name="augmented")
         return self.features(self.train, **how).to(self.device)
 
     @property
@@ -1286,7 +1281,7 @@ def rotation(case):
     def encoded(data, views, encode=case.backbone.last_blocks):  # (views n, D)
         out = []
         for view, params in views:
-            how = dict(encode=encode, transform=view, params=params, name=view.name)
+            how = dict(encode=encode, view=view, params=params, name=view.name)
             out.append(case.features(data, **how).to(case.device))
         return torch.cat(out)
 
@@ -1450,8 +1445,8 @@ def pairs_of_images(target, case):
     # Each image is encoded again after its transformation; each split has a seed of its own.
     pairs, targets = [], []
     for data, y, most, seed in zip((case.train, case.test), case.y, view_limits(args), (args.seed, args.seed + 1)):
-        rows, params = evenly(len(data), most), view.sample(len(data), seed)  # (n,), of all N
-        y2 = case.features(data, transform=view, params=params, rows=rows, name=target)  # (n, D)
+        rows, params = common.evenly(len(data), most), view.sample(len(data), seed)  # (n,), of all N
+        y2 = case.features(data, view=view, params=params, rows=rows, name=target)  # (n, D)
         if common.rank() == 0:
             pairs.append(torch.stack([y[rows], y2.to(y.device)], 1))  # (n, 2, D)
             targets.append(common.family_target(target, params, view.size)[rows].to(y.device))  # (n, K)
@@ -1517,10 +1512,10 @@ def layers(case):
         # The features of both views hold the chosen blocks side by side, for train and test images.
         view, splits = SecondView(kind, backbone.img_size), []
         for data, most, seed in zip((case.train, case.test), view_limits(args), (args.seed, args.seed + 1)):
-            rows, params = evenly(len(data), most), view.sample(len(data), seed)
+            rows, params = common.evenly(len(data), most), view.sample(len(data), seed)
             encode = lambda x: torch.cat(mean_tokens(x), 1)
             how = dict(encode=encode, params=params, rows=rows, name=f"{name} by layer")
-            pairs = [case.features(data, transform=op, **how).to(case.device) for op in (None, view)]
+            pairs = [case.features(data, view=op, **how).to(case.device) for op in (None, view)]
             splits.append((torch.stack(pairs, 1).split(widths, 2), params[key][rows].long().to(case.device)))
         if common.rank():
             continue
@@ -1570,14 +1565,14 @@ def equivariance(case):
     another image's map, and after subtracting the mean token from both maps. They expose a constant map, which would
     otherwise score a perfect 1."""
     args, backbone, n = case.args, case.backbone, len(case.test)
-    rows, layer = evenly(n, 1000), backbone.depth
+    rows, layer = common.evenly(n, 1000), backbone.depth
     generator, norm = common.rng(args.seed, "equivariance"), getattr(backbone, "norm", nn.Identity())
     with torch.no_grad():
         shape = backbone.tokens(blank(case), layer).shape[1:]  # (h, w, D)
 
     def maps(transform=None, params=None, resize=None, rows=rows, shape=shape):  # (n, h, w, D)
         encode = lambda x: norm(backbone.tokens(x if resize is None else resize(x), layer)).flatten(1)
-        how = dict(encode=encode, transform=transform, params=params, rows=rows, name="equivariance")
+        how = dict(encode=encode, view=transform, params=params, rows=rows, name="equivariance")
         return case.features(case.test, **how).unflatten(1, shape)
 
     # Maps of turned, mirrored and original images are encoded on all ranks.
