@@ -1241,8 +1241,6 @@ def progress(iterable=None, leave=False, **kwargs):
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and std of each channel, of images in [0, 1]
 CIFAR10 = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 BLOCKS = ((0.39, 0.39, 0.39), (0.14, 0.14, 0.14))
-CORE50 = ((0.6000, 0.5681, 0.5411), (0.1817, 0.1944, 0.2039))
-TDW = ((0.7709, 0.7642, 0.7470), (0.0835, 0.0842, 0.0840))
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 # wnids of ImageNet-100 [CMC]
 # fmt: off
@@ -2083,8 +2081,8 @@ DATA = {
     "imagenet": DataSet(partial(imagenet, None), *IMAGENET),
     "imagenet100": DataSet(partial(imagenet, {f"n{wnid}" for wnid in IMAGENET100.split()}), *IMAGENET),
     "3diebench": DataSet(threediebench, (0.5016, 0.5037, 0.5060), (0.1030, 0.0999, 0.0969)),
-    "core50": DataSet(core50, *CORE50),
-    "tdw": DataSet(tdw, *TDW),
+    "core50": DataSet(core50, (0.6000, 0.5681, 0.5411), (0.1817, 0.1944, 0.2039)),
+    "tdw": DataSet(tdw, (0.7709, 0.7642, 0.7470), (0.0835, 0.0842, 0.0840)),
     "imagefolder": DataSet(lambda root, split, **_: imagefolder(root, split), *IMAGENET),
 }
 
