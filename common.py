@@ -66,7 +66,6 @@ import torch.nn.functional as F
 import torchvision
 import tyro
 from PIL import Image, ImageOps
-from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.transforms.v2.functional import center_crop
@@ -2919,8 +2918,12 @@ class ViT(VisionTransformer):
 
     def positions(self, h, w):
         """The positions of an h x w grid of patches (1, h w, dim): the table, resampled where its grid is another."""
+        # timm's resample_abs_pos_embed does the same in float32 alone.
         table = self.pos_embed[:, -(self.grid**2) :]
-        return resample_abs_pos_embed(table, [h, w], num_prefix_tokens=0, antialias=False)
+        if (h, w) == (self.grid, self.grid):
+            return table
+        table = table.unflatten(1, (self.grid, self.grid)).permute(0, 3, 1, 2)
+        return F.interpolate(table, (h, w), mode="bicubic", align_corners=False).flatten(2).transpose(1, 2)
 
     def cells(self, x):
         """The grid of patches (h, w) of x (B, 3, H, W)."""
