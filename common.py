@@ -57,6 +57,8 @@ if interruptible:
     interrupt_handler = signal.signal(signal.SIGINT, stopped_while_importing)
 
 import numpy as np
+import safetensors.torch
+import timm
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -151,14 +153,10 @@ class RunArgs:
 
 def parse(Args, values_in_force, argv=None, description=""):
     """Command line -> Args, in two passes. The first reads the choices (--base, --data, --recipe ...), from which
-    `values_in_force(first) -> dict` looks up defaults. The second parses over those, so `--help` shows what would
-    run."""
+    `values_in_force(first) -> dict` looks up defaults. The second parses over those, and `--help` shows them."""
+    # The help ends before the notes on the paper, which are for readers of the file. Only rank 0 shows tyro's messages.
     argv = sys.argv[1:] if argv is None else list(argv)
-
-    # The help ends before the notes on the paper, which are for readers of the file.
     description = description.partition("\n\nWhere the paper is silent")[0]
-
-    # Only rank 0 shows tyro's own messages.
     shown = os.environ.get("RANK", "0") == "0"
     cli = partial(tyro.cli, Args, args=argv, console_outputs=shown)
     try:
@@ -303,12 +301,12 @@ def die(message, code=2, alone=False):
     Every rank may call it for the same mistake: rank 0 prints, and the others wait. torchrun kills all processes as
     soon as one ends, so a rank that is still there after the wait made the mistake by itself, and prints. `alone`: it
     is known that no other rank made it."""
-    # Rank 0 prints for all ranks, and torchrun then kills those that wait.
     if not alone and os.environ.get("RANK", "0") != "0":
         time.sleep(5)
+
+    # An open progress bar would share its line with the message.
     with contextlib.suppress(OSError):  # nobody may be reading
         for bar in list(getattr(tqdm, "_instances", ())):
-            # An open progress bar would share its line with the message.
             bar.close()
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
     raise SystemExit(code)
@@ -365,19 +363,19 @@ def rank():
 def from_torchrun():
     """RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE as torchrun sets them; those of one process where it did not."""
     # A launcher or a batch system may have set these variables to something else.
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
-    for name in names:
-        value = os.environ.get(name, "0")
+    numbers = []
+    for name, default in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_WORLD_SIZE", "1")):
+        value = os.environ.get(name, default)
         if not value.isdecimal():
             die(f"{name}={value!r} in the environment is not a number; start with torchrun, or unset it", alone=True)
-    numbers = [int(os.environ.get(name, default)) for name, default in zip(names, (0, 0, 1, 1))]
+        numbers.append(int(value))
     global_rank, local_rank, world, local_world = numbers
 
     # Variables of another program may name a group without its address, or a rank outside its group.
-    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    if world > 1 and missing:
-        problem = f"WORLD_SIZE={world} is in the environment and {missing[0]} is not"
-        die(f"{problem}; start with torchrun, or unset WORLD_SIZE", alone=True)
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        if world > 1 and name not in os.environ:
+            problem = f"WORLD_SIZE={world} is in the environment and {name} is not"
+            die(f"{problem}; start with torchrun, or unset WORLD_SIZE", alone=True)
     for name, value, size in (("RANK", global_rank, world), ("LOCAL_RANK", local_rank, max(world, local_world))):
         if value >= size:
             problem = f"{name}={value} is in the environment of {world} processes"
@@ -405,15 +403,13 @@ def start(device="auto"):
                 resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
                 break
 
-    # Several processes need one GPU each, or share the CPU.
-    if world > 1:
-        if device == "mps":
-            die("--device mps: several processes need CUDA or the CPU; use --device cpu")
-        if device == "cuda" and local_world > torch.cuda.device_count():
-            count = torch.cuda.device_count()
-            die(f"--nproc_per_node {local_world}: this machine has {count} GPUs; start as many processes")
+    # Several processes need one GPU each, or share the CPU. NCCL takes the current GPU, so each chooses its own first.
+    if world > 1 and device == "mps":
+        die("--device mps: several processes need CUDA or the CPU; use --device cpu")
+    gpus = torch.cuda.device_count()
+    if world > 1 and device == "cuda" and local_world > gpus:
+        die(f"--nproc_per_node {local_world}: this machine has {gpus} GPUs; start as many processes")
     if device == "cuda":
-        # NCCL takes the current GPU, so each process chooses its own GPU first.
         torch.cuda.set_device(local_rank)
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=timedelta(minutes=10))
@@ -423,13 +419,10 @@ def start(device="auto"):
 
 def send(x, device):
     """The tensor x on `device`. The host does not wait for a GPU: it leaves x in pinned memory and goes on. CUDA takes
-    64 kB or less from any memory without a wait.
-
-    Elsewhere the host waits. On MPS a copy that nobody waits for may read memory that is in use again."""
+    64 kB or less from any memory without a wait. Elsewhere the host waits, because on MPS a copy that nobody waits for
+    may read memory that is in use again."""
     if x.device.type != "cpu" or device.type != "cuda":
         return x.to(device)
-
-    # Only a copy from pinned memory leaves the host free to go on.
     if x.nbytes > 2**16 and not x.is_pinned():
         x = torch.empty_like(x, pin_memory=True).copy_(x)
     return x.to(device, non_blocking=True)
@@ -438,20 +431,18 @@ def send(x, device):
 def any_rank(number):
     """The largest of all ranks' whole numbers `number`. So ranks agree on what each has seen for itself, such as a
     signal, a full disk or a file that only one machine has. Every rank must call it, whatever it has seen."""
-    if not dist.is_initialized():
-        return number
-    number = torch.tensor(number)
-    dist.all_reduce(number, op=dist.ReduceOp.MAX)
+    number = torch.tensor(int(number))
+    if dist.is_initialized():
+        dist.all_reduce(number, op=dist.ReduceOp.MAX)
     return int(number)
 
 
 def by_rank_0(act):
-    """What act() returns on rank 0, on every rank: for what one rank finds on its own disk. If act() ends the program
-    there, all ranks end."""
+    """What act() returns on rank 0, on every rank. If act() ends the program there, all ranks end."""
     if world_size() == 1:
         return act()
 
-    # Rank 0 acts; its result, or the exit code with which it ended, goes to all ranks.
+    # The result of rank 0, or the exit code with which it ended, goes to all ranks.
     box = [None, None]
     if rank() == 0:
         try:
@@ -474,17 +465,12 @@ def from_all_ranks(value):
 
 
 def same_on_all_ranks(value, complaint):
-    """End the program where ranks hold different values: complaint(value of rank 0, rank that differs, its value)."""
+    """End the program where ranks hold different plain values. `complaint` is the message, or a function that makes it:
+    complaint(value of rank 0, rank that differs, its value)."""
     values = from_all_ranks(value)
     for other, theirs in enumerate(values):
         if theirs != values[0]:
-            die(complaint(values[0], other, theirs))
-
-
-def same_on_ranks(value):
-    """Whether all ranks hold the same plain value (compared by its repr)."""
-    number = number_of(value)
-    return any_rank(number) == -any_rank(-number)
+            die(complaint if isinstance(complaint, str) else complaint(values[0], other, theirs))
 
 
 def number_of(*key):
@@ -531,10 +517,8 @@ class _AllReduce(torch.autograd.Function):
 
 
 def gather(x):
-    """(b, ...) on each of W ranks -> (W b, ...) on all, in the order of ranks; the gradient is summed over ranks.
-
-    If each rank's loss is a mean over its own rows, DistributedDataParallel then gives the gradient of the global mean.
-    """
+    """(b, ...) on each of W ranks -> (W b, ...) on all, in the order of ranks; the gradient is summed over ranks. If a
+    loss is the mean over a rank's own rows, DistributedDataParallel then gives the gradient of the global mean."""
     return _Gather.apply(x) if world_size() > 1 else x
 
 
@@ -559,30 +543,25 @@ class BatchNormOverRanks(nn.modules.batchnorm._BatchNorm):
         if not self.training:
             return super().forward(x)
 
-        # The number n of values per channel corrects the bias of the running variance below.
+        # The global batch is normalised by its biased variance, as in any batch norm that trains.
         dims = [0, *range(2, x.dim())]
-        n = x.numel() // x.shape[1] * world_size()
         view = lambda v: v.view(1, -1, *[1] * (x.dim() - 2))
-
-        # The variance of the global batch is the biased one, as in any batch norm that trains.
         mean = all_reduce(x.mean(dims)) / world_size()  # (C,)
         centred = x - view(mean)
         var = all_reduce((centred * centred).mean(dims)) / world_size()  # (C,)
+        y = centred * view((var + self.eps).rsqrt())
 
-        # The running statistics are updated without gradient, the variance as the unbiased one.
+        # The running variance is the unbiased one, of n values per channel.
+        n = x.numel() // x.shape[1] * world_size()
         with torch.no_grad():
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(var * n / (n - 1), self.momentum)
             self.num_batches_tracked += 1
-
-        # The batch is normalised, then scaled and shifted per channel.
-        y = centred * view((var + self.eps).rsqrt())
         return y * view(self.weight) + view(self.bias) if self.affine else y
 
 
 def batchnorm_over_ranks(model, device):
-    """Let every batch norm of `model` span all ranks: SyncBatchNorm on GPUs, the class above on CPUs. On one rank the
-    model stays as it is."""
+    """Let every batch norm of `model` span all ranks, where there are several: SyncBatchNorm on GPUs, else ours."""
     if world_size() > 1 and device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if world_size() > 1:
@@ -607,8 +586,7 @@ def cosine(t, first, last):
 
 
 def warmup_cosine(epoch, epochs, warmup, peak, end=0.0):
-    """Learning rate at a fractional `epoch`: linear from 0 to `peak` over `warmup` epochs, then half a cosine to
-    `end`."""
+    """Learning rate at a fractional epoch: linear from 0 to `peak` during the warm-up, then half a cosine to `end`."""
     if epoch < warmup:
         return peak * epoch / warmup
     return cosine((epoch - warmup) / max(epochs - warmup, 1e-9), peak, end)
@@ -622,8 +600,7 @@ def ema_update(target, online, m):
 
 @torch.no_grad()
 def clip_each_(parameters, most):
-    """Scale down the gradient of every parameter tensor whose norm exceeds `most` (DINO clips each tensor by
-    itself)."""
+    """Scale down the gradient of every parameter tensor whose norm exceeds `most`: each by itself, as in DINO."""
     # The small constant avoids a division by zero, as in DINO.
     grads = [p.grad for p in parameters if p.grad is not None]
     norms = torch.stack(torch._foreach_norm(grads))
@@ -662,8 +639,6 @@ def write(path, content):
     """Write bytes so that a kill at any moment leaves either the old or the new file: a temporary file in the same
     directory, flushed to the disk, then renamed over the old one (over its target, if `path` is a link)."""
     path = Path(path).resolve()
-
-    # The content goes to a temporary file first, so that the old file stays whole until the rename.
     tmp = path.with_name(f"{path.name}.tmp")
     try:
         with open(tmp, "wb") as f:
@@ -739,13 +714,10 @@ def finite(state):
 
 
 def load_checkpoint(path, file=None):
-    """Read a checkpoint, from `file` where it is open: a dict of tensors and plain values (KEYS). Anything else ends
-    with one line, exit 2."""
+    """Checkpoint, from `file` where it is open -> dict of tensors and plain values (KEYS); or one line and exit 2."""
     path = Path(path)
     if not os.path.isfile(path):
         die(f"{path}: no such checkpoint file")
-
-    # A missing or damaged file is refused first.
     try:
         state = read_tensors(path, file)
     except Exception:  # a dozen different types
@@ -789,7 +761,6 @@ class Run:
     FREE = LOCAL | {"resume", "overwrite", "device", "compile", "max_steps", "save_every", "log_every"}
 
     def __init__(self, args, variant, model, optimizer):
-        # The run takes its name from the script, and its encoder from the model.
         self.script = Path(sys.modules[type(args).__module__].__file__)
         self.method = self.script.stem
         self.args, self.model, self.optimizer = args, model, optimizer
@@ -808,17 +779,14 @@ class Run:
         same_on_all_ranks({k: v for k, v in dataclasses.asdict(args).items() if k not in self.LOCAL}, complaint)
         by_rank_0(self._claim)
 
-        # The signal handler sets `signal` and interrupts a run that is `waiting`
-        # for data; `parent` is the process of torchrun.
+        # A signal sets `signal` and interrupts a run that is `waiting` for data; `parent` is the process of torchrun.
         self.signal = None
         self.waiting = False
         self.parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
-        # Logged values stay on the device in `pending`, from step `first_pending` on, until a line of the log is due.
+        # Logged values stay on the device in `pending` until a line of the log is due. `logged` steps were in the log
+        # when its last line came at `clock`; a full disk may have `torn` that line.
         self.pending = []
-        self.first_pending = 0
-
-        # `logged` steps were in the log when its last line came at `clock`; a full disk may have `torn` that line.
         self.logged = 0
         self.clock = 0.0
         self.torn = False
@@ -852,8 +820,6 @@ class Run:
         if path in LOCKS:
             return
         LOCKS[path] = os.open(path, os.O_RDONLY)
-
-        # The lock is tried without waiting, so that a second run is refused at once.
         try:
             fcntl.flock(LOCKS[path], fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -873,28 +839,27 @@ class Run:
 
         Rank 0 reads the checkpoint for all. `data` is the training set: all ranks must see the same, and a run goes on
         with nothing else than it began with."""
-        # All ranks must see the same images, in the same order, before any of them resumes.
-        self.data = data.fingerprint()
 
         def complaint(a, other, b):
             what = f"rank {other} sees other images than rank 0 ({difference(a, b)})"
             return f"--data-dir: {what}; give all machines the same"
 
+        self.data = data.fingerprint()
         same_on_all_ranks(self.data, complaint)
 
-        # Rank 0 reads the checkpoint, and every rank starts from its step.
+        # Every rank starts from the step of the checkpoint.
         state = by_rank_0(lambda: self._read() if self.args.resume and self.path.exists() else None)
         self.resumed = state is not None
         self.begin = 0
-        if state is not None:
+        if self.resumed:
             self.begin = state["step"]
             self._load(state)
             self.say(f"resuming {self.path} at step {self.begin}")
         by_rank_0(self._prepare)
 
     def _read(self):
-        """The checkpoint to resume, if it is of this method, these arguments and these images."""
-        # The checkpoint must come from the same method, with the same arguments wherever they change the result.
+        """The checkpoint to resume, if it is of this method, these images and the same arguments wherever they change
+        the result."""
         state = load_checkpoint(self.path)
         saved, now = state["args"], dataclasses.asdict(self.args)
         if state["method"] != self.method:
@@ -929,8 +894,8 @@ class Run:
 
     def _prepare(self):
         """What the directory holds before the first step."""
+        # An overwritten run leaves files which a reader would take for those of the new run.
         try:
-            # An overwritten run leaves files which a reader would take for those of the new run.
             if not self.resumed:
                 names = ["checkpoint.pt", "log.jsonl", "backbone.safetensors", "eval.jsonl"]
                 if of_a_run(os.listdir(self.out)):
@@ -973,7 +938,7 @@ class Run:
 
         # A resumed run counts, times and draws from its own first step on.
         self.bar = progress(total=total, initial=min(begin, total), unit="step", leave=True)
-        self.first_pending = self.logged = begin
+        self.logged = begin
         self.clock = time.monotonic()
         batches = loader.batches(range(begin, total))
         try:
@@ -981,7 +946,7 @@ class Run:
                 # No batch means that a signal came; otherwise the script computes its step at `yield`.
                 batch = self._wait(batches)
                 if batch is None:
-                    self._stop(step, self.signal)
+                    self._stop_if_asked(step)
                 seed_everything(self.args.seed, step, rank())
                 yield step, *batch
                 self.bar.update()
@@ -992,11 +957,9 @@ class Run:
                 if self.due(step) and step + 1 < total:
                     self.save(step + 1)
 
-            # The last checkpoint is written, unless the resumed run was complete already.
+            # A resumed run may have been complete already. A signal may come while the last checkpoint is written.
             if begin < total or not self.resumed:
                 self.save(total, last=True)
-
-                # A signal may have come while the last checkpoint was written.
                 self._stop_if_asked(total)
             else:
                 self.say(f"{self.path} is finished: {begin} of {total} steps")
@@ -1010,12 +973,11 @@ class Run:
         return (step + 1) % self.args.save_every == 0 or step + 1 == self.total
 
     def _wait(self, batches):
-        """The next batch. A signal need not wait for a loader that hangs: then None (a group of processes must stay
-        in step)."""
+        """The next batch; None if a signal came, which need not wait for a loader (but ranks must stay in step)."""
         try:
             self.waiting = world_size() == 1
             return next(batches)
-        except _Stop:
+        except KeyboardInterrupt:
             return None
         finally:
             self.waiting = False
@@ -1025,20 +987,16 @@ class Run:
             raise SystemExit(130)
         self.signal = number
         if self.waiting:
-            raise _Stop
+            raise KeyboardInterrupt
 
     def _stop_if_asked(self, step, number=0):
-        """After `step` steps stop on all ranks if any of them has had a signal, or `number`."""
+        """If any rank has had a signal, or `number`, save the state after `step` steps and end as the signal asks."""
         number = any_rank(self.signal or number)
         if number:
-            self._stop(step, number)
-
-    def _stop(self, step, number):
-        """Save the state after `step` steps and end as the signal asks."""
-        saved = self.save(step)
-        self.bar.close()
-        what = f"{self.path} is saved, continue with --resume" if saved else f"step {step} could not be saved"
-        die(f"stopped by {signal.Signals(number).name} after step {step}; {what}", 128 + number)
+            saved = self.save(step)
+            self.bar.close()
+            what = f"{self.path} is saved, continue with --resume" if saved else f"step {step} could not be saved"
+            die(f"stopped by {signal.Signals(number).name} after step {step}; {what}", 128 + number)
 
     def save(self, step, last=False):
         """Write checkpoint.pt from rank 0; return whether it was written. Weights that are not finite never replace
@@ -1047,15 +1005,13 @@ class Run:
         self.flush()
         heads = {k: v for k, v in self.model.state_dict().items() if not k.startswith(f"{self.model.evaluated}.")}
         train_state = dict(heads=heads, optimizer=self.optimizer.state_dict(), data=self.data)
-
-        # Weights with NaN or infinity on any rank stop all ranks before a good checkpoint is overwritten.
-        if any_rank(int(not finite([self.encoder.state_dict(), train_state]))):
-            die(f"the weights are not finite after step {step - 1}; lower --lr; {self._last_good()}", 1)
-
-        # The checkpoint holds everything that evaluation and resuming need.
         state = dict(format=FORMAT, method=self.method, args=dataclasses.asdict(self.args), step=step)
         state |= dict(backbone=self.encoder.description, backbone_state=self.encoder.state_dict())
         state |= dict(train_state=train_state)
+
+        # Weights with NaN or infinity on any rank stop all ranks before a good checkpoint is overwritten.
+        if any_rank(not finite(state)):
+            die(f"the weights are not finite after step {step - 1}; lower --lr; {self._last_good()}", 1)
 
         # Only rank 0 writes, but all ranks must learn whether it succeeded.
         error = 0
@@ -1129,11 +1085,9 @@ class Run:
 
         Lines of log.jsonl hold global means. On a GPU the values are read only when a line is due, so that the host
         need not wait for the device every step; each is then checked: a value that is not finite ends the run with
-        exit code 1, naming the step and the components, and the last good checkpoint stays.
-        """
-        # A CPU checks every step at once; a GPU is read only for a line of the log.
+        exit code 1, naming the step and the components, and the last good checkpoint stays."""
         self.names = list(values)
-        self.pending.append(torch.stack([scalar(v, self.device) for v in values.values()]))  # (names,)
+        self.pending.append((step, torch.stack([scalar(v, self.device) for v in values.values()])))  # (names,)
         due = is_logged(self.args, step)
         if due or self.device.type == "cpu":
             row = self.flush()
@@ -1149,13 +1103,12 @@ class Run:
         # Throughput and waiting time are averages since the last line of the log.
         now = time.monotonic()
         done, seconds = step + 1 - self.logged, now - self.clock
+        most = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0  # bytes
         line |= dict(images_per_s=round(done * self.args.batch_size / seconds, 1))
-        line |= dict(data_wait=round(self.loader.waited / seconds, 4), memory_gb=round(memory_gb(self.device), 3))
+        line |= dict(data_wait=round(self.loader.waited / seconds, 4), memory_gb=round(most / 2**30, 3))
         self.logged = step + 1
         self.clock = now
         self.loader.waited = 0.0
-
-        # Rank 0 writes the line and shows the losses on the progress bar.
         if rank() == 0:
             self._append(line)
             self.bar.set_postfix_str(" ".join(f"{k} {v:.3f}" for k, v in row.items()), refresh=False)
@@ -1175,31 +1128,25 @@ class Run:
         """Average what is pending over ranks, check it, and return the last step's values."""
         if not self.pending:
             return {}
-
-        # One collective averages all pending steps over ranks.
-        values = torch.stack(self.pending)  # (steps, names)
+        steps, values = zip(*self.pending)
+        self.pending = []
+        values = torch.stack(values)  # (steps, names)
         if world_size() > 1:
             dist.all_reduce(values)
             values /= world_size()
-        values = values.tolist()
 
         # The first step whose values are not finite ends the run.
-        for i, row in enumerate(values):
+        for step, row in zip(steps, values.tolist()):
             if not all(map(math.isfinite, row)):
                 what = ", ".join(f"{k} {v:.4g}" for k, v in zip(self.names, row))
-                problem = f"the loss is not finite at step {self.first_pending + i} ({what})"
-                die(f"{problem}; lower --lr; {self._last_good()}", 1)
-        self.first_pending += len(values)
-        self.pending = []
-        return dict(zip(self.names, values[-1]))
+                die(f"the loss is not finite at step {step} ({what}); lower --lr; {self._last_good()}", 1)
+        return dict(zip(self.names, row))
 
     def _last_good(self):
         return f"the last good state is in {self.out}" if by_rank_0(self.path.exists) else "nothing was saved yet"
 
     def finish(self, untrained, train, test):
-        """After the last step: export the encoder for timm, score it by k-NN beside the untrained one, say what is
-        next."""
-        # The encoder is written for timm, whatever its score.
+        """After the last step: export the encoder for timm, score it beside the untrained one, say what is next."""
         encoders = self.encoder, untrained.get_submodule(untrained.evaluated)
         if rank() == 0:
             self.say(export_backbone(self.out / "backbone.safetensors", self.encoder))
@@ -1219,10 +1166,6 @@ class Run:
         self.say(f"equivariance of the last map, a quarter turn: {trained:.3f} (the untrained encoder: {before:.3f})")
         self.say(f"next: python eval_probe.py {shlex.quote(str(self.path))}")
         self._unlock()
-
-
-class _Stop(Exception):
-    """A signal came while the run waited for data."""
 
 
 def step_of(line):
@@ -1256,7 +1199,6 @@ def scalar(v, device):
 def collapse_monitors(y):
     """y (B, D) -> per-dimension standard deviation of the normalised features (1/sqrt(D) is healthy, 0 is collapse) and
     effective rank: the exponential of the entropy of the covariance's eigenvalues (1 is collapse, D the most)."""
-    # Features that all point in the same direction have no spread.
     y = F.normalize(y.float(), dim=1)
     y = y - y.mean(0)
     std = float((y * y).mean(0).sqrt().mean())
@@ -1277,11 +1219,6 @@ def collapse_monitors(y):
     return {name: value if math.isfinite(value) else None for name, value in monitors.items()}
 
 
-def memory_gb(device):
-    """The most memory that tensors have taken on a GPU so far; 0 elsewhere."""
-    return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
-
-
 def progress(iterable=None, leave=False, **kwargs):
     """A tqdm bar on rank 0; where stderr is a file it writes a line every half minute instead of ten a second."""
     slow = 0.1 if sys.stderr.isatty() else 30
@@ -1292,21 +1229,17 @@ def progress(iterable=None, leave=False, **kwargs):
 # ----------------------------------------------------------------------------------------------------------------------
 # Data: image sets
 #
-#   Paths, ImageSet         file names; one split of a data set
-#   open_image, visible     one file; one folder
-#   imagefolder             any folder of images
-#   cifar, threediebench, transfer_set, cub200, core50, tdw   published sets
-#   known_part, without_unreadable                            parts of a set
-#   cached                  what takes long is kept
+#   Paths, ImageSet                     file names; one split of a data set
+#   open_image, visible                 one file; one folder
+#   imagefolder                         any folder of images
+#   cifar, threediebench, core50, tdw   published sets
+#   known_part, without_unreadable      parts of a set
+#   cached                              what takes long is kept
 # ----------------------------------------------------------------------------------------------------------------------
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and std of each channel, of images in [0, 1]
 CIFAR10 = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
-CIFAR100 = ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
 BLOCKS = ((0.39, 0.39, 0.39), (0.14, 0.14, 0.14))
-CORE50 = ((0.6000, 0.5681, 0.5411), (0.1817, 0.1944, 0.2039))
-TDW = ((0.7709, 0.7642, 0.7470), (0.0835, 0.0842, 0.0840))
-BENCH3DIE = ((0.5016, 0.5037, 0.5060), (0.1030, 0.0999, 0.0969))
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 # wnids of ImageNet-100 [CMC]
 # fmt: off
@@ -1337,36 +1270,24 @@ class Paths(Sequence):
         while some := list(itertools.islice(names, 4096)):
             text += os.fsencode("\0".join(some)) + b"\0"
         self.root = str(root)
-        self._hold(torch.frombuffer(text, dtype=torch.uint8) if text else torch.empty(0, dtype=torch.uint8))
-
-    def _hold(self, text):
-        self.text, self.ends = text, (text == 0).nonzero()[:, 0]  # (bytes,), (N,)
+        self.text = torch.frombuffer(text, dtype=torch.uint8) if text else torch.empty(0, dtype=torch.uint8)
+        self.ends = (self.text == 0).nonzero()[:, 0]  # (N,)
 
     def __len__(self):
         return len(self.ends)
 
     def __getitem__(self, i):
-        i = range(len(self))[i]
-        begin = int(self.ends[i - 1]) + 1 if i else 0
-        return os.path.join(self.root, os.fsdecode(self.text[begin : self.ends[i]].numpy().tobytes()))
+        return os.path.join(self.root, self.name(i))
 
-    def __iter__(self):
-        text, begin = memoryview(self.text.numpy()), 0
-        for end in self.ends.numpy():
-            yield os.path.join(self.root, os.fsdecode(bytes(text[begin:end])))
-            begin = end + 1
+    def name(self, i):
+        """The name of row i, relative to the folder."""
+        i = range(len(self))[i]
+        text, ends = self.text.numpy(), self.ends.numpy()  # several times faster to read than tensors
+        return os.fsdecode(text[ends[i - 1] + 1 if i else 0 : ends[i]].tobytes())
 
     def subset(self, rows):
         """The names of some rows (n,), in their order."""
-        # Each chosen name is copied with its NUL, byte by byte, from its place in the whole text.
-        begin = F.pad(self.ends[:-1] + 1, (1, 0))  # (N,)
-        text, other = [], copy.copy(self)
-        for some in rows.cpu().split(1 << 16):
-            length = self.ends[some] + 1 - begin[some]  # (m,)
-            shift = begin[some] - (length.cumsum(0) - length)  # (m,) from a byte's place there to its place here
-            text.append(self.text[torch.arange(int(length.sum())) + shift.repeat_interleave(length)])
-        other._hold(torch.cat(text))
-        return other
+        return Paths(self.root, map(self.name, rows.tolist()))
 
     def digest(self):
         """A hash of all relative names and their order, wherever the folder is."""
@@ -1447,11 +1368,9 @@ def open_image(path):
 
 
 def visible(folder):
-    """(sorted names of the folders, names of the image files) in a folder, without hidden ones. The pictures in the
-    directory of a run are no data."""
+    """(sorted names of folders, names of image files) in a folder; nothing that is hidden, no pictures of a run."""
     folders, images, others = [], [], []
     try:
-        # One listing of the folder suffices, because its entries know whether they are folders.
         with os.scandir(folder) as entries:
             for e in entries:
                 name = e.name
@@ -1466,8 +1385,6 @@ def visible(folder):
     except OSError as e:
         reason = f"this folder cannot be listed ({e.strerror or e})"
         die(f"{printable(folder)}: {reason}; change its permissions or move it away")
-
-    # Pictures beside the log of a run are not training images.
     return sorted(folders), [] if of_a_run(others) else images
 
 
@@ -1479,7 +1396,6 @@ def of_a_run(names):
 def image_names(root, below="", above=()):
     """Yield the image files below `root`, relative to it, whatever the depth, in the order of their whole paths. Links
     are followed, but not back to a folder that holds them."""
-    # A folder that is open further up is skipped, because its link would lead around forever.
     here = os.path.realpath(f"{root}/{below}")
     if here in above:
         return
@@ -1493,11 +1409,6 @@ def image_names(root, below="", above=()):
             yield below + name
 
 
-def list_images(root):
-    """All image files below `root`, sorted by path: Paths."""
-    return Paths(root, image_names(root))
-
-
 SPLITS = dict(train=("train", "training"), val=("val", "valid", "validation"), test=("test", "testing"))
 LAYOUT = "train/<class>/*.jpg with val/ or test/ beside train/, or any tree of images"
 
@@ -1509,8 +1420,7 @@ def split_folders(root):
     A split is a folder with a name of SPLITS, in letters of any case. One such folder without another may as well be a
     class that is called so (CIFAR-100 has a train). It is a split where no other images are, or where it alone holds
     folders of images. It is a class where it holds none, and images are beside it or right in another folder. Else the
-    tree is refused.
-    """
+    tree is refused."""
     folders, loose = visible(root)
 
     # A name such as Train/ or validation/ marks a split, and no split may have two folders.
@@ -1544,8 +1454,7 @@ def imagefolder(root, split, classes=None):
 
     A class is a folder directly below the split's, `classes` the only ones to take (default: all). One without images
     is refused. Images outside of such folders leave the set without labels, and its `note` says so. Returns None when
-    the split does not exist; the note of "train" says what was looked for.
-    """
+    the split does not exist; the note of "train" says what was looked for."""
     root = Path(root)
     if not os.path.isdir(root):
         die(f"--data-dir {root}: no such directory, or none that may be entered; an image folder is {LAYOUT}")
@@ -1617,8 +1526,7 @@ def threediebench(root, split, workers=None, skip_corrupt=False, **_):
     """3DIEBench (Garrido et al. 2023) as published: root/<synset>/<object>/image_0..49.jpg and latent_0..49.npy, and
     beside them (or in root/data) the split's train_ or val_images.npy and _labels.npy. A latent is three angles
     (extrinsic xyz, radians), floor hue, two angles of the light, its hue. All are read once and kept in the cache
-    directory, until one of these files changes. No view may be missing, but with `skip_corrupt`.
-    """
+    directory, until one of these files changes. No view may be missing, but with `skip_corrupt`."""
     root, part = Path(root), dict(train="train", test="val")[split]
 
     def load(name, kinds, what):
@@ -1635,7 +1543,7 @@ def threediebench(root, split, workers=None, skip_corrupt=False, **_):
             die(f"{path}: holds {values.dtype} of shape {values.shape}; a list of {what} is expected")
         return values
 
-    # The published lists must fit each other, and be the same on all machines.
+    # The two lists must fit each other, and be the same on all machines.
     objects = [str(o).strip("/") for o in load(f"{part}_images.npy", "U", "names")]
     labels = torch.from_numpy(load(f"{part}_labels.npy", "iu", "whole numbers").astype(np.int64))
     if len(objects) != len(labels):
@@ -1644,46 +1552,40 @@ def threediebench(root, split, workers=None, skip_corrupt=False, **_):
     for i in ((labels < 0) | (labels > 54)).nonzero()[:1, 0].tolist():
         found = f"{part}_labels.npy says {labels[i]} at index {i} ({objects[i]})"
         die(f"--data-dir {root}: {found}; 3DIEBench has the classes 0 to 54")
-    if not same_on_ranks((objects, labels.tolist())):
-        die(f"--data-dir {root}: {part}_images.npy or {part}_labels.npy differs between machines; copy the set anew")
+    problem = f"{part}_images.npy or {part}_labels.npy differs between machines; copy the set anew"
+    same_on_all_ranks(number_of(objects, labels.tolist()), f"--data-dir {root}: {problem}")
 
-    def of_objects(look, like):
-        """look(object's folder) of every object, each rank its share: (objects, ...), shape and type as `like`."""
+    def of_objects(look):
+        """look(object's folder) of every object: (objects, ...). Of W ranks each looks at every W-th object."""
         local = [root / name for name in objects[rank() :: world_size()]]
-
-        # Each rank looks at every W-th object.
-        out = like.new_zeros(math.ceil(len(objects) / world_size()), *like.shape)
-        found = progress(in_workers(look, local, workers), desc=f"latents of {split}", unit="object")
-        for i, z in enumerate(found):
+        share = []
+        for z in progress(in_workers(look, local, workers), desc=f"latents of {split}", unit="object"):
             if isinstance(z, str):
                 die(z, alone=True)
-            out[i] = z
-
-        # The gathered shares are interleaved back into the order of the objects, without the padding.
-        shares = gather(out).unflatten(0, (world_size(), -1))  # (W, objects / W, ...)
-        return shares.transpose(0, 1).flatten(0, 1)[: len(objects)].clone()
+            share.append(z.clone())  # the tensor of a worker keeps a file open
+        out = [None] * len(objects)
+        for r, found in enumerate(from_all_ranks(share)):
+            out[r :: world_size()] = found
+        return torch.stack(out)
 
     # The cached latents are valid as long as no file of the data set has changed.
-    stamps = of_objects(partial(stamp_of, complete=not skip_corrupt), torch.tensor(0))  # (objects,)
+    stamps = of_objects(partial(stamp_of, complete=not skip_corrupt))  # (objects,)
     key = number_of(str(root.resolve()), objects, code_of(latents_of))
-    make = lambda: dict(stamps=stamps, latents=of_objects(latents_of, torch.zeros(50, 7)))
+    make = lambda: dict(stamps=stamps, latents=of_objects(latents_of))  # (objects, 50, 7)
     kept = cached(f"3diebench-{key:x}", make, lambda kept: torch.equal(kept["stamps"], stamps))
     z = kept["latents"].flatten(0, 1)  # (N, 7)
 
     # Views of one object share its label and group, and factors describe how each view was rendered.
-    return ImageSet(
-        paths=Paths(root, (f"{name}/image_{v}.jpg" for name in objects for v in range(50))),
-        labels=labels.repeat_interleave(50),
-        classes=tuple(f"{i:02d}" for i in range(int(labels.max()) + 1)),
-        groups=torch.arange(len(objects)).repeat_interleave(50),
-        factors=dict(rotation=quaternion_from_angles(z[:, :3]), floor_hue=z[:, 3], light_hue=z[:, 6]),
-    )
+    paths = Paths(root, (f"{name}/image_{v}.jpg" for name in objects for v in range(50)))
+    classes = tuple(f"{i:02d}" for i in range(int(labels.max()) + 1))
+    labels, groups = (v.repeat_interleave(50) for v in (labels, torch.arange(len(objects))))  # (N,) each
+    factors = dict(rotation=quaternion_from_angles(z[:, :3]), floor_hue=z[:, 3], light_hue=z[:, 6])
+    return ImageSet(paths=paths, labels=labels, classes=classes, groups=groups, factors=factors)
 
 
 def stamp_of(folder, complete):
-    """A number () that changes with the latents in the folder of an object of 3DIEBench; or what is wrong there.
-    `complete`: no image may be missing."""
-    # Sizes and times of the files change whenever the latents do.
+    """A number () from sizes and times of the latents in the folder of an object of 3DIEBench, which change with them;
+    or what is wrong there. `complete`: no image may be missing."""
     latents = [f"latent_{v}.npy" for v in range(50)]
     images = [f"image_{v}.jpg" for v in range(50)] if complete else []
     try:
@@ -1719,92 +1621,7 @@ def latents_of(folder):
     return out
 
 
-TRANSFER = dict(  # torchvision's class; its train and test splits
-    food101=("Food101", ("train",), ("test",)),
-    dtd=("DTD", ("train", "val"), ("test",)),
-    pets=("OxfordIIITPet", ("trainval",), ("test",)),
-    aircraft=("FGVCAircraft", ("trainval",), ("test",)),
-    flowers102=("Flowers102", ("train",), ("test",)),
-    sun397=("SUN397", (), ()),
-)
-
-
-def transfer_set(name, root, split, **_):
-    """A data set of TRANSFER as torchvision keeps it, or prepared as an image folder with train/ and val/ or test/.
-    sun397 needs the authors' Training_01.txt and Testing_01.txt (19,850 images each) beside its folder or in it."""
-    if os.path.isdir(root) and "train" in split_folders(root)[0]:
-        return imagefolder(root, split)
-
-    # torchvision checks the files and reads the splits; SUN397 has none.
-    kind, train_parts, test_parts = TRANSFER[name]
-    build = getattr(torchvision.datasets, kind)
-    try:
-        parts = [build(root, split=s) for s in (test_parts if split == "test" else train_parts)] or [build(root)]
-    except ModuleNotFoundError as e:
-        advice = f"pip install {e.name}, or prepare train/<class>/ and test/<class>/"
-        die(f"--data {name}: torchvision reads its lists with {e.name}; {advice}")
-    except Exception:  # torchvision raises whatever a missing or damaged list makes it raise
-        fetch = f"torchvision.datasets.{kind}({str(root)!r}, download=True)"
-        die(f"--data-dir {root}: holds no {name}; {fetch} would fetch it")
-
-    # torchvision keeps the file names and labels of each part in lists of its own.
-    files = "_images" if name == "pets" else "_image_files"
-    paths = [str(p) for p in itertools.chain(*(getattr(d, files) for d in parts))]
-    labels = list(itertools.chain(*(d._labels for d in parts)))
-
-    # torchvision gives SUN397 whole; the authors' lists say which images train.
-    if name == "sun397":
-        folder = Path(root) / "SUN397"
-        listing = dict(train="Training_01.txt", test="Testing_01.txt")[split]
-        found = next((p for p in (Path(root) / listing, folder / listing) if os.path.isfile(p)), None)
-        if found is None:
-            die(f"--data-dir {root}: sun397 needs {listing}, from the authors' Partitions.zip")
-        label = dict(zip(paths, labels))
-        lines = os.fsdecode(found.read_bytes()).split("\n")
-        paths = [str(folder / line.strip().lstrip("/")) for line in lines if line.strip()]
-        if unknown := set(paths) - set(label):
-            die(f"{found}: lists {printable(min(unknown))}, which is not there")
-        labels = [label[p] for p in paths]
-
-    # Relative paths make the fingerprint independent of the machine.
-    paths = Paths(root, (os.path.relpath(p, root) for p in paths))
-    return ImageSet(paths=paths, labels=torch.tensor(labels), classes=tuple(parts[0].classes))
-
-
-def cub200(root, split, **_):
-    """CUB-200-2011 as published: [CUB_200_2011/]images.txt, image_class_labels.txt, train_test_split.txt, classes.txt,
-    images/; or prepared as an image folder."""
-    if os.path.isdir(root) and "train" in split_folders(root)[0]:
-        return imagefolder(root, split)
-
-    # The archive may have been unpacked with its folder or without.
-    nested = Path(root) / "CUB_200_2011"
-    root = nested if os.path.isdir(nested) else Path(root)
-    lists = ("images", "image_class_labels", "train_test_split", "classes")
-    try:
-        # Lines are "<number> <path>", "<number> <class>", "<number> <1: trains>" and "<class> <name>".
-        texts = [os.fsdecode((root / f"{name}.txt").read_bytes()) for name in lists]
-        images, labels, train, classes = ([line.split() for line in text.splitlines()] for text in texts)
-        label, part = dict(labels), dict(train)
-
-        # An image belongs to the training set where its flag is 1.
-        chosen = [(path, int(label[i]) - 1) for i, path in images if (part[i] == "1") == (split == "train")]
-        classes = tuple(c for _, c in classes)
-    except OSError as e:
-        die(f"--data-dir {root}: cub200 needs {Path(e.filename).name} there ({e.strerror})")
-    except (ValueError, KeyError) as e:
-        problem = f"{', '.join(lists)}.txt of cub200 do not fit each other ({printable(e)})"
-        die(f"--data-dir {root}: {problem}; copy them again")
-
-    # Class numbers in the lists start at 1.
-    paths = Paths(root / "images", (path for path, _ in chosen))
-    labels = torch.tensor([y for _, y in chosen])
-    return ImageSet(paths=paths, labels=labels, classes=classes)
-
-
-CORE50_CLASSES = tuple(
-    "plug adapter, mobile phone, scissors, light bulb, can, glasses, ball, marker, cup, remote control".split(", ")
-)
+CORE50_CLASSES = "plug adapter, mobile phone, scissors, light bulb, can, glasses, ball, marker, cup, remote control"
 
 
 def core50(root, split, sessions=(1, 2), **_):
@@ -1812,8 +1629,7 @@ def core50(root, split, sessions=(1, 2), **_):
     [core50_128x128/]s1..s11/o1..o50/C_<session>_<object>_<frame>.png.
 
     "train" are the frames of `sessions` (numbers from 1), "test" those of all others. Labels are the 10 categories of
-    five objects each, groups the objects, factors session and frame (N,) int64; sessions count from 0 there.
-    """
+    five objects each, groups the objects, factors session and frame (N,) int64; sessions count from 0 there."""
     # Every session belongs to the training or the test set, and neither set may be empty.
     nested = Path(root) / "core50_128x128"
     root = nested if os.path.isdir(nested) else Path(root)
@@ -1830,16 +1646,14 @@ def core50(root, split, sessions=(1, 2), **_):
         if (s in sessions) != (split == "train"):
             continue
         for name in image_names(root, f"{folder}/"):
-            if not re.fullmatch(r"[^/]+/o[^/]*/C_[^/]*_[^/]*_[^/]*\.png", name):
+            frame = re.fullmatch(r"[^/]+/o([^/]*)/C_([^/]*)_([^/]*)_([^/]*)\.png", name)
+            if frame is None:
                 continue
-            number = re.fullmatch(r"[^/]+/o(\d+)/C_(\d+)_(\d+)_(\d+)\.png", name)
-
-            # The session and object in the name must agree with the folders.
-            place, *number = map(int, number.groups()) if number else (0, 0)
-            if not 1 <= place <= 50 or number[:2] != [s, place]:
+            place, *numbers = (int(v) if v.isdecimal() else -1 for v in frame.groups())
+            if not 1 <= place <= 50 or numbers[:2] != [s, place] or numbers[2] < 0:
                 right = "s<session>/o<object>/C_<session>_<object>_<frame>.png with objects 1 to 50"
                 die(f"{printable(root / name)}: not a frame of CORe50, {right}")
-            found.append((*number, name))
+            found.append((*numbers, name))
 
         # Every object folder of a session must hold frames.
         objects = {f for f in visible(root / folder)[0] if re.fullmatch(r"o\d+", f)}
@@ -1847,8 +1661,9 @@ def core50(root, split, sessions=(1, 2), **_):
             die(f"{root / folder / min(bare)}: this folder of CORe50 has no frames C_*_*_*.png; unpack it again")
 
     # Each training session needs frames, and the test set needs some from any session.
-    empty = set(sessions) - {session for session, *_ in found}
-    if split != "train":
+    if split == "train":
+        empty = set(sessions) - {session for session, *_ in found}
+    else:
         empty = set() if found else set(there) - set(sessions)
     if empty:
         names = ", ".join(f"s{s}" for s in sorted(empty))
@@ -1858,20 +1673,16 @@ def core50(root, split, sessions=(1, 2), **_):
     session, number, frame, names = zip(*sorted(found))
     session, number, frame = (torch.tensor(v) for v in (session, number, frame))  # (N,) each
     factors = dict(session=session - 1, frame=frame)
-    labels = (number - 1) // 5
-    paths = Paths(root, names)
-    return ImageSet(paths=paths, labels=labels, classes=CORE50_CLASSES, groups=number - 1, factors=factors)
+    paths, labels, classes = Paths(root, names), (number - 1) // 5, tuple(CORE50_CLASSES.split(", "))
+    return ImageSet(paths=paths, labels=labels, classes=classes, groups=number - 1, factors=factors)
 
 
-TDW_CLASSES = tuple(
-    "cup comb scissor hammer book calculator goblet candle headphones screwdriver cassette bottle".split()
-)
+TDW_CLASSES = "cup, comb, scissor, hammer, book, calculator, goblet, candle, headphones, screwdriver, cassette, bottle"
 
 
 def tdw(root, split, skip_corrupt=False, **_):
-    """The toys of CLTT (Schneider et al. 2021) as published: train/ and test/ with 12,096 images each, whose sorted
-    names count 12 objects x 4 distances x 7 elevations x 36 azimuths. Factor view (N, 3): azimuth, elevation in
-    degrees, distance in metres."""
+    """The toys of CLTT (Schneider et al. 2021) as published: train/ and test/ with 12,096 images each, in the order of
+    12 objects x 4 distances x 7 elevations x 36 azimuths. Factor view (N, 3): azimuth, elevation (degrees), metres."""
     if skip_corrupt:
         die("--skip-corrupt: tdw identifies images by their number, so none can be left out; leave the flag out")
 
@@ -1894,15 +1705,13 @@ def tdw(root, split, skip_corrupt=False, **_):
     # The place in the list gives the object, distance, elevation and azimuth, the last changing fastest.
     i = torch.arange(12_096)
     view = torch.stack([i % 36 * 10.0, i // 36 % 7 * 10 + 10.0, i // 252 % 4 * 0.1 + 0.3], 1)  # (N, 3)
-    objects = i // 1008
-    images = torch.stack(images)
-    return ImageSet(images=images, labels=objects, classes=TDW_CLASSES, groups=objects, factors=dict(view=view))
+    images, objects, classes = torch.stack(images), i // 1008, tuple(TDW_CLASSES.split(", "))
+    return ImageSet(images=images, labels=objects, classes=classes, groups=objects, factors=dict(view=view))
 
 
 def known_part(data, fraction, seed):
     """A share of every class, at random from the seed, of whole objects where there are several images of one: an
     ImageSet. For experiments in which the parameters or the labels of only some images are known."""
-    # Views of one object are either all known or all unknown.
     groups = torch.arange(len(data)) if data.groups is None else data.groups
     g, kept = rng(seed, "known"), []
     for c in data.labels.unique():
@@ -1912,9 +1721,9 @@ def known_part(data, fraction, seed):
 
 
 def unreadable(data, rows):
-    """Those of some rows (n,) whose files cannot be read, as a list."""
+    """Those of some rows whose files cannot be read, as a list."""
     bad = []
-    for row in rows.tolist():
+    for row in rows:
         try:
             open_image(data.paths[row])
         except OSError:
@@ -1923,44 +1732,21 @@ def unreadable(data, rows):
 
 
 def without_unreadable(data, workers):
-    """Open every image once, each rank its share, and leave out those that cannot be read: they are then in
-    `skipped`."""
-    # The ranks divide the files among them and then exchange what they found.
-    chunks = torch.arange(len(data))[rank() :: world_size()].split(256)
+    """Open every image once, each rank its share, and move those that cannot be read to `skipped`."""
+    rows = range(rank(), len(data), world_size())
+    chunks = [rows[i : i + 256] for i in range(0, len(rows), 256)]
     found = progress(in_workers(partial(unreadable, data), chunks, workers), desc="opening images", unit="x 256")
     bad = set().union(*from_all_ranks({row for rows in found for row in rows}))
-
-    # All ranks keep the same images, in the same order.
     keep = torch.tensor([i for i in range(len(data)) if i not in bad], dtype=torch.long)
     if not len(keep):
         die(f"--data-dir {data.paths.root}: none of the {len(data)} images can be read")
     return dataclasses.replace(data.subset(keep), skipped=tuple(data.paths[i] for i in sorted(bad)))
 
 
-class _Each(torch.utils.data.Dataset):
-    """i -> function(items[i]), for loader workers."""
-
-    def __init__(self, function, items):
-        self.function, self.items = function, items
-
-    def __len__(self):
-        return len(self.items)
-
-    def __getitem__(self, i):
-        return self.function(self.items[i])
-
-
-def in_workers(function, items, workers):
-    """function(item) of all items, in their order, by loader workers: an iterable that has a length."""
-    how = dict(num_workers=default_workers(workers), worker_init_fn=detach_worker)
-    return torch.utils.data.DataLoader(_Each(function, items), batch_size=None, **how)
-
-
 def cached(name, make, current=lambda kept: True):
     """make(), a dict of tensors and plain values, kept as a file in the user's cache directory, where there is one.
     What is read there must be what was written, by its digest, and `current`. If one rank finds it otherwise, all make
     it: make() may gather."""
-    # The file counts only if its digest is right and its source has not changed.
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     path = Path(home) / "equivariant-ssl" / f"{name}.pt"
     value = None
@@ -1968,12 +1754,11 @@ def cached(name, make, current=lambda kept: True):
         kept = read_tensors(path)
         value = kept if kept.pop("digest") == digest_of(kept) and current(kept) else None
 
-    # All ranks make the value when one lacks it; rank 0 stores it.
-    if any_rank(int(value is None)):
+    # All ranks make the value when one lacks it; rank 0 stores it. A user without a home directory has a "~" in `home`.
+    if any_rank(value is None):
         value = make()
-        with contextlib.suppress(OSError):  # nowhere to keep it
-            # A "~" remains in the path where the user has no home directory.
-            if rank() == 0 and os.path.isabs(home):
+        if rank() == 0 and os.path.isabs(home):
+            with contextlib.suppress(OSError):  # nowhere to keep it
                 path.parent.mkdir(parents=True, exist_ok=True)
                 save_checkpoint(path, value | dict(digest=digest_of(value)))
     return value
@@ -2128,9 +1913,7 @@ def render_blocks(boxes, colors, rotation, floor_hue, light_hue, size, distance=
     colors: (n, K, 3) RGB in [0, 1]. rotation: (n, 4) unit quaternions, scalar last. floor_hue, light_hue: (n,) in
     [0, 1). size: height and width of the images in pixels. distance: (n,), of the camera from the origin, default 4, at
     which the sphere fills the image. Returns images (n, 3, size, size) uint8 and masks (n, size, size) bool, true where
-    the object covers at least half of the pixel.
-    """
-    # Scenes are traced in chunks, because all rays at once would not fit in the cache.
+    the object covers at least half of the pixel."""
     distance = torch.full((len(boxes),), CAMERA_DISTANCE) if distance is None else distance  # (n,)
     scenes = (boxes, colors, rotation, floor_hue, light_hue, distance)
     n_chunk = max(1, rays_per_chunk // (2 * size) ** 2)
@@ -2147,8 +1930,7 @@ def bounding_boxes(masks):
 
 
 def random_objects(labels, generator, turn=0.0):
-    """Labels (m,) int64 -> boxes (m, K, 6), colors (m, K, 3): each object varies the shape and the paint of its
-    class, hues turned by `turn`."""
+    """Labels (m,) int64 -> boxes (m, K, 6), colors (m, K, 3): variants of the classes, all hues turned by `turn`."""
     parts = torch.tensor(list(BLOCK_CLASSES.values()), dtype=torch.float32)[labels]  # (m, K, 6)
     m, K = parts.shape[:2]
     between = lambda low, high, *shape: low + (high - low) * torch.rand(m, *shape, generator=generator)
@@ -2182,11 +1964,8 @@ def blocks(split, size=32, seed=0):
     """`split` "train", 1,500 objects, or "test", 500 others; 8 views of each, next to each other; "hues" is the test
     split with all paint of the opposite hue, so that it misleads.
 
-    Returns a dict of images (N, 3, size, size) uint8; labels (N,) int64, balanced; groups (N,) int64, the number of the
-    object within the split; factors, a dict of rotation (N, 4) unit quaternions, scalar last, floor_hue (N,) and
-    light_hue (N,) in [0, 1); masks (N, size, size) bool; boxes (N, 4) top, left, height, width of the mask in fractions
-    of the image. The scenes depend on the seed and not on the size.
-    """
+    Returns the fields of an ImageSet, labels balanced, boxes those of the masks; factors are rotation (N, 4) unit
+    quaternions, scalar last, floor_hue (N,) and light_hue (N,) in [0, 1). The scenes do not depend on the size."""
     # The "hues" split draws the same scenes as "test", so that only the paint differs.
     scenes = "train" if split == "train" else "test"
     generator, m = rng("blocks", scenes, seed), N_OBJECTS[scenes]
@@ -2209,10 +1988,9 @@ def blocks_views(split, size=32, seed=0):
     """Upright objects on a turntable: `split` "train", 50 objects in 2 sessions, 108 views of each; "test", 20 others
     in the 9 other sessions, 36 views of each; "seen", these 20 in the 2 sessions that train.
 
-    Returns what `blocks` does, object by object, session by session; factors are view (N, 3), azimuth and elevation
-    in degrees and distance, and session (N,) int64. The grid of views has 12 azimuths, 3 elevations and 3 distances;
-    the light stands where the camera stands. A session is a hue of the floor and one of the light, which vary a
-    little from image to image."""
+    Returns what `blocks` does, object by object, session by session; factors are view (N, 3), azimuth and elevation in
+    degrees and distance, and session (N,) int64. The grid of views has 12 azimuths, 3 elevations and 3 distances; the
+    light stands where the camera stands. A session is a hue of the floor and one of the light, plus a little noise."""
     # The "seen" and the test split draw the same objects.
     generator = rng("blocks-views", "train" if split == "train" else "test", seed)
     m = 50 if split == "train" else 20
@@ -2293,20 +2071,18 @@ class DataSet:
     std: tuple
 
 
-# To add a data set, write its reader above and its row here.
+# To add a data set, write its reader above and its row here. eval_probe.py adds the sets of transfer.
 DATA = {
     "blocks": DataSet(partial(rendered, blocks), *BLOCKS),
     "blocks-views": DataSet(partial(rendered, blocks_views), *BLOCKS),
     "cifar10": DataSet(partial(cifar, "cifar10"), *CIFAR10),
-    "cifar100": DataSet(partial(cifar, "cifar100"), *CIFAR100),
+    "cifar100": DataSet(partial(cifar, "cifar100"), (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
     "imagenet": DataSet(partial(imagenet, None), *IMAGENET),
     "imagenet100": DataSet(partial(imagenet, {f"n{wnid}" for wnid in IMAGENET100.split()}), *IMAGENET),
-    "3diebench": DataSet(threediebench, *BENCH3DIE),
-    "core50": DataSet(core50, *CORE50),
-    "tdw": DataSet(tdw, *TDW),
+    "3diebench": DataSet(threediebench, (0.5016, 0.5037, 0.5060), (0.1030, 0.0999, 0.0969)),
+    "core50": DataSet(core50, (0.6000, 0.5681, 0.5411), (0.1817, 0.1944, 0.2039)),
+    "tdw": DataSet(tdw, (0.7709, 0.7642, 0.7470), (0.0835, 0.0842, 0.0840)),
     "imagefolder": DataSet(lambda root, split, **_: imagefolder(root, split), *IMAGENET),
-    **{name: DataSet(partial(transfer_set, name), *IMAGENET) for name in TRANSFER},
-    "cub200": DataSet(cub200, *IMAGENET),
 }
 
 
@@ -2327,30 +2103,28 @@ def load_data(name, root, split, size, skip_corrupt=False, workers=None, session
     and leaves out the ones that cannot be read. `sessions`: those of core50 that train."""
     check_data(name)
 
-    # Only the rendered sets do without files.
+    # Only the rendered sets do without files. A folder that cannot be listed ends the program, whatever the set.
     if not name.startswith("blocks"):
         if root is None:
             die(f"--data-dir: {name} needs the directory of its images")
-        # A folder that cannot be listed ends the program, whatever the set.
         if os.path.isdir(root):
             visible(root)
 
-    # A split must exist on all machines or on none.
+    # A split must exist on all machines or on none. Sets which were loaded whole have no unreadable files left.
     data = DATA[name].read(root, split, size=size, sessions=sessions, workers=workers, skip_corrupt=skip_corrupt)
-    if not same_on_ranks(data is None):
-        die(f"--data-dir {root}: some machines have a {split} split there, others have none; copy the data set anew")
-
-    # Sets which were loaded whole have no unreadable files left.
-    opens = skip_corrupt and data is not None and data.images is None
-    return without_unreadable(data, workers) if opens else data
+    problem = f"some machines have a {split} split there, others have none; copy the data set anew"
+    same_on_all_ranks(data is None, f"--data-dir {root}: {problem}")
+    if skip_corrupt and data is not None and data.images is None:
+        return without_unreadable(data, workers)
+    return data
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Data: the loader
 #
-#   Loader              step -> this rank's views of the global batch
-#   unbroken            what a broken file or worker ends with
-#   default_workers, check_shared_memory, detach_worker   loader processes
+#   Loader       step -> this rank's views of the global batch
+#   unbroken     what a broken file or worker ends with
+#   in_workers   function(item) of many items, by loader processes (default_workers, check_shared_memory, detach_worker)
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -2360,7 +2134,7 @@ def order_of_epoch(n, seed, epoch):
     return torch.randperm(n, generator=rng(seed, "order", epoch))
 
 
-class Loader(torch.utils.data.Dataset):
+class Loader:
     """step -> this rank's views of the global batch.
 
     `policies[view]` is the Compose that makes a view. `draw(generator)` samples for all ranks alike: {view: (rows of
@@ -2370,26 +2144,25 @@ class Loader(torch.utils.data.Dataset):
 
     An epoch visits every image once, and all its views show it. With a `sampler` they show what that says:
     `len(sampler)` items are visited in an epoch, and `sampler(items, epoch, generator)` maps a batch of them, (B,), to
-    {view: rows of the data set (B,)}.
-    """
+    {view: rows of the data set (B,)}."""
 
     def __init__(self, data, policies, draw, args, device, sampler=None):
         # Worker processes have no process group, so rank and share are noted while there is one.
+        B, world = args.batch_size, world_size()
         self.data, self.sampler = data, sampler
         self.policies, self.draw = policies, draw
         self.device, self.workers = device, args.workers
-        self.seed, self.batch_size = args.seed, args.batch_size
-        self.rank, self.share = rank(), args.batch_size // world_size()
+        self.seed, self.batch_size = args.seed, B
+        self.rank, self.share = rank(), B // world
 
         # Where a GPU does the rest, or the set is in memory, only the crop is made at first.
         self.crop_only = data.images is not None or device.type != "cpu"
         self.items = len(data if sampler is None else sampler)
-        self.steps_per_epoch = self.items // args.batch_size  # the incomplete last batch is dropped
+        self.steps_per_epoch = self.items // B  # the incomplete last batch is dropped
         self.total_steps = args.epochs * self.steps_per_epoch
         self.waited = 0.0  # seconds
 
         # An epoch has at least one batch, and every rank an equal part of it.
-        B, world = args.batch_size, world_size()
         if self.items < B and args.epochs:
             what = "objects" if self.items < len(data) else "images"
             die(f"--batch-size {B}: larger than the data set ({self.items} {what}); lower it")
@@ -2399,12 +2172,9 @@ class Loader(torch.utils.data.Dataset):
 
     def rows(self, step):
         """What this rank's views show: {view: rows of the data set (b,)}."""
-        # The order of an epoch is cut into consecutive batches.
+        # The order of an epoch is cut into batches, which are copied: a slice would keep the whole order in memory.
         epoch, k = divmod(step, self.steps_per_epoch)
         items = order_of_epoch(self.items, self.seed, epoch)[k * self.batch_size :][: self.batch_size]  # (B,)
-
-        # All views show the same images, or those that the sampler names. The rows are copied, because a slice would
-        # keep the whole order in memory.
         rows = dict.fromkeys(self.policies, items)
         if self.sampler is not None:
             rows = self.sampler(items, epoch, rng(self.seed, "pairs", step))
@@ -2414,14 +2184,13 @@ class Loader(torch.utils.data.Dataset):
         """The batch of a step, {view: (crops or finished images, params)} and {view: rows of the data set (b,)}."""
         # Without a sampler all views share the same images, which are opened once.
         rows = self.rows(step)
-        first = self.rank * self.share
         if self.sampler is None:
             opened = self.data[next(iter(rows.values()))]  # (b, 3, H, W), or b images of any size
 
-        # The parameters are drawn for the global batch, so that they do not depend on the number of ranks.
-        made = {}
+        # The parameters are drawn for the global batch, so that they do not depend on the number of ranks. A rank takes
+        # those rows of a view, and their parameters, which belong to its part of the batch.
+        made, first = {}, self.rank * self.share
         for view, (batch_rows, params) in self.draw(rng(self.seed, "views", step)).items():
-            # A rank takes those rows of the view, and their parameters, which belong to its part of the batch.
             local = ((batch_rows >= first) & (batch_rows < first + self.share)).nonzero()[:, 0]
             params = {name: value[local] for name, value in params.items()}
             places = batch_rows[local] - first  # (n,)
@@ -2445,16 +2214,12 @@ class Loader(torch.utils.data.Dataset):
             size += len(rows) // world_size() * 3 * self.policies[view].crop.size ** 2
         size *= 1.5 if self.crop_only else 6
 
-        # One pass covers all steps, so that the workers live as long as the run.
+        # One pass covers all steps, so that the workers live as long as the run. `waited` sums the seconds in which the
+        # device had nothing else to do.
         files = self.data.images is None
-        workers = default_workers(self.workers, size) if files else 0
-        check_shared_memory(workers, size)
-        how = dict(num_workers=workers, worker_init_fn=detach_worker, timeout=600 if workers else 0)
+        workers = self.workers if files else 0
         pin = self.device.type == "cuda" and files
-        loader = torch.utils.data.DataLoader(self, batch_size=None, sampler=steps, pin_memory=pin, **how)
-
-        # `waited` sums the seconds in which the device had nothing else to do.
-        batches = unbroken(loader)
+        batches = unbroken(in_workers(self.__getitem__, steps, workers, size, pin_memory=pin))
         self.waited = 0.0
         while True:
             begin = time.monotonic()
@@ -2462,15 +2227,14 @@ class Loader(torch.utils.data.Dataset):
             self.waited += time.monotonic() - begin
             if made is None:
                 return
-            yield *self.finish(made), rows
 
-    def finish(self, made):
-        """{view: (crops or finished images, params)} -> ({view: float (n, 3, H, W) on the device}, {view: params})."""
-        views, params = {}, {}
-        for view, (images, params[view]) in made.items():
-            images = send(images, self.device)
-            views[view] = self.policies[view].augment(images, params[view]) if self.crop_only else images
-        return views, params
+            # What the workers have not done is done on the device.
+            views, params = {}, {}
+            for view, (images, p) in made.items():
+                x = send(images, self.device)
+                views[view] = self.policies[view].augment(x, p) if self.crop_only else x
+                params[view] = p
+            yield views, params, rows
 
 
 def unbroken(loader):
@@ -2488,17 +2252,28 @@ def unbroken(loader):
         die(f"{line}; repair or remove the file, or add --skip-corrupt", 1, alone=True)
 
 
-def local_processes():
-    """How many processes of the run share this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+class _Each(torch.utils.data.Dataset):
+    """item -> function(item), for loader workers."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def __getitem__(self, item):
+        return self.function(item)
+
+
+def in_workers(function, items, workers, size=0, **how):
+    """function(item) of all items, in their order, by loader workers: an iterable that has a length. workers: as in
+    `default_workers`; size: bytes of a result; how: what else a DataLoader takes."""
+    workers = default_workers(workers, size)
+    check_shared_memory(workers, size)
+    how |= dict(num_workers=workers, worker_init_fn=detach_worker, timeout=600 if workers else 0)
+    return torch.utils.data.DataLoader(_Each(function), batch_size=None, sampler=items, **how)
 
 
 def free_shared_memory():
     """Bytes that are free in /dev/shm; infinity where loader processes do not use it."""
-    if not os.path.isdir("/dev/shm"):
-        return math.inf
-    disk = os.statvfs("/dev/shm")
-    return disk.f_bavail * disk.f_frsize
+    return shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else math.inf
 
 
 def default_workers(workers, batch=0):
@@ -2509,7 +2284,7 @@ def default_workers(workers, batch=0):
 
     # A container or a batch system may give the process fewer cores than the machine has.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    local = local_processes()
+    *_, local = from_torchrun()  # processes on this machine
     fit = free_shared_memory() / (2 * local * max(batch, 1))
     return int(max(1, min(16 if local == 1 else 8, cores // local, fit)))
 
@@ -2517,7 +2292,8 @@ def default_workers(workers, batch=0):
 def check_shared_memory(workers, batch):
     """Refuse to start loader processes of all ranks of this machine whose prefetched batches, of `batch` bytes each,
     do not fit into /dev/shm: they would hang, or die of a bus error."""
-    free, need = free_shared_memory(), 2 * workers * local_processes() * batch
+    *_, local = from_torchrun()
+    free, need = free_shared_memory(), 2 * workers * local * batch
     if need > free:
         need, free = need / 2**20, free / 2**20
         sizes = f"their batches need {need:.0f} MB of shared memory and /dev/shm has {free:.0f} MB"
@@ -2585,8 +2361,7 @@ def resize_weights(offset, length, full, size, interpolation):
     """Antialiased resize of one axis as one matrix per sample: (n, size, full), rows sum to 1.
 
     Row i weighs the `full` source pixels for output pixel i when the pixels [offset, offset + length) become `size`:
-    a triangle, or a cubic (a = -0.5), stretched when shrinking. offset, length: (n,) float, in pixels.
-    """
+    a triangle, or a cubic (a = -0.5), stretched when shrinking. offset, length: (n,) float, in pixels."""
     offset, length = offset.view(-1, 1, 1), length.view(-1, 1, 1)  # (n, 1, 1) each
     scale = length / size  # source pixels per output pixel
 
@@ -2594,8 +2369,6 @@ def resize_weights(offset, length, full, size, interpolation):
     centre = (torch.arange(size, device=offset.device)[:, None] + 0.5) * scale  # (n, size, 1)
     pixel = torch.arange(full, device=offset.device) + 0.5 - offset  # (n, 1, full)
     t = (pixel - centre).abs_().div_(scale.clamp(min=1))  # (n, size, full)
-
-    # The filter is a triangle or a cubic, and pixels outside the box weigh nothing.
     if interpolation == "bilinear":
         w = (1 - t).clamp_(min=0)
     else:
@@ -2610,9 +2383,7 @@ def crop_resize(images, boxes, size, interpolation="bilinear"):
     images: uint8 (n, 3, H, W), fastest in channels_last order on a CPU, or a list of n uint8 (3, H_i, W_i).
     boxes:  (n, 4) int64 on the CPU: top, left, height, width in pixels.
     Returns uint8 (n, 3, size, size). Two matmuls do the whole batch on a GPU and for small outputs; otherwise a CPU is
-    several times faster image by image, with its uint8 kernel. The two ways agree within one level of 255.
-    """
-    # On a GPU, and for small outputs, one matrix product resizes the columns and another the rows.
+    several times faster image by image, with its uint8 kernel. The two ways agree within one level of 255."""
     if isinstance(images, torch.Tensor) and (images.device.type != "cpu" or size <= 40):
         H, W = images.shape[2:]
         top, left, h, w = send(boxes.float(), images.device).unbind(1)  # (n,) each
@@ -2622,7 +2393,6 @@ def crop_resize(images, boxes, size, interpolation="bilinear"):
         x = rows[:, None] @ x.unflatten(1, (3, H))  # (n, 3, size, size)
         return x.round_().clamp_(0, 255).to(torch.uint8)
 
-    # A CPU resizes larger crops, and images of a folder, one by one with its uint8 kernel.
     resized = []
     for image, (top, left, h, w) in zip(images, boxes.tolist()):
         crop = image[None, :, top : top + h, left : left + w]  # (1, 3, h, w)
@@ -2646,27 +2416,22 @@ class RandomResizedCrop:
     scale: range of the box's share of the image area, uniform. ratio: range of width / height, log-uniform.
     Params `top`, `left`, `height`, `width`: (n,) float in [0, 1], fractions of the image's height or width. They follow
     from the sampled `area`, `aspect`, `corner` and the sizes of the images, which the op first sees when it is applied:
-    then `place` puts them in the place of these. A box that is in the params already is taken as it is.
-    """
+    then `place` puts them in the place of these. A box that is in the params already is taken as it is."""
 
     def __init__(self, size, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), interpolation="bilinear"):
         self.size, self.scale, self.ratio, self.interpolation = size, scale, ratio, interpolation
 
     def sample(self, n, generator=None, tries=10):
-        """Candidates `area` and `aspect`, (n, 10) float, and `corner`, (n, 2) in [0, 1)."""
-        # Ten candidates per image are drawn, as torchvision tries ten times.
-        log_aspect = uniform((n, tries), math.log(self.ratio[0]), math.log(self.ratio[1]), generator)  # (n, 10)
+        """Candidates `area` and `aspect`, (n, 10) float: torchvision tries ten times; `corner`, (n, 2) in [0, 1)."""
+        log_aspect = uniform((n, tries), math.log(self.ratio[0]), math.log(self.ratio[1]), generator)
         area = uniform((n, tries), *self.scale, generator)
-        corner = torch.rand(n, 2, generator=generator)
-        return {"area": area, "aspect": log_aspect.exp(), "corner": corner}
+        return {"area": area, "aspect": log_aspect.exp(), "corner": torch.rand(n, 2, generator=generator)}
 
     def place(self, params, sizes):
-        """Replace the candidates in `params` by the box of the first one that fits into images of `sizes` (n, 2), in
-        pixels."""
+        """Replace the candidates in `params` by the first box that fits into images of `sizes` (n, 2), in pixels."""
         if "top" in params:
             return
 
-        # The first candidate that fits into the image is the box, at a uniformly random position.
         H, W = sizes.double().unbind(1)  # (n,) each
         area = params.pop("area") * (H * W)[:, None]  # (n, 10)
         aspect = params.pop("aspect").double()
@@ -2681,8 +2446,6 @@ class RandomResizedCrop:
         h = torch.where(none, torch.minimum(H, (W / self.ratio[0]).round()), h)
         w = torch.where(none, torch.minimum(W, (H * self.ratio[1]).round()), w)
         top, left = torch.where(none, (H - h) // 2, top), torch.where(none, (W - w) // 2, left)
-
-        # Fractions of the image describe the box independently of its resolution.
         box = {"top": top / H, "left": left / W, "height": h / H, "width": w / W}
         params |= {name: fraction.float() for name, fraction in box.items()}
 
@@ -2718,8 +2481,7 @@ class CenterCrop:
         return {}
 
     def __call__(self, images, params=None):
-        """uint8 (n, 3, H, W), or a list of uint8 (3, H_i, W_i) -> uint8 (n, 3, size, size)."""
-        # Images of one size are resized together, images of a folder one by one.
+        """uint8 (n, 3, H, W), resized together, or a list of uint8 (3, H_i, W_i) -> uint8 (n, 3, size, size)."""
         crops = []
         for x in [images] if isinstance(images, torch.Tensor) else [image[None] for image in images]:
             x = middle(x)
@@ -2745,8 +2507,7 @@ class HorizontalFlip:
 
 
 class Rot90:
-    """Turn square images by k quarter turns counter-clockwise: torch.rot90. Param `rot90`: (n,) int64 k, uniform
-    0..3."""
+    """Turn square images by k quarter turns counter-clockwise: torch.rot90. Param `rot90`: (n,) int64 k, 0 to 3."""
 
     def sample(self, n, generator=None):
         return {"rot90": torch.randint(4, (n,), generator=generator)}
@@ -2810,13 +2571,11 @@ class Elastic:
 
     def warp(self, x, seed):
         """x (m, 3, H, W), seed (m,) -> (m, 3, H, W)."""
-        # Blurred noise gives neighbouring pixels similar shifts.
+        # Blurred noise gives neighbouring pixels similar shifts of the points at which the image is sampled.
         m, _, H, W = x.shape
         noise = hash_noise(send(seed, x.device), 2 * H * W).view(m, 2, H, W).to(x.dtype) * 2 - 1
         shift = self.smooth.blur(noise, torch.full((m,), self.smooth.sigma[0]))  # (m, 2, H, W) along x and y
         scale = send((self.alpha / torch.tensor([W, H])).to(shift.dtype), x.device)  # (2,) from pixels to half sides
-
-        # The shifts displace the points at which the image is sampled.
         eye = torch.eye(2, 3, dtype=x.dtype, device=x.device).expand(m, 2, 3)
         grid = F.affine_grid(eye, x.shape, align_corners=False)  # (m, H, W, 2), from -1 to 1
         grid = grid + shift.permute(0, 2, 3, 1) * scale
@@ -2824,8 +2583,7 @@ class Elastic:
 
 
 def hash_noise(seed, n):
-    """(m,) int64 seeds -> (m, n) in [0, 1), the same on every device: a hash of 32 bits (lowbias32, Wellons 2018) of
-    seed and place."""
+    """Seeds (m,) int64 -> (m, n) in [0, 1), the same on every device: lowbias32 (Wellons 2018) of seed and place."""
     h = (seed[:, None] + torch.arange(n, device=seed.device) * 0x9E3779B9) & 0xFFFFFFFF  # (m, n)
     for factor, shift in ((1, 16), (0x7FEB352D, 15), (0x846CA68B, 16)):
         h = h * factor & 0xFFFFFFFF
@@ -2838,8 +2596,7 @@ class GridResize:
 
     The area is A ~ U(area) * grid^2 patches, the aspect ratio width / height a is log-uniform in `ratio`, and the grid
     has round(sqrt(A / a)) rows and round(sqrt(A * a)) columns. Params `grid_h`, `grid_w`: (n,) int64, in patches, the
-    same for all n. A cubic may leave [0, 1] by a little at edges.
-    """
+    same for all n. A cubic may leave [0, 1] by a little at edges."""
 
     def __init__(self, patch, grid, area=(0.7, 1.3), ratio=(3 / 4, 4 / 3)):
         self.patch, self.grid, self.area, self.ratio = patch, grid, area, ratio
@@ -2859,8 +2616,7 @@ def shift_hue_(x, turns):
     """Shift the hue of x (n, 3, H, W) in place by `turns`, (n,) on the CPU, in turns of the colour circle.
 
     Value and chroma stay, so only the hue is computed, in sixths of a turn, and each channel is read off its ramp:
-    red is full up to a distance of 1 from hue 0 and empty from 2 on, green so around hue 2, and blue around hue 4.
-    """
+    red is full up to a distance of 1 from hue 0 and empty from 2 on, green so around hue 2, and blue around hue 4."""
     r, g, b = x.unbind(1)  # (n, H, W) each
     high, low = torch.maximum(torch.maximum(r, g), b), torch.minimum(torch.minimum(r, g), b)
     chroma = high - low
@@ -2871,8 +2627,6 @@ def shift_hue_(x, turns):
     h = torch.where(high == r, g - b, torch.where(high == g, in_green, in_blue))
     h.div_(chroma.clamp(min=1e-8)).add_(6 * column(turns, x)[:, 0])
     h.sub_(torch.floor(h / 6), alpha=6)
-
-    # Each channel rises and falls along its own ramp over the circle of hues.
     ramps = (h - 3).abs_().sub_(1), 2 - (h - 2).abs_(), 2 - (h - 4).abs_()
     for channel, ramp in zip((r, g, b), ramps):
         torch.addcmul(low, ramp.clamp_(0, 1), chroma, out=channel)
@@ -2887,14 +2641,12 @@ class ColorJitter:
     each sample from first to last, 0 brightness, 1 contrast, 2 saturation, 3 hue."""
 
     def __init__(self, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0, p=0.8, shuffle=True):
-        # A single number v means a range around the identity.
         factors = {"brightness": brightness, "contrast": contrast, "saturation": saturation}
         self.ranges = {name: v if isinstance(v, tuple) else (max(0, 1 - v), 1 + v) for name, v in factors.items()}
         self.ranges["hue"] = hue if isinstance(hue, tuple) else (-hue, hue)
         self.p, self.shuffle = p, shuffle
 
     def sample(self, n, generator=None):
-        # Samples that are left alone get the identity's factors and the fixed order.
         on = torch.rand(n, generator=generator) < self.p  # (n,) bool
         order = torch.rand(n, 4, generator=generator).argsort(1)  # (n, 4)
         params = {"order": torch.where(on[:, None] & self.shuffle, order, torch.arange(4))}
@@ -2908,8 +2660,7 @@ class ColorJitter:
 
         Brightness, contrast and saturation are one blend f * x + (1 - f) * target, with target 0, the mean luma or the
         luma. So the batch makes three blends, each sample with its own targets, and the hue step comes before, between
-        or after them: with the samples sorted by its turn, those due before a given blend are a slice.
-        """
+        or after them: with the samples sorted by its turn, those due before a given blend are a slice."""
         factor = torch.stack([params["brightness"], params["contrast"], params["saturation"]], 1)  # (n, 3)
         hue, order = params["hue"], params["order"]
 
@@ -2958,8 +2709,7 @@ class GaussianBlur:
 
     sigma: range of the standard deviation, uniform, in pixels. kernel: taps per axis, odd; None cuts the Gaussian at
     three times the largest sigma. A side of s pixels reflects once, so it takes at most 2 s - 1 taps.
-    Param `sigma`: (n,) float, 0 where not applied.
-    """
+    Param `sigma`: (n,) float, 0 where not applied."""
 
     def __init__(self, sigma=(0.1, 2.0), p=0.5, kernel=None):
         self.sigma, self.p = sigma, p
@@ -2975,12 +2725,9 @@ class GaussianBlur:
 
     def blur(self, x, sigma):
         """x (m, C, H, W), sigma (m,) -> (m, C, H, W). Every plane is a channel with its own kernel, axis by axis."""
-        # A side of s pixels reflects only once, so it limits the kernel.
         m, C, H, W = x.shape
         ry, rx = min(self.radius, H - 1), min(self.radius, W - 1)
         x = F.pad(x.reshape(1, C * m, H, W), (rx, rx, ry, ry), mode="reflect")  # (1, C * m, H + 2 * ry, W + 2 * rx)
-
-        # A separable kernel per sample blurs one axis after the other.
         sigma = send(sigma, x.device)[:, None]  # (m, 1)
         for radius, taps in ((rx, (1, -1)), (ry, (-1, 1))):
             t = torch.arange(-radius, radius + 1, dtype=x.dtype, device=x.device) / sigma  # (m, 2 * radius + 1)
@@ -3025,8 +2772,7 @@ class Compose:
     pixels.
 
     If the first op is a crop it is also `compose.crop`, and compose(images, params) is compose.augment(crops, params)
-    with crops = compose.crop(images, params). So a loader worker, which sees the full images, may do the crop alone.
-    """
+    with crops = compose.crop(images, params). So a loader worker, which sees the full images, may do the crop alone."""
 
     def __init__(self, ops):
         self.crop, self.ops = None, list(ops)
@@ -3057,9 +2803,8 @@ class Compose:
         chunk = max(8, 2**18 // side**2) if images[0].device.type == "cpu" else n
         out = None
         for first in range(0, n, chunk):
-            part = slice(first, first + chunk)
-
             # The crop comes first, on uint8 pixels, and every other op follows on floats in [0, 1].
+            part = slice(first, first + chunk)
             x, p = images[part], {name: v[part] for name, v in params.items()}  # (chunk, ...)
             x = crop(x, p) if crop else x  # (chunk, 3, S, S)
             x = x.contiguous().float().div_(255) if x.dtype == torch.uint8 else x.clone()
@@ -3092,8 +2837,8 @@ def family(name, size):
 
 
 def family_target(name, p, size):
-    """Parameters p of a family -> numbers that describe them (n, K), at most 1 in size, and 0 where nothing is done."""
-    # Each target is divided by the largest value of its family.
+    """Parameters p of a family -> numbers that describe them (n, K), divided by the largest of the family: at most 1 in
+    size, and 0 where nothing is done."""
     if name == "rotation":
         columns = [p["angle"] / 45]
     elif name == "color":
@@ -3151,25 +2896,16 @@ class ViT(VisionTransformer):
     """timm's VisionTransformer, with timm's parameter names, for any grid of patches and with a late [CLS].
 
     cls_layer: [CLS] enters after this block (0: at the input, as usual; None: there is none); before it the tokens
-    are a map. pos: "learned", or "sincos" (fixed). A late [CLS] has no position; at the input a sin-cos one is zero.
-    """
+    are a map. pos: "learned", or "sincos" (fixed). A late [CLS] has no position; at the input a sin-cos one is zero."""
 
     feature = "final [CLS]"
 
     def __init__(self, arch="vit_small", img_size=224, patch_size=16, cls_layer=0, pos="learned", drop_path=0.0):
         # timm builds the encoder; a class token may enter later than in timm, so it has no position there.
         has_cls = cls_layer is not None
-        super().__init__(
-            img_size=img_size,
-            patch_size=patch_size,
-            num_classes=0,
-            drop_path_rate=drop_path,
-            class_token=has_cls,
-            global_pool="token" if has_cls else "avg",
-            fc_norm=False,
-            no_embed_class=cls_layer != 0,
-            **VITS[arch],
-        )
+        cls = dict(class_token=has_cls, global_pool="token" if has_cls else "avg", no_embed_class=cls_layer != 0)
+        sizes = dict(img_size=img_size, patch_size=patch_size, num_classes=0, **VITS[arch])
+        super().__init__(drop_path_rate=drop_path, fc_norm=False, **cls, **sizes)
         self.cls_layer = cls_layer
         self.patch_size, self.grid = patch_size, img_size // patch_size
         self.dim, self.depth = self.embed_dim, len(self.blocks)
@@ -3181,9 +2917,8 @@ class ViT(VisionTransformer):
             self.pos_embed.requires_grad_(False)
 
     def positions(self, h, w):
-        """The table of positions, resampled bicubically where the grid is not the one it was made for: (1, h w,
-        dim)."""
-        # A [CLS] at the input has its own position in the first row.
+        """The positions of an h x w grid of patches (1, h w, dim): the table, resampled where its grid is another."""
+        # timm's resample_abs_pos_embed does the same in float32 alone.
         table = self.pos_embed[:, -(self.grid**2) :]
         if (h, w) == (self.grid, self.grid):
             return table
@@ -3197,12 +2932,9 @@ class ViT(VisionTransformer):
     def run_blocks(self, x, taps=()):
         """x (B, 3, H, W) -> z, the normalised tokens after the last block, and {k: tokens after block k} for `taps`,
         all (B, N, embed_dim). From block cls_layer + 1 on (from 0 if cls_layer is 0) [CLS] is row 0."""
-        # Patches are embedded and their positions added, so that tokens are a map before the first block.
-        h, w = self.cells(x)
-        z = self.patch_embed.proj(x).flatten(2).transpose(1, 2) + self.positions(h, w)  # (B, h w, embed_dim)
+        # [CLS] joins the map of patches at its own block, and only an input [CLS] has a position.
+        z = self.patch_embed.proj(x).flatten(2).transpose(1, 2) + self.positions(*self.cells(x))  # (B, h w, embed_dim)
         tapped = {}
-
-        # [CLS] joins the map at its own block, and only an input [CLS] has a position.
         for k, block in enumerate(self.blocks):
             if k == self.cls_layer:
                 cls = self.cls_token + self.pos_embed[:, :1] if k == 0 else self.cls_token
@@ -3223,7 +2955,6 @@ class ViT(VisionTransformer):
     def last_blocks(self, x, n=4):
         """x (B, 3, H, W) -> the [CLS] after each of the last n blocks that have one, each through the final norm,
         side by side (B, n dim); the last of them is `forward(x)`. What linear probes of ViTs look at."""
-        # Blocks before the [CLS] enters have none to give.
         layers = range(max(self.depth - n, self.cls_layer) + 1, self.depth + 1)
         tapped = self.trace(x, layers)[1]
         return torch.cat([self.norm(tapped[k][:, 0]) for k in layers], dim=1)
@@ -3237,8 +2968,7 @@ class ViT(VisionTransformer):
         return dict(model_name="vit_small_patch16_224", num_classes=0, **sizes)
 
     def tokens(self, x, after):
-        """x (B, 3, H, W) -> the patch tokens after block `after`, un-normalised, as a map (B, h, w, dim); after
-        several: a list."""
+        """x (B, 3, H, W) -> tokens after block `after`, un-normalised, as a map (B, h, w, dim); of several: a list."""
         h, w = self.cells(x)
         layers = after if isinstance(after, tuple) else (after,)
         tapped = self.trace(x, layers)[1]
@@ -3306,16 +3036,14 @@ class ResNet(Pyramid, torchvision.models.ResNet):
     def trace(self, x, taps=()):
         """x (B, 3, H, W) -> y (B, dim), the mean over the last map, in float32 also under autocast, and {k: map after
         stage k (B, h, w, C)} for `taps`."""
-        # The two coordinate channels are the same for all images of the batch.
         if self.coords:
             B, _, H, W = x.shape
             across, down = (torch.linspace(-1, 1, n, device=x.device, dtype=x.dtype) for n in (W, H))
             position = torch.stack([across.expand(H, W), down[:, None].expand(H, W)])  # (2, H, W): x, y
             x = torch.cat([x, position.expand(B, 2, H, W)], 1)  # (B, 5, H, W)
 
-        # Each stage ends in a map, and the representation averages the last.
-        z = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         tapped = {}
+        z = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         for k, stage in enumerate((self.layer1, self.layer2, self.layer3, self.layer4), 1):
             z = stage(z)  # (B, C, h, w)
             if k in taps:
@@ -3337,8 +3065,6 @@ def make_backbone(arch, mean, std, img_size, inv=None, **kwargs):
     check_arch(arch, BACKBONES)
     kind = next(name for name in (*kwargs, arch) if name in BACKBONES)
     backbone = BACKBONES[kind](arch=arch, img_size=img_size, **kwargs)
-
-    # The encoder keeps its normalisation and size, so that a checkpoint is complete without the arguments.
     backbone.mean, backbone.std, backbone.img_size = mean, std, img_size
     backbone.inv = getattr(backbone, "inv", inv)
     backbone.description = dict(arch=arch, mean=list(mean), std=list(std), img_size=img_size, inv=inv, **kwargs)
@@ -3346,15 +3072,11 @@ def make_backbone(arch, mean, std, img_size, inv=None, **kwargs):
 
 
 def load_backbone(path, file=None):
-    """Checkpoint, read from `file` where it is open -> (frozen encoder in eval mode, checkpoint dict). Strict:
-    weights that do not fit are an error."""
-    state = load_checkpoint(path, file)
-
+    """Checkpoint, from `file` where it is open -> (frozen encoder in eval mode, checkpoint). All weights must fit."""
     # A script with encoders of its own registers them when imported.
+    state = load_checkpoint(path, file)
     if state["method"] in METHODS:
         importlib.import_module(state["method"])
-
-    # The description rebuilds the encoder, and the weights must fit it exactly.
     try:
         backbone = make_backbone(**state["backbone"])
         backbone.load_state_dict(state["backbone_state"])
@@ -3366,9 +3088,6 @@ def load_backbone(path, file=None):
 def export_backbone(path, backbone):
     """Write backbone.safetensors with timm's keys where timm's model gives the same features (to 1e-5); return a line
     that says so, or why not. `timm.create_model(**json.loads(metadata["timm"]), checkpoint_path=path)` loads it."""
-    import timm
-    from safetensors.torch import save
-
     d, arguments = backbone.description, backbone.timm_arguments()
     if isinstance(arguments, str):
         return f"{path.name}: not written, {arguments}"
@@ -3386,7 +3105,8 @@ def export_backbone(path, backbone):
     # The metadata holds timm's arguments and the normalisation of the images.
     metadata = dict(timm=json.dumps(arguments)) | {name: json.dumps(d[name]) for name in ("img_size", "mean", "std")}
     try:
-        write(path, save({k: v.contiguous() for k, v in backbone.state_dict().items()}, metadata))
+        weights = {k: v.contiguous() for k, v in backbone.state_dict().items()}
+        write(path, safetensors.torch.save(weights, metadata))
     except OSError as e:
         return f"{path.name}: not written ({e.strerror})"
     return f"{path}: the encoder for timm.create_model, whose arguments are in its metadata"
@@ -3397,19 +3117,14 @@ def export_backbone(path, backbone):
 #
 #   Reader, features    views of a set, batch by batch; their features
 #   knn, knn_accuracy   the vote of the neighbours
+#   turn_equivariance   whether the last map turns with the image
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-class _Views(torch.utils.data.Dataset):
-    """(op, rows, params) -> op(images of these rows, params): what the workers of a Reader run. All but the set comes
-    with the item; arrays, unlike tensors, take no shared memory on their way to a worker."""
-
-    def __init__(self, data):
-        self.data = data
-
-    def __getitem__(self, item):
-        op, rows, params = item
-        return op(self.data[torch.from_numpy(rows)], {name: torch.from_numpy(value) for name, value in params.items()})
+def view_of(data, item):
+    """(op, rows, params) -> op(images of these rows, params), in a worker of a Reader."""
+    op, rows, params = item
+    return op(data[torch.from_numpy(rows)], {name: torch.from_numpy(value) for name, value in params.items()})
 
 
 class Reader:
@@ -3417,9 +3132,8 @@ class Reader:
     pass and serve all later ones, as long as the reader lives; what is in memory needs none."""
 
     def __init__(self, data, workers=None):
-        self.data, self.workers, self.loader = data, workers, None
-        # The loader takes the items of a pass for its sampler.
-        self.items = []
+        self.data, self.workers = data, workers
+        self.loader, self.items = None, []
 
     def batches(self, op, rows, params=None, batch_size=256, name="images", pin=False):
         """Yield (rows (b,), op(their images, their parameters)) in the order of `rows` (n,), behind a progress bar.
@@ -3427,7 +3141,13 @@ class Reader:
         pinned memory, for a GPU."""
         # The loader starts once, for batches of the first pass's size, and its item list is refilled for each pass.
         if self.loader is None:
-            self.loader = self._start(1.5 * batch_size * 3 * op.size**2, pin)
+            files = self.data.images is None
+            workers = self.workers if files else 0
+            how = dict(pin_memory=pin and files, persistent_workers=files and workers != 0)
+            size = 1.5 * batch_size * 3 * op.size**2
+            self.loader = in_workers(partial(view_of, self.data), self.items, workers, size, **how)
+
+        # Arrays, unlike tensors, take no shared memory on their way to a worker.
         chunks = rows.split(batch_size) if len(rows) else ()
         part = lambda chunk: {key: value[chunk].numpy() for key, value in (params or {}).items()}
         self.items[:] = [(op, chunk.numpy(), part(chunk)) for chunk in chunks]
@@ -3440,44 +3160,22 @@ class Reader:
             self.loader = None
             raise
 
-    def _start(self, batch, pin):
-        """The loader of all passes, for batches of `batch` bytes."""
-        # Images in memory need no workers; prefetched batches of files must fit in shared memory.
-        files = self.data.images is None
-        workers = default_workers(self.workers, batch) if files else 0
-        check_shared_memory(workers, batch)
-        how = dict(num_workers=workers, worker_init_fn=detach_worker, pin_memory=pin and files)
-        if workers:
-            how |= dict(persistent_workers=True, timeout=600)
-        return torch.utils.data.DataLoader(_Views(self.data), batch_size=None, sampler=self.items, **how)
-
 
 @torch.no_grad()
 def features(
-    backbone,
-    data,
-    device,
-    transform=None,
-    params=None,
-    encode=None,
-    rows=None,
-    amp="auto",
-    batch_size=256,
-    workers=None,
-    name="features",
+    backbone, data, device, view=None, params=None, encode=None, rows=None, amp="auto", batch_size=256, name="features"
 ):
     """Encode a set once: (N, D) float32 on the CPU of rank 0, in the order of `rows` (default: all); the other ranks,
     which encode their share, get (0, D).
 
-    data: an ImageSet, or a Reader of one, whose workers then stay. transform(images, params of their rows) -> uint8
+    data: an ImageSet, or a Reader of one, whose workers then stay. view(images, params of their rows) -> uint8
     (n, 3, S, S), default the centre crop; params: a dict of (N, ...). encode(x) -> (n, D) for normalised x, default the
     backbone. Each of W ranks encodes every W-th row; the backbone runs in eval mode, without gradient.
 
     Batches go straight to their place on rank 0, where 1.28 million images of D = 1,536 take 4 N D = 7.9 GB. A GPU
     collects 16 batches first, because it waits for each copy: 16 * 4 * 256 W D = 200 MB on W = 8 ranks."""
-    # By default the view is the centre crop at the encoder's own size, and the encoder encodes it.
-    reader = data if isinstance(data, Reader) else Reader(data, workers)
-    transform = transform or CenterCrop(backbone.img_size, interpolation="bicubic")
+    reader = data if isinstance(data, Reader) else Reader(data)
+    view = view or CenterCrop(backbone.img_size, interpolation="bicubic")
     normalise = Normalize(backbone.mean, backbone.std)
     encode = backbone if encode is None else encode
 
@@ -3493,7 +3191,7 @@ def features(
     gpu = device.type == "cuda"
     training = backbone.training
     backbone.eval()
-    for _, x in reader.batches(transform, local, params, batch_size, name, pin=gpu):
+    for _, x in reader.batches(view, local, params, batch_size, name, pin=gpu):
         x = normalise(send(x, device).float() / 255)
         with autocast(device, amp):
             encoded.append(encode(x).float())
@@ -3520,16 +3218,19 @@ def features(
     return out
 
 
+def evenly(n, most):
+    """At most `most` of n rows, evenly spaced."""
+    return torch.arange(min(most, n)) * n // min(most, n)
+
+
 @torch.no_grad()
 def knn(train, train_labels, test, k=20, temperature=0.07, *, classes):
     """Weighted k-nearest-neighbour vote of DINO: cosine similarity, weights exp(sim / T). Features (N, D) and (M, D),
     labels (N,) -> class scores (M, classes); the highest wins, ties go to the lower class. k is cut to N."""
-    # On the unit sphere the inner product is the cosine similarity.
+    # A chunk's similarities take 512 x N numbers, so that memory stays bounded.
     train, test = F.normalize(train, dim=1), F.normalize(test, dim=1)
     train_labels = send(train_labels, train.device)
     scores = []
-
-    # A chunk's similarities take 512 x N numbers, so that memory stays bounded.
     for chunk in test.split(512):
         sim, index = (chunk @ train.T).topk(min(k, len(train)), dim=1)  # (m, k)
         votes = torch.zeros(len(chunk), classes, device=train.device)
@@ -3538,17 +3239,15 @@ def knn(train, train_labels, test, k=20, temperature=0.07, *, classes):
 
 
 def knn_accuracy(backbone, train, test, device, args, most=(8_000, 2_000)):
-    """The score at the end of a run: 20-NN on test images; sets larger than `most` are thinned evenly, to stay
-    quick."""
+    """The score at the end of a run: 20-NN on test images; of larger sets `most` images, to stay quick."""
     # Evenly spaced rows keep the shares of the classes in a set that is sorted by class.
-    rows = [torch.arange(min(n, len(d))) * len(d) // min(n, len(d)) for n, d in zip(most, (train, test))]
-    how = dict(amp=args.amp, workers=args.workers, name="k-NN")
-    x, x_test = (features(backbone, d, device, rows=r, **how) for d, r in zip((train, test), rows))
+    rows, rows_test = (evenly(len(data), n) for data, n in zip((train, test), most))
+    encoded = partial(features, backbone, device=device, amp=args.amp, name="k-NN")
+    x, x_test = encoded(Reader(train, args.workers), rows=rows), encoded(Reader(test, args.workers), rows=rows_test)
 
-    # Rank 0 has all features, so it alone computes the vote.
     def accuracy():
-        scores = knn(x, train.labels[rows[0]], x_test, classes=len(train.classes))
-        return (scores.argmax(1) == test.labels[rows[1]]).float().mean().item()
+        scores = knn(x, train.labels[rows], x_test, classes=len(train.classes))
+        return (scores.argmax(1) == test.labels[rows_test]).float().mean().item()
 
     return by_rank_0(accuracy)
 
@@ -3559,10 +3258,8 @@ def turn_equivariance(backbone, data, device, args, most=400):
     Mean cosine between f(x) turned by 90 degrees and f(x turned by 90 degrees), where f gives the tokens after the
     last block and the final norm, less their mean. 1: the map turns with the image; 0: the two maps are unrelated.
     `eval_probe.py --tasks equivariance` measures the same over more images, angles and groups."""
-    # Evenly spaced images represent the whole set.
     norm = getattr(backbone, "norm", nn.Identity())
     shape = []  # h, w, D of a map, known after the first batch
-    rows = torch.arange(min(most, len(data))) * len(data) // min(most, len(data))
 
     def maps_of(x):
         """Both maps of each image, from one pass over the set: (n, 2 h w D)."""
@@ -3570,8 +3267,8 @@ def turn_equivariance(backbone, data, device, args, most=400):
         shape[:] = maps[0].shape[1:]
         return torch.stack(maps, 1).flatten(1)
 
-    how = dict(amp=args.amp, workers=args.workers, name="equivariance")
-    maps = features(backbone, data, device, encode=maps_of, rows=rows, **how).unflatten(1, (2, *shape))
+    how = dict(rows=evenly(len(data), most), amp=args.amp, name="equivariance")
+    maps = features(backbone, Reader(data, args.workers), device, encode=maps_of, **how).unflatten(1, (2, *shape))
 
     # Without their mean, maps that are alike everywhere do not count as equivariant. Rank 0 alone has the maps.
     def cosine():

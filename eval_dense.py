@@ -1601,7 +1601,7 @@ def shown_rows(case, args):
     if n < (least := dict(pca=2, pacmap=7, tsne=31)[how]):
         why = f"only {len(rows)} test images are there" if n == len(rows) else f"--images allows {n}"
         common.die(f"--embedding {how}: needs at least {least} points, but {why}")
-    return rows[eval_probe.evenly(len(rows), n)]
+    return rows[common.evenly(len(rows), n)]
 
 
 def embedding(cases, name, args):
@@ -1614,7 +1614,7 @@ def embedding(cases, name, args):
         if args.corruption:
             transform = Corrupted(args.corruption, case.backbone.img_size)
         seeds = dict(seed=eval_robustness.seeds_of(data, args.seed, args.corruption, 3))
-        x = case.features(data, transform=transform, params=seeds if transform else None, rows=rows)
+        x = case.features(data, view=transform, params=seeds if transform else None, rows=rows)
         if common.rank():
             continue
 
@@ -1724,7 +1724,7 @@ def fullgrad(cases, name, args):
         maps, shown = [], []
 
         # Masks allow a score, which is measured on 512 images.
-        chosen = eval_probe.evenly(len(data), N_SHOWN if data.masks is None else 512)
+        chosen = common.evenly(len(data), N_SHOWN if data.masks is None else 512)
         for part in chosen.split(64):
             images = common.CenterCrop(case.backbone.img_size, interpolation="bicubic")(data[part])
             maps.append(fullgrad_map(model, normalise(images.to(device).float() / 255)).cpu())
@@ -1740,7 +1740,7 @@ def fullgrad(cases, name, args):
             results[-1] = {metric: 100 * value.item() for metric, value in found.items()}
 
         # Draw some of the images, evenly spaced.
-        some = eval_probe.evenly(len(chosen), N_SHOWN)
+        some = common.evenly(len(chosen), N_SHOWN)
         rows.setdefault(f"images of {label}", list(shown[some]))
         rows[f"FullGrad of {label}"] = [over(shown[j], heat(maps[j])) for j in some.tolist()]
         numbers |= {f"{i} name": label, f"{i} saliency": maps[some], f"{i} images": shown[some]}
@@ -1753,7 +1753,7 @@ def fullgrad(cases, name, args):
 def attention(subjects, pairs, name, args):
     """For some images: attention, eigenvector and mask of each ViT, and the truth. subjects: [(label, Encoder)]."""
     # All encoders are compared on the same images, evenly spaced.
-    items = [pairs[i] for i in eval_probe.evenly(len(pairs), N_SHOWN).tolist()]
+    items = [pairs[i] for i in common.evenly(len(pairs), N_SHOWN).tolist()]
     red = torch.tensor([255, 0, 0], dtype=torch.uint8).view(3, 1, 1)
     rows, numbers = {"image": [over(image, image) for image, _ in items]}, {}
     for i, (label, encoder) in enumerate(subjects):

@@ -70,6 +70,7 @@ import filecmp
 import functools
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -268,6 +269,97 @@ def file_of(path):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Data sets of transfer
+# ----------------------------------------------------------------------------------------------------------------------
+
+TRANSFER = dict(  # torchvision's class; its train and test splits
+    food101=("Food101", ("train",), ("test",)),
+    dtd=("DTD", ("train", "val"), ("test",)),
+    pets=("OxfordIIITPet", ("trainval",), ("test",)),
+    aircraft=("FGVCAircraft", ("trainval",), ("test",)),
+    flowers102=("Flowers102", ("train",), ("test",)),
+    sun397=("SUN397", (), ()),
+)
+
+
+def transfer_set(name, root, split, **_):
+    """A data set of TRANSFER as torchvision keeps it, or prepared as an image folder with train/ and val/ or test/.
+    sun397 needs the authors' Training_01.txt and Testing_01.txt (19,850 images each) beside its folder or in it."""
+    if os.path.isdir(root) and "train" in common.split_folders(root)[0]:
+        return common.imagefolder(root, split)
+
+    # torchvision checks the files and reads the splits; SUN397 has none.
+    kind, train_parts, test_parts = TRANSFER[name]
+    build = getattr(torchvision.datasets, kind)
+    try:
+        parts = [build(root, split=s) for s in (test_parts if split == "test" else train_parts)] or [build(root)]
+    except ModuleNotFoundError as e:
+        advice = f"pip install {e.name}, or prepare train/<class>/ and test/<class>/"
+        common.die(f"--data {name}: torchvision reads its lists with {e.name}; {advice}")
+    except Exception:  # torchvision raises whatever a missing or damaged list makes it raise
+        fetch = f"torchvision.datasets.{kind}({str(root)!r}, download=True)"
+        common.die(f"--data-dir {root}: holds no {name}; {fetch} would fetch it")
+
+    # torchvision keeps the file names and labels of each part in lists of its own.
+    files = "_images" if name == "pets" else "_image_files"
+    paths = [str(p) for p in itertools.chain(*(getattr(d, files) for d in parts))]
+    labels = list(itertools.chain(*(d._labels for d in parts)))
+
+    # torchvision gives SUN397 whole; the authors' lists say which images train.
+    if name == "sun397":
+        folder = Path(root) / "SUN397"
+        listing = dict(train="Training_01.txt", test="Testing_01.txt")[split]
+        found = next((p for p in (Path(root) / listing, folder / listing) if os.path.isfile(p)), None)
+        if found is None:
+            common.die(f"--data-dir {root}: sun397 needs {listing}, from the authors' Partitions.zip")
+        label = dict(zip(paths, labels))
+        lines = os.fsdecode(found.read_bytes()).split("\n")
+        paths = [str(folder / line.strip().lstrip("/")) for line in lines if line.strip()]
+        if unknown := set(paths) - set(label):
+            common.die(f"{found}: lists {common.printable(min(unknown))}, which is not there")
+        labels = [label[p] for p in paths]
+
+    # Relative paths make the fingerprint independent of the machine.
+    paths = common.Paths(root, (os.path.relpath(p, root) for p in paths))
+    return common.ImageSet(paths=paths, labels=torch.tensor(labels), classes=tuple(parts[0].classes))
+
+
+def cub200(root, split, **_):
+    """CUB-200-2011 as published: [CUB_200_2011/]images.txt, image_class_labels.txt, train_test_split.txt, classes.txt,
+    images/; or prepared as an image folder."""
+    if os.path.isdir(root) and "train" in common.split_folders(root)[0]:
+        return common.imagefolder(root, split)
+
+    # The archive may have been unpacked with its folder or without.
+    nested = Path(root) / "CUB_200_2011"
+    root = nested if os.path.isdir(nested) else Path(root)
+    lists = ("images", "image_class_labels", "train_test_split", "classes")
+    try:
+        # Lines are "<number> <path>", "<number> <class>", "<number> <1: trains>" and "<class> <name>".
+        texts = [os.fsdecode((root / f"{name}.txt").read_bytes()) for name in lists]
+        images, labels, train, classes = ([line.split() for line in text.splitlines()] for text in texts)
+        label, part = dict(labels), dict(train)
+
+        # An image belongs to the training set where its flag is 1.
+        chosen = [(path, int(label[i]) - 1) for i, path in images if (part[i] == "1") == (split == "train")]
+        classes = tuple(c for _, c in classes)
+    except OSError as e:
+        common.die(f"--data-dir {root}: cub200 needs {Path(e.filename).name} there ({e.strerror})")
+    except (ValueError, KeyError) as e:
+        problem = f"{', '.join(lists)}.txt of cub200 do not fit each other ({common.printable(e)})"
+        common.die(f"--data-dir {root}: {problem}; copy them again")
+
+    # Class numbers in the lists start at 1.
+    paths = common.Paths(root / "images", (path for path, _ in chosen))
+    labels = torch.tensor([y for _, y in chosen])
+    return common.ImageSet(paths=paths, labels=labels, classes=classes)
+
+
+common.DATA |= {name: common.DataSet(partial(transfer_set, name), *common.IMAGENET) for name in TRANSFER}
+common.DATA["cub200"] = common.DataSet(cub200, *common.IMAGENET)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Loading: encoders, data, and whether they fit the tasks
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -393,17 +485,12 @@ def note_of(*sets):
     return "".join(f" ({data.note})" for data in sets if data.note)
 
 
-def evenly(n, most):
-    """At most `most` of n rows, evenly spaced."""
-    return torch.arange(min(most, n)) * n // min(most, n)
-
-
 def same_files(train, test, most=1000):
     """Test files, of `most` evenly spaced ones, that equal the training file of the same name and name of folder."""
     if train.paths is None or test.paths is None:
         return []
     name = lambda path: os.sep.join(str(path).rsplit(os.sep, 2)[-2:])
-    test_files = {name(test.paths[i]): test.paths[i] for i in evenly(len(test), most).tolist()}
+    test_files = {name(test.paths[i]): test.paths[i] for i in common.evenly(len(test), most).tolist()}
 
     # Names narrow the search, so that only few files are compared byte by byte.
     same = []
@@ -619,7 +706,7 @@ class Case:
         """Features of random crops and flips of the train images (N, W), drawn anew each epoch."""
         op = RandomView(self.backbone.img_size)
         draws = op.view.sample(len(self.train), common.rng(self.args.seed, "augmented", epoch))
-        how = dict(encode=self.backbone.last_blocks, transform=op, params=draws, name="augmented")
+        how = dict(encode=self.backbone.last_blocks, view=op, params=draws, name="augmented")
         return self.features(self.train, **how).to(self.device)
 
     @property
@@ -1147,7 +1234,7 @@ def rotation(case):
     def encoded(data, views, encode=case.backbone.last_blocks):  # (views n, D)
         out = []
         for view, params in views:
-            how = dict(encode=encode, transform=view, params=params, name=view.name)
+            how = dict(encode=encode, view=view, params=params, name=view.name)
             out.append(case.features(data, **how).to(case.device))
         return torch.cat(out)
 
@@ -1304,7 +1391,7 @@ def second_views(case, view):
     images). Each split has a seed of its own."""
     most, seed = case.args.r2_images, case.args.seed
     for data, n, split_seed in ((case.train, most, seed), (case.test, max(2, most // 2), seed + 1)):
-        yield data, evenly(len(data), n), view.sample(len(data), split_seed)
+        yield data, common.evenly(len(data), n), view.sample(len(data), split_seed)
 
 
 def pairs_of_images(target, case):
@@ -1315,7 +1402,7 @@ def pairs_of_images(target, case):
     # Each image is encoded again after its transformation.
     pairs, targets = [], []
     for y, (data, rows, params) in zip(case.y, second_views(case, view)):
-        y2 = case.features(data, transform=view, params=params, rows=rows, name=target)  # (n, D)
+        y2 = case.features(data, view=view, params=params, rows=rows, name=target)  # (n, D)
         if common.rank() == 0:
             pairs.append(torch.stack([y[rows], y2.to(y.device)], 1))  # (n, 2, D)
             targets.append(common.family_target(target, params, view.size)[rows].to(y.device))  # (n, K)
@@ -1377,7 +1464,7 @@ def layers(case):
         view, splits = SecondView(kind, backbone.img_size), []
         for data, rows, params in second_views(case, view):
             how = dict(encode=lambda x: torch.cat(mean_tokens(x), 1), params=params, rows=rows)
-            both = [case.features(data, transform=op, name=f"{name} by layer", **how) for op in (None, view)]
+            both = [case.features(data, view=op, name=f"{name} by layer", **how) for op in (None, view)]
             pairs = torch.stack(both, 1).to(case.device)  # (n, 2, sum of widths)
             splits.append((pairs.split(widths, 2), params[key][rows].long().to(case.device)))
         if common.rank():
@@ -1428,14 +1515,14 @@ def equivariance(case):
     another image's map, and after subtracting the mean token from both maps. They expose a constant map, which would
     otherwise score a perfect 1."""
     args, backbone, n = case.args, case.backbone, len(case.test)
-    rows, layer = evenly(n, 1000), backbone.depth
+    rows, layer = common.evenly(n, 1000), backbone.depth
     generator, norm = common.rng(args.seed, "equivariance"), getattr(backbone, "norm", nn.Identity())
     with torch.no_grad():
         shape = backbone.tokens(blank(case), layer).shape[1:]  # (h, w, D)
 
     def maps(transform=None, params=None, resize=None, rows=rows, shape=shape):  # (n, h, w, D)
         encode = lambda x: norm(backbone.tokens(x if resize is None else resize(x), layer)).flatten(1)
-        how = dict(encode=encode, transform=transform, params=params, rows=rows, name="equivariance")
+        how = dict(encode=encode, view=transform, params=params, rows=rows, name="equivariance")
         return case.features(case.test, **how).unflatten(1, shape)
 
     # Maps of turned, mirrored and original images are encoded on all ranks.

@@ -1389,7 +1389,8 @@ def load_frost(folder, size):
     if folder is None:
         return ()
     try:
-        images = [common.open_image(p) for p in common.list_images(folder) if Path(p).stem != "frost6"]
+        paths = [p for p in common.Paths(folder, common.image_names(folder)) if Path(p).stem != "frost6"]
+        images = [common.open_image(p) for p in paths]
     except OSError as e:
         common.die(f"--frost-dir {folder}: {e}")
 

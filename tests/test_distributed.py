@@ -222,12 +222,16 @@ def test_S12_S14_a_mistake_of_all_ranks_is_one_line_of_one(tmp_path):
 
 def seen_by_each(values):
     mine = values[dist.get_rank()]
-    return common.any_rank(mine), common.same_on_ranks(mine), common.same_on_ranks(["a", 1])
+    common.same_on_all_ranks(["a", 1], "never said")
+    with pytest.raises(SystemExit) as end:
+        common.same_on_all_ranks(mine, "they differ")
+    return common.any_rank(mine), end.value.code
 
 
 def test_S7_ranks_agree_on_what_each_has_seen(tmp_path):
-    assert on_ranks(2, tmp_path, seen_by_each, (0, 3)) == [(3, False, True)] * 2
-    assert common.any_rank(7) == 7 and common.same_on_ranks("alone")
+    assert on_ranks(2, tmp_path, seen_by_each, (0, 3)) == [(3, 2)] * 2
+    assert common.any_rank(7) == 7
+    common.same_on_all_ranks("alone", "never said")
 
 
 @pytest.mark.parametrize("device, kind", [("cuda", nn.SyncBatchNorm), ("cpu", common.BatchNormOverRanks)])

@@ -670,7 +670,11 @@ def test_D11_a_killed_worker_is_one_line_and_saves_nothing_torn(tiny, tmp_path, 
 def test_F11_shared_memory_that_is_too_small_is_found_before_workers_start(tiny, tmp_path, monkeypatch, capsys):
     real = os.statvfs
     monkeypatch.setattr(
-        os, "statvfs", lambda path: type("", (), dict(f_bavail=4, f_frsize=4096)) if path == "/dev/shm" else real(path)
+        os,
+        "statvfs",
+        lambda path: (
+            type("", (), dict(f_bavail=4, f_bfree=4, f_blocks=4, f_frsize=4096)) if path == "/dev/shm" else real(path)
+        ),
     )
     with pytest.raises(SystemExit) as end:
         ser.main([*tiny, "--out", str(tmp_path), "--workers", "2"])
