@@ -1887,7 +1887,7 @@ def draw(path, panels, title):
     lines = any(panel.over for panel in panels)
 
     # The size in inches leaves room for names on the left, bars, title and the legend of the lines.
-    columns = min(4, len(panels))
+    columns = 3 if len(panels) in (5, 6, 9) else min(4, len(panels))
     rows = math.ceil(len(panels) / columns)
     longest = max(map(len, shown.values()))
     width = 0.08 * longest + 3.1 * columns
