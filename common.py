@@ -2241,15 +2241,20 @@ def unbroken(loader):
     """What a loader yields; an image that cannot be read ends the run with one line that names it, exit code 1."""
     try:
         yield from loader
-    except RuntimeError as e:
-        # The loader raises a RuntimeError when a worker was killed or hangs.
-        if "DataLoader" not in str(e):
+        return
+    except (OSError, RuntimeError) as e:
+        if isinstance(e, OSError):
+            # A worker's error starts with its traceback and ends with the line that names the image.
+            line = str(e).splitlines()[-1].removeprefix("OSError: ")
+            message = f"{line}; repair or remove the file, or add --skip-corrupt"
+        elif "DataLoader" in str(e):  # a worker was killed or hangs
+            message = one_line(e)
+        else:
             raise
-        die(one_line(e), 1, alone=True)
-    except OSError as e:
-        # A worker's error starts with its traceback and ends with the line that names the image.
-        line = str(e).splitlines()[-1].removeprefix("OSError: ")
-        die(f"{line}; repair or remove the file, or add --skip-corrupt", 1, alone=True)
+
+        # The traceback refers to itself and to the workers, which would stay until it is collected.
+        e.__traceback__ = None
+    die(message, 1, alone=True)
 
 
 class _Each(torch.utils.data.Dataset):
