@@ -366,8 +366,11 @@ def from_torchrun():
     numbers = []
     for name, default in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_WORLD_SIZE", "1")):
         value = os.environ.get(name, default)
-        if not value.isdecimal():
-            die(f"{name}={value!r} in the environment is not a number; start with torchrun, or unset it", alone=True)
+        if not value.isdecimal() or name.endswith("SIZE") and int(value) == 0:
+            die(
+                f"{name}={value!r} in the environment is not one that torchrun sets; start with it, or unset it",
+                alone=True,
+            )
         numbers.append(int(value))
     global_rank, local_rank, world, local_world = numbers
 
@@ -2245,8 +2248,9 @@ def unbroken(loader):
     except (OSError, RuntimeError) as e:
         if isinstance(e, OSError):
             # A worker's error starts with its traceback and ends with the line that names the image.
-            line = str(e).splitlines()[-1].removeprefix("OSError: ")
-            message = f"{line}; repair or remove the file, or add --skip-corrupt"
+            *_, line = str(e).splitlines() or [type(e).__name__]
+            line = line.removeprefix("OSError: ")
+            message = f"{line}; repair or remove the file; --skip-corrupt leaves it out of training and probes"
         elif "DataLoader" in str(e):  # a worker was killed or hangs
             message = one_line(e)
         else:

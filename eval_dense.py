@@ -697,7 +697,8 @@ def load(task, name, root, side, most, stride=1):
     # Without a box there is nothing to learn, and AP is undefined.
     for kind, boxed in (("training", trainable(train)), ("test", test)):
         if boxed.crowd.all():
-            common.die(f"--data-dir {root}: none of the {kind} images that are read has a box; raise --images")
+            advice = "; raise --images" if most else ""
+            common.die(f"--data-dir {root}: none of the {kind} images that are read has a box{advice}")
     return dict(train=train, test=test)
 
 
@@ -1895,7 +1896,7 @@ def check(args, jobs, notes):
             common.die(f"--{flag} {folder}: cannot be written ({e.strerror}); choose another directory")
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Subject:
     """A checkpoint of the call."""
 
@@ -2016,14 +2017,14 @@ def main(argv=None):
             common.die("scenes have one size: give encoders of images below 96 px and of larger ones in separate calls")
         side, sets, able = next(iter(small), 96), {}, {}
 
-        # A task needs all encoders, a figure one; figures leave out the others, with a line for each.
+        # A task that is named needs all encoders, a figure one; the others are left out, with a line for each.
         for part in dict.fromkeys(part for part, *_ in jobs):
             reasons = [common.by_rank_0(partial(s.encoder.obstacle, part)) for s in subjects]
             able[part] = [s for s, why in zip(subjects, reasons) if not why]
             for path, why in [(s.path, why) for s, why in zip(subjects, reasons) if why]:
-                if part in TASKS or not able[part]:
+                if part in TASKS and args.tasks or part not in TASKS and not able[part]:
                     common.die(f"--{'tasks' if part in TASKS else 'figures'} {part}: {why}, unlike {path}")
-                notes.append(f"{path}: left out of the figure {part}, which {why}")
+                notes.append(f"{path}: left out of {part}, which {why}")
 
         # Read all sets before anything is trained.
         stride = max([s.encoder.stride for s in subjects], default=1)
@@ -2038,11 +2039,11 @@ def main(argv=None):
             eval_probe.say(line)
         tasks, figures = ([job for job in jobs if (job[0] in TASKS) == measured] for measured in (True, False))
         for subject in subjects:
-            for task, name, root in tasks:
+            for task, name, root in [job for job in tasks if subject in able[job[0]]]:
                 part = partial(measure, subject, task, name, root, sets[task, name], args)
                 evaluation.attempt(f"{subject.path}: {task} on {name}", part)
         for figure, name, _ in figures if subjects else ():
-            part = partial(make_figure, figure, name, sets[figure, name], able[figure], args)
+            part = partial(make_figure, figure, name, sets.pop((figure, name)), able[figure], args)
             evaluation.attempt(f"{figure} on {name}" if name else figure, part)
     return rows()
 

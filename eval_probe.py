@@ -135,7 +135,7 @@ class SharedArgs:
     data_dir: str | None = None
     """its directory; default, for the same data set: the directory that the checkpoint was trained from"""
     part: tuple[Literal["all", "inv", "equi"], ...] = ("all",)
-    """dimensions that knn, linear, mlp, fewshot, r2 and rotation see: all, or, of the encoders of recon_xattn.py and
+    """dimensions that probes of features see: all, or, of the encoders of recon_xattn.py and
     clever.py, the invariant (first) or the equivariant (last) part"""
     linear: Literal["sgd", "lbfgs", "steps"] = "sgd"
     """how linear probes learn: SGD with several rates side by side; L-BFGS with the best of 45 ridge weights
@@ -151,8 +151,7 @@ class SharedArgs:
     format: Literal["table", "markdown", "csv", "json"] = "table"
     """how tables are printed; csv and json hold all digits"""
     plot: str | None = None
-    """also draw the tables into this file (.png, .pdf or .svg), a panel a metric, accuracy over severity for
-    corruptions; needs the package matplotlib"""
+    """also draw the tables into this file (.png, .pdf or .svg), a panel a metric; needs the package matplotlib"""
     seed: Seed = 0
     """seed of the probes' weights, of their batches and of everything random that is done to images"""
     skip_corrupt: bool = False
@@ -1636,7 +1635,7 @@ class Evaluation:
         try:
             out = part()
         except SystemExit as e:
-            code = e.code
+            code = e.code if isinstance(e.code, int) else 1
         except Exception as e:
             code = 1
             tqdm.write(f"{Path(sys.argv[0]).name}: error: {what}: {one_line(e)}", file=sys.stderr)

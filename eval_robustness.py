@@ -1,7 +1,7 @@
 """Robustness of saved encoders: accuracy of a linear probe, trained once on clean images, on corrupted, perturbed,
 augmented and shifted ones.
 
-    python eval_robustness.py runs/*/checkpoint.pt --suite corruptions  # all made on the device, nothing to download
+    python eval_robustness.py runs/*/checkpoint.pt --suite corruptions  # 15 + 4, nothing to download
     python eval_robustness.py A/checkpoint.pt B/checkpoint.pt --suite perturbations augmentations --plot figure.png
     python eval_robustness.py A/checkpoint.pt --suite corruptions --suite-dir IMAGENET-C  # the published files
     python eval_robustness.py A/checkpoint.pt --suite shifts --suite-dir IMAGENET-V2 IMAGENET-R IMAGENET-SKETCH

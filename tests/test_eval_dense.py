@@ -843,7 +843,7 @@ def test_figures(runs, trees, tmp_path, capsys):
     flags = [*QUICK, "--out", str(tmp_path), "--images", "12", "--embedding", "pca"]
     rows = ed.main([runs["vit-s0"], runs["resnet"], *flags, "--figures", "embedding", "fullgrad"])
     assert "map 10-NN" in rows[0][1]
-    assert "left out of the figure fullgrad, which needs a ResNet" in capsys.readouterr().err
+    assert "left out of fullgrad, which needs a ResNet" in capsys.readouterr().err
     assert Image.open(tmp_path / "embedding.png").size == (800, 400)
     assert np.load(tmp_path / "embedding.npz")["1 points"].shape == (12, 2)
     assert np.load(tmp_path / "fullgrad.npz")["0 saliency"].shape == (8, 16, 16)
@@ -1169,6 +1169,16 @@ def test_attention_that_queries_and_keys_do_not_determine_is_refused(part, trees
     flags = [part, "saliency" if part == "--tasks" else "attention", "--data", "ecssd", "--data-dir"]
     path = "timm:eva02_tiny_patch14_224"
     expect_mistake(capsys, ed.main, [path, *flags, str(trees / "ecssd"), *QUICK], "plain ViT, such as", path)
+
+
+def test_default_tasks_leave_out_what_an_encoder_has_not(capsys, monkeypatch):
+    small_timm(monkeypatch, embed_dim=48, depth=2, num_heads=4)
+    measured = []
+    monkeypatch.setattr(ed, "load", lambda *a: None)
+    monkeypatch.setattr(ed, "measure", lambda subject, task, *a: measured.append(task))
+    ed.main(["timm:eva02_tiny_patch14_224", *QUICK])
+    assert {"segmentation", "video"} <= set(measured) and "saliency" not in measured
+    assert "left out of saliency, which needs" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name, complete", [("resnet18", True), ("seresnet18", False), ("skresnet18", False)])
