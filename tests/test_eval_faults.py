@@ -722,6 +722,7 @@ def test_D11_a_killed_worker_is_one_line_and_others_take_its_place(folder, capsy
         list(reader.batches(Deadly(), torch.arange(24)))
     err = capsys.readouterr().err
     assert end.value.code == 1 and "--workers" in err and "Traceback" not in err
+    del end  # it refers to this frame; a loader in a cycle waits 5 s for its workers when it is collected
     assert len(list(reader.batches(WhoAreYou(), torch.arange(24), batch_size=8))) == 3
 
 
