@@ -252,6 +252,25 @@ def command(main):
     # A closed pipe or a full disk behind the output must not end the training.
     sys.stdout, sys.stderr = (Unfailing(stream or open(os.devnull, "w")) for stream in (sys.stdout, sys.stderr))
     try:
+        in_one_line(main)
+    except BaseException as e:
+        # A process that fails may not wait for the others at its exit, as NCCL does when its group is destroyed.
+        code = e.code if isinstance(e, SystemExit) else 1
+        if code and world_size() > 1 and torch.cuda.is_initialized():
+            atexit.register(leave, code)
+        raise
+
+
+def leave(code):
+    """End this process at once; all that it has printed is seen."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def in_one_line(main):
+    """Run main(); a failure of the machine becomes one line."""
+    try:
         main()
     except KeyboardInterrupt:
         die("stopped by SIGINT", 130)
@@ -330,10 +349,12 @@ def one_line(error):
         return f"a loader process ended or hangs: {advice} ({text[:200]})"
 
     # Another process may have ended, a compiler may be missing, or a disk may be full.
-    if has("Connection closed by peer", "Connection reset by peer", "gloo", "NCCL"):
+    if has("Connection closed by peer", "Connection reset by peer", "gloo", "ncclRemoteError", "operation timeout"):
         return f"{GONE} ended or does not answer ({text[:160]})"
-    if has("InvalidCxxCompiler", "Cannot find a working triton"):
-        missing = "torch found no working compiler (a C++ compiler such as g++ on CPUs, Triton on GPUs)"
+    if has("NCCL"):
+        return f"NCCL failed (NCCL_DEBUG=INFO tells more): {text[-200:]}"
+    if has("InvalidCxxCompiler", "Failed to find C compiler", "Cannot find a working triton"):
+        missing = "torch found no working compiler (g++ or another C++ compiler; on GPUs Triton and a C compiler)"
         return f"--compile: {missing}; install it, or leave the flag out"
     if isinstance(error, OSError) and error.errno is not None:
         return f"{error.filename or 'a file'}: {error.strerror}"
@@ -386,9 +407,9 @@ def from_torchrun():
     return numbers
 
 
-def start(device="auto"):
+def start(device="auto", patience=timedelta(minutes=10)):
     """Join the process group when torchrun started us; return the torch.device of this process. Gloo exchanges CPU
-    tensors (flags, float64 tests), NCCL those on GPUs."""
+    tensors (flags, float64 tests), NCCL those on GPUs. A rank that waits for others longer than `patience` fails."""
     # CUDA is preferred to MPS, and MPS to the CPU.
     _, local_rank, world, local_world = from_torchrun()
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -415,7 +436,7 @@ def start(device="auto"):
     if device == "cuda":
         torch.cuda.set_device(local_rank)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=timedelta(minutes=10))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=patience)
         atexit.register(dist.destroy_process_group)
     return torch.device("cuda", local_rank) if device == "cuda" else torch.device(device)
 

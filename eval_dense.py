@@ -771,6 +771,8 @@ class Encoder:
         try:
             with torch.no_grad():
                 backbone.tokens(F.pad(blank, (0, self.stride)), depth)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as e:  # timm's models raise errors of any type
             why = " ".join(str(e).split())[:120]
             common.die(f"{path}: takes images of {backbone.img_size} px only ({why}); dense tasks need other sizes")
@@ -2001,7 +2003,7 @@ def main(argv=None):
         eval_probe.check(eval_probe.Args(args.checkpoints, data=None if None in names else names[0]))
 
         # The number of processes must divide each batch.
-        device = common.start(args.device)
+        device = evaluation.start(args.device)
         for part, name, _ in jobs:
             if part in TRAINED:
                 recipe(part, name, args)

@@ -82,6 +82,7 @@ import textwrap
 import time
 import traceback
 import uuid
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -1156,7 +1157,9 @@ class Classifier(nn.Module):
         self.encoder, self.head = encoder, head
 
     def forward(self, x):
-        return self.head(self.encoder.last_blocks(x))
+        x = common.upcast(self.encoder.last_blocks(x))
+        with common.full_precision():  # scores in bfloat16 would tie
+            return self.head(x)
 
 
 def fine_tune(case, quarters=False, rows=None):
@@ -1627,6 +1630,10 @@ class Evaluation:
         if kind is None and self.codes:
             raise SystemExit(1 if self.printed else self.codes[0])
 
+    def start(self, device):
+        """`common.start`. Ranks wait for hours, because rank 0 trains large probes alone."""
+        return common.start(device, timedelta(hours=3))
+
     def attempt(self, what, part, together=False):
         """part(), or None if it fails; together: on all ranks if on one. Otherwise a failure of several ranks ends the
         process, except a user's mistake, which every rank finds for itself."""
@@ -2008,7 +2015,7 @@ def main(argv=None):
         args = arguments(argv)
         common.check_ranges(args)
         check(args)
-        device = common.start(args.device)
+        device = evaluation.start(args.device)
 
         # The table is printed and the figure drawn in any case.
         def at_end():

@@ -1518,7 +1518,7 @@ def main(argv=None):
         shared = {f.name: getattr(args, f.name) for f in dataclasses.fields(eval_probe.SharedArgs)}
         probing = eval_probe.Args(tasks=("linear",), **shared)
         eval_probe.check(probing)
-        device = common.start(args.device)
+        device = evaluation.start(args.device)
         torch.set_float32_matmul_precision("highest")  # corruptions need float32; containers may have chosen TF32
 
         # The figure is drawn in any case, even after an error.

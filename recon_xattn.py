@@ -341,12 +341,12 @@ class NeckViT(common.ViT):
 
     def patches(self, x):
         """x (B, 3, H, W) -> tokens (B, h w, neck)."""
-        return self.neck(self.run_blocks(x)[0])
+        return upcast(self.neck(self.run_blocks(x)[0]))
 
     def trace(self, x, taps=()):
         """x (B, 3, H, W) -> the representation (B, neck), and the tokens after the blocks in `taps`."""
         z, tapped = self.run_blocks(x, taps)
-        return self.neck(z).mean(1), tapped
+        return upcast(self.neck(z)).mean(1), tapped
 
     def last_blocks(self, x, n=1):
         """The representation: there is no [CLS] to take from other blocks."""

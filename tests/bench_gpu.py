@@ -10,12 +10,13 @@ Training parts call a script's own main() on random images in memory and read it
            host wait for the device (file:line, of ten steps without log lines), memory
   speed    images/s, eager and compiled, and the share of the matmul peak that the environment part measured
 
-A part that fails becomes one line of the table; the others go on. `gpu.json` in the working directory, or in --out,
-holds the table so far."""
+A part that fails, or for which no time is left, becomes one line of the table; the others go on. What was left out
+runs in a second call, with --only. `gpu.json` in the working directory, or in --out, holds the table so far."""
 
 import argparse
 import collections
 import contextlib
+import gc
 import itertools
 import json
 import os
@@ -92,6 +93,10 @@ def variants(tiny):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+class OutOfTime(BaseException):
+    """Ends a part. Scripts survive many exceptions, but not one of this kind."""
+
+
 class Watch:
     """Around a script's main(): counts the host's waits, or the FLOPs, of some steps of the run."""
 
@@ -122,7 +127,9 @@ class Watch:
             torch.cuda.set_sync_debug_mode("default")
         self.caught.__exit__(*_)
         self.hook.remove()
-        found = (w for w in self.messages if "synchroniz" in str(w.message))
+        if self.counter is not None and self.step == self.flops:  # a run that broke off
+            self.counter.__exit__(None, None, None)
+        found = (w for w in self.messages if "called a synchronizing" in str(w.message))
         self.places.update(f"{Path(w.filename).name}:{w.lineno}" for w in found)
 
 
@@ -130,6 +137,8 @@ def train(module, flags, steps, log_every=1):
     """Run a script's main() on random images; return the lines of its log, and the FLOPs and waits if watched."""
     out = ROOT / f"run{time.monotonic_ns()}"
     run = ["--out", str(out), "--data-dir", str(ROOT), "--max-steps", str(steps), "--log-every", str(log_every)]
+    if CUDA:
+        torch.cuda.reset_peak_memory_stats()
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         module.main([*flags, *run, "--workers", "0"])
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
@@ -145,7 +154,9 @@ def random_images(name, root, split, size, *_, **__):
 
 def losses_agree(module, flags, toy, real, tiny):
     """Three float32 steps on CPU and GPU, the largest relative difference of all logged losses; then bf16."""
+    torch.backends.cudnn.allow_tf32 = False  # convolutions in TF32 differ by 1e-3
     logs = [train(module, [*toy, *flags, "--device", device, "--amp", "off"], 3) for device in ("cpu", "auto")]
+    torch.backends.cudnn.allow_tf32 = True
     pairs = [(a[k], b[k]) for a, b in zip(*logs) for k in a if k.startswith(("loss", "L_"))]
     difference = max(abs(a - b) / max(abs(a), 1e-3) for a, b in pairs)
 
@@ -159,7 +170,8 @@ def losses_agree(module, flags, toy, real, tiny):
 
 
 def speed(module, flags, tiny, peak, flops):
-    """Images/s between log lines 20 steps apart; FLOPs of one eager step, kept in `flops` for the compiled run."""
+    """Images/s between log lines 20 steps apart; FLOPs of one eager step, kept in `flops` for the compiled run. They
+    include the few that run in float32, such as crops; the share is of the bfloat16 peak."""
     steps, every, first = (6, 1, 2) if tiny else (81, 20, 20)  # steps up to the first count as warm-up
     key = str([f for f in flags if f != "--compile"])
     if key not in flops and "--compile" not in flags:
@@ -182,10 +194,11 @@ def speed(module, flags, tiny, peak, flops):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def per_second(act, n, rounds=5):
-    """How many of the n things that act() does are done in a second, after one call to warm up."""
+def per_second(act, n, rounds=5, warm=1):
+    """How many of the n things that act() does are done in a second, after `warm` calls to warm up."""
     wait = torch.cuda.synchronize if CUDA else lambda: None
-    act()
+    for _ in range(warm):
+        act()
     wait()
     began = time.perf_counter()
     for _ in range(rounds):
@@ -195,11 +208,11 @@ def per_second(act, n, rounds=5):
 
 
 def matmul_peak(tiny, device):
-    """TFLOP/s of a large bf16 and float32 product."""
-    m = 512 if tiny else 8192
+    """TFLOP/s of a large bf16 and float32 product, at the clock rate that a GPU keeps up."""
+    m = 256 if tiny else 8192
     a, b = (torch.randn(m, m, device=device) for _ in range(2))
     low_a, low_b = a.bfloat16(), b.bfloat16()
-    return tuple(2 * m**3 * per_second(act, 1) / 1e12 for act in (lambda: low_a @ low_b, lambda: a @ b))
+    return tuple(2 * m**3 * per_second(act, 1, 50, 50) / 1e12 for act in (lambda: low_a @ low_b, lambda: a @ b))
 
 
 def augmentations(size, recipe, tiny, device):
@@ -223,12 +236,11 @@ def augmentations(size, recipe, tiny, device):
     return f"images/s of each view: {rates}"
 
 
-def probes(device):
-    """Every task of eval_probe.py on an encoder that a script has just trained."""
-    checkpoint = next(ROOT.glob("run*/checkpoint.pt"), None)
-    if checkpoint is None:
-        train(ser, TOY_VIT, 1)
-        checkpoint = next(ROOT.glob("run*/checkpoint.pt"))
+def probes(load_data):
+    """Every task of eval_probe.py on an encoder that a script has just trained; load_data reads rendered images."""
+    train(ser, TOY_VIT, 1)
+    common.load_data = load_data
+    checkpoint = max(ROOT.glob("run*/checkpoint.pt"), key=os.path.getmtime)
     tasks = ["knn", "linear", "mlp", "finetune", "fewshot", "r2", "layers", "equivariance", "rotation"]
     fast = ["--linear-epochs", "2", "--mlp-epochs", "2", "--finetune-epochs", "1", "--r2-epochs", "2"]
     began = time.perf_counter()
@@ -259,8 +271,9 @@ def write_photographs(folder, n):
 
 
 def feeding(workers, tiny, device):
-    """Images/s that loader processes decode and crop from JPEG files, behind what they could prepare in advance."""
-    folder, steps = ROOT / "photographs", 8 if tiny else 40
+    """Images/s that loader processes decode and crop from JPEG files. Their batches come in waves, one from each
+    worker; the third and fourth wave are timed."""
+    folder, steps = ROOT / "photographs", 4 * workers
     if not folder.exists():
         write_photographs(folder, 32 if tiny else 512)
     argv = [*IMAGENET, "--data-dir", str(folder), "--batch-size", "16" if tiny else "256", "--workers", str(workers)]
@@ -270,7 +283,7 @@ def feeding(workers, tiny, device):
     data = common.imagefolder(folder, "train")
     loader = common.Loader(data, views, partial(ser.draw_views, args, views), args, device)
     for i, _ in enumerate(loader.batches(range(steps))):
-        if i == steps // 2 - 1:
+        if i == steps // 2 - 1:  # the end of the second wave
             began = time.perf_counter()
     return f"{args.batch_size * (steps - steps // 2) / (time.perf_counter() - began):,.0f} images/s, two views each"
 
@@ -292,33 +305,37 @@ def main(argv=None):
     common.N_OBJECTS.update(train=20 if tiny else 200, test=12 if tiny else 100)  # a small rendered set for the probes
     common.load_data, load_data = random_images, common.load_data
     device = common.start("auto")
-    peak, _ = matmul_peak(tiny, device)
+    peak, float32 = matmul_peak(tiny, device)
 
     def part(name, act, limit=60):
         """Run a part, record what it returns or how it failed, and go on."""
         left, start = options.seconds - (time.monotonic() - began), time.monotonic()
-        if options.only not in name or left < 5:
+        if options.only not in name:
+            return
+        if left < 5:
+            results[name] = "SKIPPED: no time left"
             return
 
         def too_long(*_):
-            raise TimeoutError("no more time")
+            raise OutOfTime("no more time")
 
         signal.signal(signal.SIGALRM, too_long)
         signal.alarm(int(min(limit, left)) + 1)
         try:
             results[name] = act()
-        except (Exception, SystemExit) as error:
+        except (Exception, SystemExit, OutOfTime) as error:
             frames = [f"{Path(f.filename).name}:{f.lineno}" for f in traceback.extract_tb(error.__traceback__)]
             text = " ".join(str(error).split())[:160]
             results[name] = f"FAILED {type(error).__name__}: {text} at {' < '.join(frames[:-4:-1])}"
         signal.alarm(0)
+        gc.collect()
         if CUDA:
             torch.cuda.empty_cache()
         print(f"{name:44s} {time.monotonic() - start:6.1f} s  {results[name]}", flush=True)
         (options.out / "gpu.json").write_text(json.dumps(results, indent=1))
 
     name = torch.cuda.get_device_name() if CUDA else "CPU"
-    rates = "bf16 {:.0f}, float32 {:.0f} TFLOP/s".format(*matmul_peak(tiny, device))
+    rates = f"bf16 {peak:.0f}, float32 {float32:.0f} TFLOP/s"
     part("environment", lambda: f"{name}, torch {torch.__version__}, {os.cpu_count()} cores, {rates}")
 
     # speed comes first: it is what a short loan of a GPU is for
@@ -333,7 +350,8 @@ def main(argv=None):
     for (label, (module, flags)), how in itertools.product(races.items(), ([], ["--compile"])):
         if not (tiny and how):  # compiling on a CPU takes longer than all the rest
             title = " ".join(["speed", label, *how])
-            part(title, partial(speed, module, [*flags, *how], tiny, peak, flops), 20 if tiny else 120)
+            limit = 20 if tiny else 240 if how else 120  # SER compiles two encoders twice
+            part(title, partial(speed, module, [*flags, *how], tiny, peak, flops), limit)
 
     # every variant, correct
     chosen = list(variants(tiny))
@@ -352,13 +370,14 @@ def main(argv=None):
     for workers in (2,) if tiny else (8, 16):
         part(f"feeding, {workers} workers", partial(feeding, workers, tiny, device))
     part("probes at ImageNet's size", partial(large_probes, tiny, device))
-    common.load_data = load_data
-    part("eval_probe.py, nine tasks", partial(probes, device), 120)
+    part("eval_probe.py, nine tasks", partial(probes, load_data), 120)
 
-    bad = [name for name, text in results.items() if "FAILED" in str(text) or "DIFFER" in str(text)]
-    print(
-        f"\n{len(results)} parts in {time.monotonic() - began:.0f} s, {len(bad)} to look at: {', '.join(bad) or 'none'}"
-    )
+    having = lambda *words: [name for name, text in results.items() if any(word in str(text) for word in words)]
+    bad, skipped = having("FAILED", "DIFFER"), having("SKIPPED")
+    (options.out / "gpu.json").write_text(json.dumps(results, indent=1))
+    print(f"\n{len(results) - len(skipped)} parts in {time.monotonic() - began:.0f} s")
+    print(f"{len(bad)} to look at: {', '.join(bad) or 'none'}")
+    print(f"{len(skipped)} without time, for a call with --only: {', '.join(skipped) or 'none'}")
     return bad
 
 

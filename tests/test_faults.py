@@ -1,6 +1,7 @@
 """What goes wrong around a run: machines, disks, signals, other people's files. Ids name the fault, as in a catalogue
 of reliability."""
 
+import atexit
 import contextlib
 import errno
 import fcntl
@@ -697,6 +698,12 @@ def test_F11_shared_memory_that_is_too_small_is_found_before_workers_start(tiny,
             "another process",
         ),
         (
+            RuntimeError("NCCL error in: NCCLUtils.cpp, remote process exited\nncclRemoteError: A call"),
+            "another process",
+        ),
+        (RuntimeError("NCCL error\nncclSystemError: x Last error: cannot write /dev/shm/nccl-7"), "/dev/shm/nccl-7"),
+        (RuntimeError("Failed to find C compiler. Please specify via CC environment variable"), "--compile"),
+        (
             RuntimeError("InvalidCxxCompiler: No working C++ compiler found in torch._inductor.config.cpp.cxx"),
             "--compile",
         ),
@@ -719,6 +726,26 @@ def test_S13_what_the_machine_does_is_one_line(error, words, capsys, monkeypatch
     )
     with pytest.raises(RuntimeError):  # a fault of the code keeps its traceback
         common.command(lambda: (_ for _ in ()).throw(RuntimeError("shapes do not match")))
+
+
+@pytest.mark.parametrize("error, code", [(SystemExit(3), 3), (KeyError("x"), 1), (KeyboardInterrupt(), 130), (None, 9)])
+def test_S12_a_process_that_fails_does_not_wait_for_the_others_at_its_exit(error, code, monkeypatch):
+    """NCCL destroys a group together with all ranks; exit code 9 stands for its wait."""
+    monkeypatch.setattr(common, "world_size", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+
+    def main():
+        if error is not None:
+            raise error
+
+    def act():
+        atexit.register(os._exit, 9)
+        sys.stderr = open(os.devnull, "w")
+        with contextlib.suppress(BaseException):
+            common.command(main)
+        atexit._run_exitfuncs()
+
+    assert in_child(act) == code
 
 
 @pytest.mark.parametrize("sink", ["R7 a reader that left", "R7 a full disk"])
@@ -840,6 +867,8 @@ def four(monkeypatch):
 def test_S7_S14_a_group_waits_for_minutes_and_is_destroyed_at_exit(four):
     assert common.start("cpu") == torch.device("cpu")
     assert four == dict(backend="gloo", minutes=10, at_exit=common.dist.destroy_process_group)
+    eval_probe.Evaluation().start("cpu")
+    assert four["minutes"] == 180  # rank 0 trains probes alone
 
 
 def machine(monkeypatch, cuda, mps):

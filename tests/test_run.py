@@ -717,3 +717,5 @@ def test_the_gpu_benchmark_measures_a_run_and_survives_one_that_fails(tmp_path, 
     speed = json.loads((tmp_path / "gpu.json").read_text())["speed SimCLR ResNet-18 32 px"]
     rate, peak_share = re.match(r"([\d,]+) images/s.* ([\d.]+)% of the bf16 peak", speed).groups()
     assert int(rate.replace(",", "")) > 0 and float(peak_share) > 0
+    assert bench_gpu.main(["--tiny", "--seconds", "0", "--out", str(tmp_path)]) == []
+    assert set(json.loads((tmp_path / "gpu.json").read_text()).values()) == {"SKIPPED: no time left"}
