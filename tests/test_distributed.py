@@ -79,6 +79,8 @@ def train(base, equi, changes, steps=2):
     )
     loader = common.Loader(data, policies, partial(ser.draw_views, args, policies), args, device)
     parameters = [p for p in model.parameters() if p.requires_grad]
+    if args.compile:
+        model.compile_encoder()
     optimizer, losses, ddp = torch.optim.SGD(parameters, lr=0.01), [], common.distributed(model)
     for step in range(steps):
         ser.update_teacher(model, 0.9)
@@ -112,11 +114,13 @@ def train(base, equi, changes, steps=2):
         ("mocov3", "essl", {}),
         ("mocov3", "ser", dict(local_views=4)),
         ("mocov3", "equimod", dict(equi_layer=2)),
+        ("mocov3", "none", dict(compile=True)),  # on two processes only
     ],
 )
 @pytest.mark.usefixtures("narrow")
-def test_N1_N2_N3_N4_1_2_and_for_ser_4_processes_train_the_same_model(base, equi, changes, tmp_path):
-    (losses, gradients, _), *_ = on_ranks(1, tmp_path, train, base, equi, changes)
+def test_N1_N2_N3_N4_1_2_and_for_ser_4_processes_train_the_same_model(base, equi, changes, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    (losses, gradients, _), *_ = on_ranks(1, tmp_path, train, base, equi, changes | dict(compile=False))
     scale = max(abs(g).max() for g in gradients)
     for world in (2, 4) if equi == "ser" and not changes else (2,):
         ranks = on_ranks(world, tmp_path, train, base, equi, changes)
