@@ -349,7 +349,7 @@ def one_line(error):
         return f"a loader process ended or hangs: {advice} ({text[:200]})"
 
     # Another process may have ended, a compiler may be missing, or a disk may be full.
-    if has("Connection closed by peer", "Connection reset by peer", "gloo", "ncclRemoteError", "operation timeout"):
+    if has("Connection closed by peer", "Connection reset by peer", "gloo", "ncclRemoteError", "Watchdog"):
         return f"{GONE} ended or does not answer ({text[:160]})"
     if has("NCCL"):
         return f"NCCL failed (NCCL_DEBUG=INFO tells more): {text[-200:]}"

@@ -507,3 +507,12 @@ def test_an_incomplete_3diebench_is_named(bench3die, capsys, what, words):
         common.load_data("3diebench", bench3die, "train", 16, workers=0)
     err = capsys.readouterr().err
     assert end.value.code == 2 and all(w in err for w in words)
+
+
+def test_representations_are_float32_under_bfloat16():
+    """A mean that is rounded to bfloat16 costs k-NN and probes some of what they measure."""
+    backbone = common.make_backbone("vit_pico", *common.CIFAR10, 16, patch_size=4, neck=16)
+    x = torch.randn(2, 3, 16, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert backbone.neck(backbone.run_blocks(x)[0]).dtype == torch.bfloat16
+        assert backbone(x).dtype == backbone.patches(x).dtype == torch.float32
