@@ -567,7 +567,7 @@ def test_elastic_law():
     assert torch.allclose(common.Elastic(alpha=0.0, p=1.0)(x.clone(), dict(elastic=torch.tensor([1, 2]))), x, atol=1e-5)
     noise = common.hash_noise(torch.arange(1, 9), 2 * 160 * 160).view(8, 2, 160, 160).float() * 2 - 1
     shift = 50 * op.smooth.blur(noise, torch.full((8,), 5.0))[:, :, 30:-30, 30:-30]
-    assert op.smooth.radius == 20 and shift.std().item() == pytest.approx(1.63, abs=0.03)
+    assert op.smooth.kernel == 41 and shift.std().item() == pytest.approx(1.63, abs=0.03)
     assert torch.equal(common.hash_noise(torch.tensor([5]), 9), common.hash_noise(torch.tensor([4, 5]), 9)[1:])
 
 
