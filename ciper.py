@@ -44,7 +44,8 @@ laboratory):
     1, 0. The grey parameter is 0 for grey images and 1 for others [Table 1]. The box is left, top, height, width in
     fractions of the image. A flip does not mirror the box.
   * parameters are standardised as in batch norm without affine map: biased variance, epsilon 1e-5. A parameter that
-    never changes is 0.
+    never changes is 0. Changes of the viewpoint are standardised too, although the paper says so of image augmentations
+    only: in degrees their errors would swamp L_c.
   * tau = 0.5 [E; SimCLR on CIFAR]. The similarity is the cosine. Negatives come from both views [the text].
   * the projector is d-2048-2048 without biases, with batch norm after both layers, the last without affine map [E]. The
     predictor is d-d-M with layer norm. The gradient also flows through the anchor. Each view is a batch of its own for
@@ -97,7 +98,7 @@ class Args(common.RunArgs):
     views: Literal["image", "dataset", "time"] = "image"
     """views of an image: augmentations of it, other images of its object, or the next image of a stream"""
     alpha: NonNegative = 1.0
-    """weight of the equivariant part: of L_p, or of the rotations (essl)"""
+    """weight of the equivariant part: of L_p (ciper, predictive), or of the rotations (essl)"""
     drop_aug: tuple[Literal["crop", "flip", "jitter", "gray"], ...] = ()
     """augmentations to leave out; their parameters leave the target"""
     sessions: tuple[Annotated[int, "[1, 11]"], ...] = (1, 2)
@@ -105,7 +106,7 @@ class Args(common.RunArgs):
     time_continue: ShareBelow1 = 0.95
     """probability that the next image of a stream (--views time) keeps the object; the same for keeping the session"""
     temp: Positive = 0.5
-    """tau"""
+    """tau, temperature of the contrastive losses"""
     negatives: Literal["both", "cross"] = "both"
     """negatives of an embedding: both views of all other images, or only the other view"""
     proj_hidden: Count = 2048
@@ -115,11 +116,11 @@ class Args(common.RunArgs):
     coords: bool = True
     """give the encoder two more channels that hold the coordinates of the pixels"""
     flip_p: Share = 0.8
-    """probability of a flip"""
+    """probability of a flip (--views image)"""
     crop_scale: tuple[ShareAbove0, ShareAbove0] = (0.2, 1.0)
-    """area of the random crops, relative to the image"""
+    """area of the random crops, relative to the image (--views image)"""
     jitter: tuple[NonNegative, NonNegative, NonNegative, NonNegative] = (0.4, 0.4, 0.4, 0.1)
-    """strengths of brightness, contrast, saturation and hue jitter, applied to 80 % of the views"""
+    """strengths of brightness, contrast, saturation and hue jitter, applied to 80 % of the views (--views image)"""
     weight_decay: NonNegative = 5e-4
     """weight decay of SGD, on all parameters"""
     warmup_epochs: NonNegative = 0
@@ -535,7 +536,7 @@ def check(args):
         takes = "take blocks-views, core50 or tdw, or --views image"
         common.die(f"--views {args.views}: {args.data} knows neither views nor sessions of its objects; {takes}")
 
-    # Some settings have an effect with one objective or one kind of view only.
+    # Only streams continue, and E-SSL's crop has half the side.
     if args.time_continue != 0.95 and args.views != "time":
         common.die(f"--time-continue {args.time_continue}: goes with --views time")
     if args.objective == "essl" and args.img_size < 2:

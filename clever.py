@@ -32,15 +32,17 @@ DDCL):
     One side is the teacher's sharpened and centred output, and only the student has a gradient. `--orth dot` is the
     paper's.
   * as in [DD], the modulus in L_Orth comes after the mean over the batch, so that images of opposite sign cancel. The
-    predictor and sg are SimSiam's; the paper's equations 2 and 3 lack them.
+    predictor and sg are SimSiam's; equations 2 and 3 lack them, and equation 3 has a plain dot product, not offered.
   * DINO has AdamW with lr 5e-4 per 256 images [C]. The appendix says SGD with 0.001, which is that rate at batch 512.
-  * SimSiam has SGD, 0.05 per 256 images, and weight decay 1e-4 on everything. The cosine falls from epoch to epoch; the
-    predictors keep the peak. 30 epochs of warm-up come before and do not count [DD]. [DD] repeats one data order in
-    them; here each has its own.
+  * SimSiam has batches of 256 [DD] (the appendix: 512), SGD, 0.05 per 256 images, and weight decay 1e-4 on everything.
+    The cosine falls from epoch to epoch; the predictors keep the peak. 30 epochs of warm-up come before and do not
+    count [DD]. [DD] repeats one data order in them; here each has its own.
   * d_IR is rounded down (clever) [C] or to the nearest whole number (ddcl) [DD].
   * the norm of a head covers all its trained parameters: weights, biases and the directions of the prototypes, whose
-    lengths are frozen. A normalisation follows each head, so rescaling its weights alone can satisfy the penalty. In
-    effect, weight decay cannot shrink one head until the normalisation's epsilon dominates its output.
+    lengths are frozen. A normalisation follows each head, so rescaling its weights alone can satisfy the penalty. It
+    keeps weight decay from shrinking one head alone; strong decay still shrinks both.
+  * Table 1 does not define its norms. log_h, of the squared norm, falls as the paper's h does. log_z is of the squared
+    norm of a head's output and cannot be compared with the paper's z.
   * the teacher has no stochastic depth (VMamba's has, in [C]). Its batch norm is in training mode, with statistics of
     its own.
   * rotations are nearest-neighbour and filled with black. They come before the colours (dino) [C] or after (simsiam)
@@ -81,13 +83,13 @@ class Args(common.RunArgs):
     aug: Literal["basic", "complex", "complex_plus"] = "basic"
     """basic: the base's own; complex: with rotations by up to 90 degrees; complex_plus: also half the views deformed"""
     inv_ratio: Annotated[float, "(0, 1)"] = 0.8
-    """invariant part of the representation, as a share of its width"""
+    """invariant part of the representation, as a share of its width (clever, ddcl)"""
     alpha: NonNegative = 1.0
     """weight of L_CL"""
     beta: NonNegative = 1.0
-    """weight of L_Orth"""
+    """weight of L_Orth (clever, ddcl)"""
     lambda_preg: NonNegative = 0.001
-    """lambda, weight of L_PReg; 0 switches it off"""
+    """lambda, weight of L_PReg; 0 switches it off (clever, ddcl)"""
     orth: Literal["cos", "dot"] = "cos"
     """similarity in L_Orth (dino): cosine of the softmaxes, or their dot product"""
     head_dim: Plural = 65536
@@ -101,11 +103,11 @@ class Args(common.RunArgs):
     local_crops: Natural = 8
     """number of small crops of each image, beside the two global ones (dino)"""
     local_size: Count = 96
-    """side of the small crops in pixels"""
+    """side of the small crops in pixels (dino)"""
     crop_scale: tuple[ShareAbove0, ShareAbove0] = (0.4, 1.0)
     """area of the global crops, relative to the image"""
     local_scale: tuple[ShareAbove0, ShareAbove0] = (0.05, 0.4)
-    """area of the small crops"""
+    """area of the small crops (dino)"""
     blur: bool = True
     """Gaussian blur and solarisation (both are usual on large images only)"""
     temp: Positive = 0.1
@@ -113,7 +115,7 @@ class Args(common.RunArgs):
     teacher_temp: tuple[Positive, Positive] = (0.04, 0.04)
     """tau_t, temperature of the teacher: first and last value of its linear warm-up, step by step (dino)"""
     teacher_temp_epochs: NonNegative = 0
-    """epochs of the warm-up of the teacher's temperature"""
+    """epochs of the warm-up of the teacher's temperature (dino)"""
     momentum: Share = 0.996
     """momentum of the teacher (dino) at the start; it rises to 1 along half a cosine"""
     freeze_last_epochs: NonNegative = 1
@@ -128,7 +130,7 @@ class Args(common.RunArgs):
     lr_end: NonNegative = 1e-6
     """learning rate at the end"""
     clip: Positive | None = 3.0
-    """largest norm of the gradient of each parameter tensor; none: no clipping"""
+    """largest norm of the gradient of each parameter tensor; None: no clipping"""
     drop_path: ShareBelow1 = 0.1
     """stochastic depth of the student (ViT, VMamba)"""
 
@@ -150,11 +152,11 @@ MINUTES = dict(arch="vit_pico", patch_size=8, epochs=4, batch_size=128, proj_hid
 MINUTES_DINO = MINUTES | dict(lr=2e-3, momentum=0.9, warmup_epochs=0.5, local_crops=4)
 MINUTES_SIMSIAM = MINUTES | dict(lr=0.1, warmup_epochs=0, head_dim=256, head_dim_equi=256, bottleneck=64)
 
-# Recipes of each base; all but the first two are ours. The tables have 500 epochs (2 to 7), 200 (8), 100 (ImageNet).
+# Recipes of each base; all but the first two are ours. The tables have 200 epochs (1, 8), 500 (2 to 7), 100 (9).
 CIFAR = dict(epochs=200, batch_size=256)
 RECIPES = {
     "imagenet100": dict(dino=dict(epochs=200), simsiam=dict(epochs=200)),
-    "imagenet": dict(dino=dict(epochs=100), simsiam=dict(epochs=100)),
+    "imagenet": dict(dino=dict(epochs=100), simsiam=dict(epochs=200)),
     "cifar10": dict(dino=SMALL_DINO | CIFAR, simsiam=SMALL_SIMSIAM | CIFAR),
     "cifar100": dict(dino=SMALL_DINO | CIFAR, simsiam=SMALL_SIMSIAM | CIFAR),
     "blocks": dict(dino=SMALL_DINO | MINUTES_DINO, simsiam=SMALL_SIMSIAM | MINUTES_SIMSIAM),
@@ -722,6 +724,13 @@ def check(args):
         common.die(f"--orth {args.orth}: is a choice of --base dino; simsiam compares embeddings by their cosine")
     if args.base == "simsiam" and args.local_crops:
         common.die(f"--local-crops {args.local_crops}: simsiam compares two views; leave it out")
+    if args.base == "simsiam" and args.momentum != Args.momentum:
+        common.die(f"--momentum {args.momentum}: is the teacher's, of --base dino; the SGD of simsiam has 0.9")
+
+    # Without epochs to warm up, the teacher would have its last temperature from the start.
+    first, last = args.teacher_temp
+    if first != last and not args.teacher_temp_epochs:
+        common.die(f"--teacher-temp {first} {last}: needs --teacher-temp-epochs, the epochs from one to the other")
 
 
 def main(argv=None):
@@ -731,7 +740,7 @@ def main(argv=None):
     check(args)
     torch.backends.cudnn.benchmark = True  # every step has the same shapes
 
-    # Every crop of an image has random draws of its own, new in every epoch.
+    # The model comes first. The loader then makes every crop with random draws of its own, new in every epoch.
     model = build(args, device)
     train, test = (
         common.load_data(args.data, args.data_dir, split, args.img_size, args.skip_corrupt, args.workers)

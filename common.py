@@ -445,7 +445,8 @@ def start(device="auto", patience=timedelta(minutes=10)):
 
 def keep_freed_memory():
     """Have glibc keep the memory of freed tensors. It gives large blocks back to the system, and then the next tensor
-    pays for new pages: up to a fifth of the time of augmentations at 224 px on a CPU."""
+    pays for new pages: up to a fifth of the time of augmentations at 224 px on a CPU. A process may so keep up to
+    512 MB that it has freed."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
         M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # names of malloc.h
@@ -2140,7 +2141,10 @@ def load_data(name, root, split, size, skip_corrupt=False, workers=None, session
     check_data(name)
 
     # Only the rendered sets do without files. A folder that cannot be listed ends the program, whatever the set.
-    if not name.startswith("blocks"):
+    if name.startswith("blocks"):
+        if root is not None:
+            die(f"--data-dir {root}: {name} is rendered; name a data set such as --data imagefolder, or leave it out")
+    else:
         if root is None:
             die(f"--data-dir: {name} needs the directory of its images")
         if os.path.isdir(root):

@@ -119,7 +119,7 @@ class Args:
     """peak learning rate, not scaled; default: the recipe's"""
     images: Count | None = None
     """use only the first so many test images or sequences, and four times as many training images; default: all.
-    embedding: number of points, evenly spaced; default: 13,000, of tsne 1,000. fullgrad always takes all"""
+    embedding: number of points, evenly spaced; default: 13,000, of tsne 1,000. fullgrad always takes 512"""
     embedding: Literal["pacmap", "tsne", "pca"] | None = None
     """how features are laid out in the plane: by the packages pacmap or scikit-learn, or pca, which needs none;
     default: pacmap where it is installed, else pca"""
@@ -637,8 +637,9 @@ def coco_split(root, split):
     folder = place_of("coco", root, f"{split}2017")
     file = place_of("coco", root, f"annotations/instances_{split}2017.json")
 
-    # The parsed annotations are cached until the size or the date of the file changes.
-    stamp = common.number_of(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns)
+    # The parsed annotations are cached until the file's size or date changes, or the code that parses it.
+    code, stat = inspect.getsource(parse_coco), file.stat()
+    stamp = common.number_of(code, str(file.resolve()), stat.st_size, stat.st_mtime_ns)
     make = lambda: common.by_rank_0(lambda: parse_coco(file))
     found = dict(common.cached(f"coco-{split}-{stamp:x}", make))
 
@@ -1512,7 +1513,7 @@ def over(image, layer, where=1.0):
 
 def keep(args, figure, name, numbers):
     """Write the numbers of a figure, of the set `name`, beside its picture; returns the path of the picture."""
-    path = Path(args.out) / (f"{figure}-{name}" if name else figure)
+    path = Path(args.out) / "-".join(part for part in (figure, name, args.corruption) if part)
     np.savez_compressed(f"{path}.npz", **{k: np.asarray(v) for k, v in numbers.items()})
     eval_probe.say(f"{path}.png, {path}.npz")
     return f"{path}.png"

@@ -8,8 +8,9 @@
 
 Flow: checkpoints -> encoders -> features of the train and test images, once -> every probe on them -> a table. All
 checkpoints are opened and checked before the first is probed. Checkpoints that differ only in their seed share a row,
-mean +- sample standard deviation. Each finished task appends a line to eval.jsonl beside its checkpoint, with the
-protocol. A task that fails, a damaged checkpoint or a signal costs one line and the exit code; finished results stay.
+mean +- sample standard deviation. Each finished task appends a line to eval.jsonl beside its checkpoint (of
+timm:NAME: in the current directory), with the protocol. A task that fails, a damaged checkpoint or a signal costs one
+line and the exit code; finished results stay.
 
 Features are the final [CLS] of ViTs, the mean of the tokens of recon_xattn.py's encoders, and the mean of the last map
 of ResNets and VMamba. Linear probes of ViTs see the [CLS] of the last four blocks, each through the final norm [DINO].
@@ -25,8 +26,9 @@ Tasks
                each epoch. --linear lbfgs: to the minimum, or for 1,000 iterations, with the best of 45 ridge weights
                [AugSelf, Lee et al. 2021], then on all images. --linear steps: CIPER's schedule, see latents.
   mlp          A 3-layer MLP (D-1024-1024-C, Adam) on standardised features of centre crops.
-  fewshot      The linear probe on 1 % and 10 % of each class, its rate chosen as above; or, with --fewshot finetune,
-               the encoder fine-tuned on them [CLeVER]. --seed draws the images; CLeVER takes SimCLR's lists.
+  fewshot      The linear probe on 1 % and 10 % of each class; its rate (or ridge weight) is chosen as above, on a tenth
+               of all labels. Or, with --fewshot finetune, the encoder fine-tuned on them [CLeVER]. --seed draws
+               the images; CLeVER takes SimCLR's lists.
   finetune     The encoder trained with a linear layer, SGD, random crops and flips [CLeVER, Song et al. 2024].
   r2           R^2 of an MLP that predicts the transformation between two views from the features of both: 3 layers,
                squared error, Adam [SIE, Garrido et al. 2023]. Features are standardised by the training pairs; SIE's
@@ -57,11 +59,13 @@ CLeVER states 0.002 for batches of 512 and names no base].
 Known differences
   SIE      No Adam-trained classifier on 3DIEBench. One draw for r2 on images, not one an epoch.
   DDCL     Its rates of few-label and fine-tuning heads are not taken.
+  RECON    The paper says only that a linear layer is trained; L-BFGS is [AugSelf]'s, with 1,000 iterations for 5,000.
   SER      Probes train on nine tenths of the images, not on all. Fine-tuning is by SGD, not AdamW. One draw of quarter
            turns, not one an epoch.
   CLeVER   We report the last epoch, not the best, decay the rate per step, train linear transfer for 100 epochs instead
            of 200, and switch stochastic depth off."""
 
+import collections
 import contextlib
 import copy
 import csv
@@ -69,6 +73,7 @@ import dataclasses
 import filecmp
 import functools
 import hashlib
+import inspect
 import io
 import itertools
 import json
@@ -195,7 +200,8 @@ class Args(SharedArgs):
     r2_epochs: Count = 50
     """epochs of the regression"""
     r2_images: Plural = 10_000
-    """training images of the regression, evenly spaced (test images: half as many); a forward pass each per target"""
+    """training images of the regression, evenly spaced, and half as many test images; a forward pass each per target.
+    Of posed objects it takes all"""
     known_fraction: ShareAbove0 = 1.0
     """train the probes on this share of every class, the one that recon_xattn.py --known-fraction knew"""
 
@@ -235,7 +241,13 @@ def check(args):
         if not getattr(args, name):
             common.die(f"--{name.replace('_', '-')}: is empty; name at least one, or leave the flag out")
     if args.augment and args.linear != "sgd":
-        common.die(f"--augment: goes with --linear sgd; {args.linear} learns from fixed features")
+        common.die(f"--augment: goes with --linear sgd; {args.linear} learns from fixed features: give --no-augment")
+
+    # Refuse choices of tasks that are not asked for.
+    usual = Args(**PROTOCOLS[args.protocol])
+    for name, task in (("layers", "layers"), ("r2_targets", "r2"), ("fewshot", "fewshot")):
+        if getattr(args, name) != getattr(usual, name) and task not in args.tasks:
+            common.die(f"--{name.replace('_', '-')}: goes with --tasks {task}")
 
     # Files and directories that are written at the end must be writable at the start.
     if args.plot:
@@ -546,7 +558,8 @@ def open_case(path, encoder, state, args, device):
         common.die(f"--r2-targets {' '.join(args.r2_targets)}: {name} has no poses; choose among {others}")
     if args.layers and max(args.layers) > encoder.depth:
         common.die(f"--layers {' '.join(map(str, args.layers))}: {path} has {encoder.depth}")
-    if "finetune" in (*args.tasks, args.fewshot) and common.world_size() > 1 and isinstance(encoder, Timm):
+    tuned = "finetune" in args.tasks or "fewshot" in args.tasks and args.fewshot == "finetune"
+    if tuned and common.world_size() > 1 and isinstance(encoder, Timm):
         common.die(f"{path}: models of timm are fine-tuned on one process only; leave torchrun out")
     return Case(encoder.to(device), state | dict(data=name, data_dir=root), train, test, args, device)
 
@@ -680,14 +693,17 @@ class Case:
                     torch.save(dict(x=x), f)
                 os.replace(part, path)
             except (OSError, RuntimeError) as e:  # a full disk is either
-                part.unlink(missing_ok=True)
                 say(f"--cache-dir {self.args.cache_dir}: features are not kept ({one_line(e)})")
+            finally:
+                part.unlink(missing_ok=True)
         return x
 
     def fingerprint(self, data):
         """Of all that features depend on: code, weights, architecture, images, arithmetic."""
-        # Features change with the code, and with the images: files by size and time, arrays by content.
-        digest, encoder = hashlib.blake2b(Path(common.__file__).read_bytes(), digest_size=12), self.backbone
+        # Features change with the code of the encoder, and with the images: files by size and time, arrays by content.
+        digest, encoder = hashlib.blake2b(digest_size=12), self.backbone
+        for file in sorted({common.__file__, inspect.getsourcefile(type(encoder))}):
+            digest.update(Path(file).read_bytes())
         for path in data.paths if data.images is None else ():
             stat = os.stat(path)
             key = os.path.abspath(path), stat.st_size, stat.st_mtime_ns
@@ -728,14 +744,18 @@ class Case:
         """The rows of a share of each class: (n,)."""
         return stratified(self.train.labels, share, common.rng(self.args.seed, "fewshot", share), allowed)
 
+    @property
+    def chooses(self):
+        """Whether held-out images choose a setting of linear probes: the weight of L-BFGS, or one of SGD's rates."""
+        return self.args.linear == "lbfgs" or self.args.linear == "sgd" and len(self.args.linear_lrs) > 1
+
     @functools.cached_property
     def heads(self):
         """All linear probes that the tasks ask for, {name: probe}, trained side by side on one pass over the features
         an epoch: by rank 0, for all."""
-        # Held-out images choose the weight decay of L-BFGS, and the learning rate of SGD if several are given.
         args, labels = self.args, self.train.labels.to(self.device)
         held = torch.zeros(len(self.train), dtype=torch.bool)
-        if args.linear == "lbfgs" or args.linear == "sgd" and len(args.linear_lrs) > 1:
+        if self.chooses:
             held = hold_out(self.train, common.rng(args.seed, "held out"))
 
         # Each probe learns from its own rows, never from the held-out ones.
@@ -750,7 +770,7 @@ class Case:
         for name, rows in wanted.items():
             for suffix, columns in self.parts(self.x[0].shape[1]):
                 x = self.x[0][:, columns]
-                head = self.new_head(x.shape[1], rows, held.nonzero()[:, 0], labels, common.rng(args.seed, name))
+                head = self.new_head(name, x.shape[1], rows, held.nonzero()[:, 0], labels)
                 if args.linear != "sgd" and common.rank() == 0:
                     head.train(x, labels)
                 heads[name + suffix], head.columns = head, columns
@@ -763,13 +783,13 @@ class Case:
                 common.dist.broadcast(getattr(head, name), 0)
         return heads
 
-    def new_head(self, dim, rows, held, labels, generator):
-        """A linear probe of --linear, not yet trained, for features of `dim` numbers."""
-        args, classes = self.args, len(self.train.classes)
+    def new_head(self, name, dim, rows, held, labels):
+        """The linear probe `name` of --linear, not yet trained, for features of `dim` numbers."""
+        args, classes, generator = self.args, len(self.train.classes), common.rng(self.args.seed, name)
         if args.linear == "steps":
             return StepsProbe(dim, rows, labels, generator)
         if args.linear == "lbfgs":
-            return RidgeProbe(dim, classes, rows, held, self.device)
+            return RidgeProbe(dim, classes, rows, held, self.device, refit=name == "linear")
         return LinearProbe(dim, classes, rows, held, args.linear_lrs, args.linear_epochs, generator, self.device)
 
     def train_together(self, heads, labels):
@@ -790,8 +810,9 @@ class Case:
 
     def fit_probes(self):
         """Train the linear probes, where that has not happened -> how, for the protocol; flags are recorded too."""
-        chosen = {name: head.chosen for name, head in self.heads.items()}
-        return dict(optimizer=self.args.linear, batch_size=256, feature=self.feature, held_out=0.1, chosen=chosen)
+        chosen, kind = {name: head.chosen for name, head in self.heads.items()}, self.args.linear
+        how = dict(optimizer=kind, feature=self.feature, held_out=0.1 if self.chooses else 0.0, chosen=chosen)
+        return how if kind == "lbfgs" else how | dict(batch_size=256)
 
     def read(self, name, x):
         """Scores of the linear probe `name` on features x (M, W), for each part: {name: (M, C)}."""
@@ -915,9 +936,9 @@ class LinearProbe:
 
 
 def linear_probe(train, labels, test, classes, lrs, epochs, generator, batch_size=256):
-    """A LinearProbe from first to last on fixed features (N, D), labels (N,), a tenth of which chooses the rate ->
-    (test scores (M, C), its learning rate)."""
-    tenth = max(1, len(train) // 10)
+    """A LinearProbe from first to last on fixed features (N, D), labels (N,), a tenth of which chooses among several
+    rates -> (test scores (M, C), its learning rate)."""
+    tenth = max(1, len(train) // 10) if len(lrs) > 1 else 0
     held, rows = torch.randperm(len(train), generator=generator).split([tenth, len(train) - tenth])
     head = LinearProbe(train.shape[1], classes, rows, held, lrs, epochs, generator, train.device, batch_size)
     for _ in common.progress(range(epochs), desc="linear probe", unit="epoch"):
@@ -929,11 +950,12 @@ def linear_probe(train, labels, test, classes, lrs, epochs, generator, batch_siz
 class RidgeProbe:
     """Softmax regression by L-BFGS on fixed features: sum of cross-entropies + w |(W, b)|^2, in float64 (on the CPU
     where the device has none). 45 weights w between 1e-6 and 1e5 are tried from the strongest down, each from the
-    solution of the last. The w that is best on the rows `held` is chosen, and then these train too."""
+    solution of the last. The w that is best on the rows `held` is chosen, and with `refit` these then train too."""
 
     learnt = ("weights",)
 
-    def __init__(self, dim, classes, rows, held, device, iterations=1000):
+    def __init__(self, dim, classes, rows, held, device, refit=True, iterations=1000):
+        self.refit = refit
         self.device = torch.device("cpu") if device.type == "mps" else device
         self.rows, self.held, self.iterations = rows.to(self.device), held.to(self.device), iterations
         self.weights = torch.zeros(dim + 1, classes, dtype=torch.float64, device=self.device)  # the last row is b
@@ -968,9 +990,10 @@ class RidgeProbe:
             if right > best:
                 best, kept = right, (ridge, self.weights)
 
-        # The chosen weight is fitted again, on the held-out rows too.
+        # The chosen weight is fitted again, on the held-out rows too. Few labels stay few.
         self.chosen, self.weights = kept
-        self.fit(x, labels, torch.cat([self.rows, self.held]), self.chosen)
+        if self.refit:
+            self.fit(x, labels, torch.cat([self.rows, self.held]), self.chosen)
         return self.chosen
 
     def scores(self, x):  # (M, D) -> (M, C)
@@ -1174,10 +1197,12 @@ def fine_tune(case, quarters=False, rows=None):
         common.die(f"--tasks finetune: {len(train)} images are too few for {common.world_size()} processes")
 
     # The head starts at small weights, drawn without touching the global state of torch.
+    with torch.no_grad():
+        width = case.backbone.last_blocks(blank(case)).shape[1]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(common.rng(args.seed, "finetune").initial_seed())
         encoder = copy.deepcopy(case.backbone).requires_grad_(True).train()
-        head = nn.Linear(case.x[0].shape[1], 4 if quarters else len(case.train.classes))
+        head = nn.Linear(width, 4 if quarters else len(case.train.classes))
         nn.init.normal_(head.weight, std=0.01)
         nn.init.zeros_(head.bias)
 
@@ -1279,7 +1304,18 @@ def rotation(case):
     return results, dict(details, draws=3, fourfold=dict(optimizer="sgd", augment=False, chosen=rates))
 
 
-def latents(train, test, x, x_test, args):
+def latents(case):
+    """`readouts_of_latents` for each part of the representation."""
+    results, details = {}, {}
+    for suffix, columns in case.parts(case.backbone.dim):
+        x, x_test = (y[:, columns] for y in case.y)
+        if found := readouts_of_latents(case.train, case.test, x, x_test, case.args):
+            results |= {name + suffix: value for name, value in found[0].items()}
+            details["all" if suffix == "" else suffix[2:-1]] = found[1]
+    return None if common.rank() else (results, details)
+
+
+def readouts_of_latents(train, test, x, x_test, args):
     """Linear readouts of one image. Sets and their features (N, D), (M, D) -> (results, protocol); None beside rank
     0."""
     if common.rank():
@@ -1437,10 +1473,11 @@ def r2(case):
         for suffix, columns in case.parts(case.backbone.dim):
             model = mlp_probe(sample, answers.shape[1], args.r2_epochs, common.rng(args.seed, "r2", target), columns)
             on_train = r2_scores(answers, model(pairs))["flat"]
-            scores[target + suffix] = r2_scores(test_targets, model(test_pairs)) | dict(train=on_train)
+            found = r2_scores(test_targets, model(test_pairs))
+            scores[target + suffix] = found | dict(train=on_train, pairs=len(pairs))
 
     results = {f"r2 {name}": values["flat"] for name, values in scores.items()}
-    return results, dict(epochs=args.r2_epochs, images=args.r2_images, both=scores) | MLP
+    return results, dict(epochs=args.r2_epochs, both=scores) | MLP
 
 
 def layers(case):
@@ -1509,8 +1546,8 @@ def map_cosines(name, chunks):
 
 def equivariance(case):
     """SER's score: the cosine of rho_g f(x) and f(g x), tokens after the last block and the final norm, mean over
-    tokens, images and g: quarter turns and flips other than the identity, and for ViTs other grids (images resized
-    with antialiasing), to which rho_g resamples the map.
+    tokens, images and g: quarter turns and flips other than the identity, and for ViTs of two or more rows other
+    grids (images resized with antialiasing), to which rho_g resamples the map.
 
     The paper draws g1 and g2 at random. If its g = g2 g1^-1 may be the identity, which scores 1, a score s here is
     (1 + 3 s) / 4 there under turns and (1 + s) / 2 under flips. Two controls are reported: the same score against
@@ -1535,11 +1572,13 @@ def equivariance(case):
 
     # ViTs also encode resized images, of 0.7 to 1.3 times the area of training; chunks of 100 share a grid.
     scaled = []
-    if hasattr(backbone, "patch_size"):
+    if hasattr(backbone, "patch_size") and backbone.grid > 1:
+        grid = common.GridResize(backbone.patch_size, backbone.grid)
         for chunk in torch.arange(len(rows)).split(100):
-            grid = common.GridResize(backbone.patch_size, backbone.grid)
-            params = grid.sample(1, generator)
-            size = int(params["grid_h"][0]), int(params["grid_w"][0])
+            size = square = (backbone.grid, backbone.grid)
+            while size == square:
+                params = grid.sample(1, generator)
+                size = int(params["grid_h"][0]), int(params["grid_w"][0])
             seen = maps(resize=partial(grid, params=params), rows=rows[chunk], shape=(*size, shape[-1]))
             scaled.append((chunk, size, seen))
     if common.rank():
@@ -1552,8 +1591,9 @@ def equivariance(case):
     def resample(z, size):
         return F.interpolate(z.permute(0, 3, 1, 2), size, mode="bicubic").permute(0, 2, 3, 1)
 
-    # Half a sorted set away, an image shows another object, mostly of another class.
-    others = z.roll(len(z) // 2, 0)
+    # A third of the set away, an image shows another object, mostly of another class: half a rendered set away the
+    # classes are the same.
+    others = z.roll(len(z) // 3, 0)
     results = map_cosines("rotation", [(turn(z), turn(others), turned)])
     results |= map_cosines("flip", [(z.flip(2), others.flip(2), mirrored)])
     if scaled:
@@ -1678,13 +1718,18 @@ class Evaluation:
 def row_names(paths, states):
     """A name for each checkpoint, equal for those that differ only in their seed (and in how and where they ran): the
     run directory without its seed. Different runs of the same name are numbered."""
-    names, owner = [], {}  # owner: {what makes a run: its name}
+    names, owner, seen = [], {}, collections.Counter()  # owner: {what makes a run: its name}
     free = (common.Run.FREE | {"seed"}) - {"data_dir"}
 
     # A run that was named before keeps its name. Another one gets the next free number.
     for path, state in zip(paths, states):
         args = {k: v for k, v in state["args"].items() if k not in free}
         key = json.dumps([state["method"], state["step"], args], sort_keys=True)
+
+        # A seed that comes again is another run, such as one after an edit of the script.
+        again = seen[key, state["args"].get("seed")]
+        seen[key, state["args"].get("seed")] += 1
+        key += f" {again}"
         if key not in owner:
             name, number = name_of(path), 2
             while name in owner.values():
@@ -1965,8 +2010,8 @@ def draw_bars(axes, panel, shown, looks, named):
 # From checkpoints to the table
 # ----------------------------------------------------------------------------------------------------------------------
 
-TASKS = {task.__name__: task for task in (knn, linear, mlp, finetune, fewshot, r2, layers, equivariance, rotation)}
-TASKS["latents"] = lambda case: latents(case.train, case.test, *case.y, case.args)
+PROBES = (knn, linear, mlp, finetune, fewshot, r2, layers, equivariance, rotation, latents)
+TASKS = {task.__name__: task for task in PROBES}
 
 
 def probe(path, case, evaluation, row):

@@ -41,6 +41,7 @@ import functools
 import io
 import math
 import os
+import re
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -80,7 +81,7 @@ class Args(eval_probe.SharedArgs):
     frost_dir: str | None = None
     """photographs of frost, instead of a texture"""
     passes: Count = 3
-    """draws of each random augmentation"""
+    """draws of each random augmentation (--suite augmentations)"""
     save_images: str | None = None
     """directory for a contact sheet of each suite of corruptions or perturbations"""
 
@@ -651,7 +652,7 @@ CORRUPTIONS = {  # name: function, its constants for severities 1 to 5 at 224 px
 }
 # fmt: on
 VALIDATION = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
-BENCHMARK = tuple(name for name in CORRUPTIONS if name not in VALIDATION)
+BENCHMARK = tuple(CORRUPTIONS)[:15]
 CODECS = (pixelate, jpeg_compression)  # map uint8 to uint8
 
 
@@ -831,7 +832,7 @@ PERTURBATIONS = {  # name: frames, their constants at 224 px, and at 32 px [HD];
 }
 # fmt: on
 VALIDATION_PERTURBATIONS = ("speckle_noise", "gaussian_blur", "spatter", "shear")
-TEST_PERTURBATIONS = tuple(name for name in PERTURBATIONS if name not in VALIDATION_PERTURBATIONS)
+TEST_PERTURBATIONS = tuple(PERTURBATIONS)[:10]
 
 
 def perturb(x, name, seeds, size):
@@ -1086,8 +1087,8 @@ def mean_over(values, names):
 
 
 def on_imagenet(size, data):
-    """Whether AlexNet's errors are those of these images."""
-    return size >= SMALL and len(data.classes) == 1000
+    """Whether AlexNet's errors are those of these images: large ones of 1,000 classes, named by their WordNet ids."""
+    return size >= SMALL and len(data.classes) == 1000 and all(re.fullmatch(r"n\d{8}", c) for c in data.classes)
 
 
 def batch_of(size, device, small, large, gpu):
@@ -1547,8 +1548,9 @@ def evaluate(subjects, args, evaluation, panels):
     # All checkpoints need the same test images, as each batch is altered once for all of them.
     for subject in subjects:
         same = (subject.case.state["data"], subject.case.state["data_dir"]) == (name, root)
+        same &= subject.case.state["args"].get("sessions") == first.state["args"].get("sessions")  # of core50
         if side_of([subject]) != size or not same or subject.case.train.classes != first.train.classes:
-            why = f"was trained on other data, or for images of another size, than {subjects[0].path}"
+            why = f"was trained on other data or sessions, or for images of another size, than {subjects[0].path}"
             common.die(f"{subject.path}: {why}; name --data and --data-dir, or run them apart")
 
     # Read all data before probes are trained, so that missing or unsuitable data end the evaluation early.

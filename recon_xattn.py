@@ -10,7 +10,8 @@ the transformation between the views did. Nobody has to know its parameters.
 
     tokens t = neck(f(x))  (N, 512) of N patches;  representation y = mean over tokens = [y_inv, y_equi], 256 + 256
     Z_inv = g_inv(y_inv)  (192,)                   Z_equi = g_equi(t[:, 256:])  (N, 192)
-    Y = softmax(W_q Z_equi(v2) (W_k Z_equi(v1))^T / sqrt(64)) W_v Z_equi(v1), then 5 self-attention blocks, then pixels
+    Y = softmax(W_q Z_equi(v2) (W_k Z_equi(v1))^T / sqrt(e)) W_v Z_equi(v1), then 5 self-attention blocks, then pixels
+        in heads of e = 64 channels
     L = lambda_ssl VICReg(Z_inv(v1), Z_inv(v2)) + lambda_recon mean (v2_hat - v2)^2
     VICReg = 10 mse(Z, Z') + 10 (v(Z) + v(Z')) / 2 + c(Z) + c(Z')
     v(Z) = mean_j max(0, 1 - sqrt(Var_j + 1e-4)),   c(Z) = sum_{i != j} C_ij^2 / d,   C = Cov(Z)
@@ -35,23 +36,28 @@ the quaternion q1^-1 q2 (rotation) or 1, then the differences of floor and light
 crop, view 2 = T(view 1): crop, flip, rotation and shift in one warp, colour, blur. z holds 1, then the parameters, of a
 rotation (sin, cos - 1). The leading 1 lets a hypernetwork without bias represent the identity.
 
-Where the paper is silent this file takes (source in brackets; [F] is the same authors' arXiv-published follow-up at
-AAAI 2026, "SSL Based on Transformed Image Reconstruction for Equivariance-Coherent Feature Representation"):
+Where the paper is silent this file takes (source in brackets; [F] is the same authors' follow-up at AAAI 2026, "SSL
+Based on Transformed Image Reconstruction for Equivariance-Coherent Feature Representation", arXiv 2503.18753):
   * Tokens are patches [F]. The encoder is ViT-S/16 with learned positions and a linear neck to 512 [F]. There is no
     [CLS]: reconstruction reaches patches only, so the mean of the tokens is what both losses shape and what is
     evaluated.
   * The cross-attention block has no residual from the query, or view 2, its own target, would pass through. Fixed
-    sin-cos positions are added behind it. View 2 can say where to look: a bottleneck, not a barrier.
+    sin-cos positions are added behind it. View 2 can say where to look: a bottleneck, not a barrier. Attention has
+    heads, the scale, normalised inputs and a linear map of its output, as is usual in a ViT.
+  * g_inv is an MLP of three layers with batch norm, like VICReg's expander; g_equi is linear.
   * lambda_ssl = lambda_recon = 1 [F]; VICReg's weights 10, 10, 1 [SIE's repository]; variance and covariance on Z_inv
     only. As a baseline VICReg has an expander of three layers 2048 wide [SIE's repository].
   * The target is the normalised view 2, all pixels.
-  * Adam with lr 1e-4 per 256 images and weight decay 1e-6 [paper]; 10 epochs of warm-up, half a cosine to 0 [F].
+  * Adam with weight decay 1e-6 and a "linearly scaled" lr of 1e-4 [paper], read as per 256 images [F]; 10 epochs of
+    warm-up; half a cosine to 0 [F].
   * Ranges of the transformations: 45 degrees, factors 0.6 to 1.4, hue 0.1, sigma 0.1 to 2, shifts of 10 px at 224 px
-    [F], crops of 20 to 100 %; colour in fixed order.
+    [F] and of 4 px below 64 px, crops of 20 to 100 %; colour in fixed order. CIFAR has all six families too, although
+    the paper's Tables 3 and 4 list four.
   * Unknown parameters (Table 3): with `--known-fraction` SIE and the supervised encoder train on that share of every
     class only. RECON and VICReg need to know nothing and see all.
-  * All four share encoder, views and optimiser [paper: "all experiments adhere"]. SIE's and VICReg's own recipes
-    (ResNet-18, constant rate; LARS) are not offered. Warps fill with zeros, and the black borders show something of
+  * All four share encoder, views and optimiser [paper: "all experiments adhere"]; VICReg too is trained here, where
+    Table 2 finetunes "a pretrained model". SIE's and VICReg's own recipes (ResNet-18, constant rate; LARS) are not
+    offered. Warps fill with zeros, and the black borders show something of
     the parameters.
 """
 
@@ -82,7 +88,7 @@ class Args(common.RunArgs):
     decoder_depth: Count = 6
     """blocks of the decoder; the first is the cross-attention"""
     proj_hidden: Count = 1024
-    """width of g_inv (recon), of each of the two projectors (sie); twice that of the expander (vicreg)"""
+    """width of g_inv (recon), of each of the two projectors (sie); half that of the expander (vicreg)"""
     ssl_weight: NonNegative = 1.0
     """lambda_ssl, weight of VICReg's loss (recon)"""
     recon_weight: NonNegative = 1.0
@@ -96,7 +102,8 @@ class Args(common.RunArgs):
     equi_factor: NonNegative = 0.45
     """weight of SIE's prediction, relative to --sim-weight"""
     sie_params: tuple[Literal["rotation", "color", "blur", "translation", "crop", "flip", "all"], ...] = ("all",)
-    """which transformations lie between the views of sie, and are known; of posed objects rotation and color (hues)"""
+    """which transformations lie between the views of sie, and are known; posed objects
+    always differ in rotation and color (hues), and this says which of the two are known"""
     sie_single: bool = False
     """only one of these transformations at a time, at random for each image"""
     known_fraction: ShareAbove0 = 1.0
@@ -106,7 +113,7 @@ class Args(common.RunArgs):
     warmup_epochs: NonNegative = 10
     """epochs of linear warm-up; then the learning rate falls along half a cosine"""
     crop_scale: tuple[ShareAbove0, ShareAbove0] = (0.2, 1.0)
-    """range of the area of view 1, relative to the image"""
+    """range of the area of view 1, relative to the image; posed objects are not cropped"""
 
 
 # fmt: off
@@ -365,7 +372,7 @@ def expander(*dims):
 
 
 def num_heads(dim):
-    """Attention heads of 64 dimensions."""
+    """As many attention heads as 64 dimensions fit into `dim`, at least one."""
     return max(1, dim // 64)
 
 
@@ -435,8 +442,8 @@ class Recon(Objective):
 
     def decode(self, t1, t2):
         """Tokens of both views (B, N, 512) -> view 2 as the decoder draws it (B, 3, H, W)."""
-        z1, z2 = self.g_equi(t1[..., self.half :]), self.g_equi(t2[..., self.half :])  # (B, N, d)
-        return unpatchify(self.pixels(self.blocks(self.cross(z2, z1))), self.patch)
+        e1, e2 = self.g_equi(t1[..., self.half :]), self.g_equi(t2[..., self.half :])  # (B, N, d)
+        return unpatchify(self.pixels(self.blocks(self.cross(e2, e1))), self.patch)
 
     def terms(self, t1, t2, x2, **_):
         """L = lambda_ssl VICReg(Z_inv(v1), Z_inv(v2)) + lambda_recon mean (v2_hat - v2)^2."""
@@ -588,10 +595,12 @@ def main(argv=None):
         needs = "--known-fraction" if args.known_fraction < 1 else "supervised"
         common.die(f"--data-dir {args.data_dir}: has no classes (one folder per class), which {needs} needs")
 
-    # Renderings have fixed poses, so there is no transformation to choose.
+    # Renderings have fixed poses and are neither transformed nor cropped.
     posed = "rotation" in train.factors
     if posed and args.sie_single:
         common.die(f"--sie-single: {args.data} shows objects in poses; nothing is transformed")
+    if posed and args.crop_scale != Args.crop_scale:
+        common.die(f"--crop-scale: {args.data} shows objects in poses; nothing is cropped")
 
     # SIE and the supervised encoder learn from the known part of the data alone.
     train = train.to(device)

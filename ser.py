@@ -42,17 +42,18 @@ Where the paper is silent or contradicts itself, this file takes (source in brac
   * x for b2 is one random resized crop, shared by both views, so that g is free of crops [public code]. `--equi-crop
     center` takes the centre of the image instead.
   * Gradients flow through both sides and through the gather over processes. The public code gathers without gradient,
-    so that L_equiv would train nothing. The paper's ablation excludes that: lambda = 0 differs from lambda > 0.
+    so that L_equiv would train nothing.
   * A LayerNorm precedes the projector; the projector follows rho_g [paper's Algorithm 1]. ViT-S has 6 heads [DINO,
     timm].
   * MoCo-v3 itself follows github.com/facebookresearch/moco-v3: fixed sin-cos positions (SER's public code learns
     them), frozen random patch projection, weight decay on everything, no clipping. Base lr 3e-4 [SER's public code;
     the same peak as MoCo-v3's own recipe].
   * DINO (github.com/facebookresearch/dino) and Barlow Twins (github.com/facebookresearch/barlowtwins) train with AdamW
-    and take learning rates, clipping per tensor, teacher momentum and crops from SER's public code. DINO's teacher
-    moves by the momentum of the coming step, not of the past one. Its temperature rises by the step and arrives after
-    `teacher_temp_epochs`; DINO's table rises by the epoch and arrives one epoch earlier. The teacher is evaluated, as
-    in DINO; SER's public code loads the student.
+    and take from SER's public code learning rates, clipping per tensor, crops, teacher momentum, the 10 epochs of the
+    teacher's temperature, and Barlow Twins' weight decay of 0.1. DINO's teacher moves by the momentum of the coming
+    step, not of the past one. Its temperature rises by the step and arrives after `teacher_temp_epochs`; DINO's table
+    rises by the epoch and arrives one epoch earlier. The teacher is evaluated, as in DINO; SER's public code loads the
+    student.
   * 2+4 views: local views and all views of b2 have jitter, and half of them blur, but neither grey nor solarisation.
     Each pair of b2 is made of one crop. MoCo-v3's ten terms are summed, DINO's are averaged [public code]. L_equiv is
     the formula above, summed over one global and two local pairs. The public code's offset counts images where it
@@ -60,13 +61,14 @@ Where the paper is silent or contradicts itself, this file takes (source in brac
   * AugSelf (github.com/hankook/AugSelf) has one head for each kind of parameter: 44.2 M parameters where SER's table
     has 43.7. Gradients flow through both views. Each view mirrors the centre of its crop with its own flip; the crops
     are MoCo-v3's. Its ImageNet views keep AugSelf's photometrics (saturation 0.4, blur 0.5, no solarisation), STL's
-    keep STL's. All rows of the two small recipes see the same ones.
+    keep STL's crops and blur, with the saturation 0.2 of SER's code. All rows of the two small recipes see the same
+    ones. `--equi-params rotation` draws the four quarter turns evenly; AugSelf's code leaves more images upright.
   * STL (github.com/jaemyung-u/stl): partners have one box in fractions of their image.
   * EquiMod (github.com/ADevillers/EquiMod): a batch norm over both views together standardises the 18 parameters, where
     EquiMod's code has constants of its data set. The projector is called once a view, as in SER's code; EquiMod's code
     calls it once for all three.
   * E-SSL (github.com/rdangovs/essl): the weight is 0.4, that for SimCLR, and 8 with Barlow Twins. Heads are as wide as
-    in SER's table.
+    in SER's code.
 
 Recipes `blocks` and `cifar10` are ours. They raise equi_ratio to 0.125, because 1 % of a small batch is nothing.
 """
@@ -108,7 +110,7 @@ class Args(common.RunArgs):
     equi_dim: Count = 512
     """width of the projector p of the tokens"""
     equi_area: tuple[Positive, Positive] = (0.7, 1.3)
-    """range of the scaling: number of cells relative to the square grid"""
+    """range of the scaling: number of cells relative to the square grid; its aspect ratio is 3/4 to 4/3 in any case"""
     equi_crop: Literal["random", "center"] = "random"
     """what b2's two large views are made of: one random crop shared by both, or the centre of the image"""
     equi_params: tuple[Literal["crop", "color", "flip", "blur", "solarize", "rotation"], ...] = ("crop", "color")
@@ -120,7 +122,7 @@ class Args(common.RunArgs):
     local_size: Count = 96
     """side in pixels of these small crops, and of E-SSL's rotated crop"""
     local_scale: tuple[ShareAbove0, ShareAbove0] = (0.05, 0.25)
-    """range of the area of these small crops, relative to the image"""
+    """range of the area of these small crops and of E-SSL's, relative to the image"""
     proj_hidden: Count = 4096
     """hidden width of projector and predictor (mocov3, barlow) or of the head (dino)"""
     proj_dim: Count = 256
@@ -165,7 +167,7 @@ class Args(common.RunArgs):
 
 
 # fmt: off
-# What a base needs: the settings of SER's ImageNet runs [its public code, where the paper only says "as published"].
+# What a base needs: the settings of SER's ImageNet runs [its public code; the paper only says: the bases' own].
 BASES = dict(
     mocov3=dict(),
     dino=dict(lr=1e-4, lr_end=0.0125, proj_hidden=2048, temp=0.1, momentum=0.982, weight_decay=0.04,
@@ -197,7 +199,7 @@ RECIPES = dict(
 )
 RECIPES["cifar100"] = RECIPES["cifar10"]
 
-# What the small recipes, all ours, change for a base.
+# What recipes of images below 96 px, all ours, change for a base.
 SMALL_BASES = dict(
     mocov3=dict(),
     dino=dict(lr=1e-3, prototypes=1024, teacher_temp=(0.04, 0.04), momentum=0.99, freeze_last_epochs=0.0, clip=3.0),
@@ -215,7 +217,7 @@ def values_in_force(first):
     # Later settings win. The order is base, equivariance term, both together, recipe, changes of a small recipe.
     values = dict(recipe=name) | BASES[first.base] | EQUIS[first.equi]
     values |= PAIRS.get((first.base, first.equi), {}) | RECIPES[name]
-    if RECIPES[name].get("img_size") == 32:
+    if RECIPES[name].get("img_size", 224) < 96:
         values |= SMALL_BASES[first.base]
     return values
 
@@ -437,7 +439,7 @@ def mlp(*dims):
 
 def moco_init_(backbone):
     """Initial weights of MoCo-v3's ViT: Xavier-uniform, qkv as three square matrices, no biases, [CLS] of std 1e-6; the
-    patch projection is uniform and stays as it is: a random one trains more stably."""
+    patch projection is uniform and frozen."""
     for name, m in backbone.named_modules():
         if isinstance(m, nn.Linear):
             if name.endswith("qkv"):
@@ -525,6 +527,15 @@ def whole_batch(cls, i):
     return torch.cat([cls[name] for name in (VIEWS[i], EQUI_VIEWS[i]) if name in cls])
 
 
+def teacher_of(backbone, head):
+    """A copy of both that no gradient reaches, without stochastic depth: `backbone` and `head` of a ModuleDict."""
+    teacher = copy.deepcopy(nn.ModuleDict(dict(backbone=backbone, head=head))).requires_grad_(False)
+    for m in teacher.modules():
+        if isinstance(m, DropPath):
+            m.drop_prob = 0.0
+    return teacher
+
+
 class MoCoV3(Base):
     """Online encoder, projector and predictor make queries; the momentum encoder and projector make keys."""
 
@@ -538,7 +549,7 @@ class MoCoV3(Base):
         self.temp = args.temp
         self.projector = mlp(backbone.dim, args.proj_hidden, args.proj_hidden, args.proj_dim)
         self.predictor = mlp(args.proj_dim, args.proj_hidden, args.proj_dim)
-        self.teacher = copy.deepcopy(nn.ModuleDict(dict(backbone=backbone, head=self.projector))).requires_grad_(False)
+        self.teacher = teacher_of(backbone, self.projector)
 
     def invariance(self, y, t, epoch):
         """[CLS] of all views from the online encoder (y) and of views 1 and 2 from the momentum encoder (t), (b, D)
@@ -593,11 +604,8 @@ class DINO(Base):
         self.last_layer = list(self.head.last.parameters())
         self.register_buffer("centre", torch.zeros(args.prototypes))
 
-        # The teacher starts as the student and has no stochastic depth.
-        self.teacher = copy.deepcopy(nn.ModuleDict(dict(backbone=backbone, head=self.head))).requires_grad_(False)
-        for m in self.teacher.modules():
-            if isinstance(m, DropPath):
-                m.drop_prob = 0.0
+        # The teacher starts as the student.
+        self.teacher = teacher_of(backbone, self.head)
 
     def invariance(self, y, t, epoch):
         """[CLS] of all views from the student (y) and of views 1 and 2 from the teacher (t), (b, D) each -> L_inv.
@@ -905,7 +913,7 @@ def build(args, device):
 
 
 def check(args):
-    """Refuse what cannot work, in one line each, before anything is made."""
+    """Fill in defaults that follow from other values, and refuse what cannot work, before anything is made."""
     common.check_run(args, RECIPES, common.VITS)
     if args.weight_decay_end is None:
         args.weight_decay_end = args.weight_decay
@@ -913,8 +921,9 @@ def check(args):
     # SER takes tokens after a block. [CLS] enters there by default.
     depth = common.VITS[args.arch]["depth"]
     blocks = f"{args.arch} has {depth} blocks"
-    if args.equi == "none":
-        args.equi_layer = 0
+    if args.equi == "none" and args.equi_layer:
+        late = f"for a late [CLS] alone give --cls-layer {args.equi_layer}"
+        common.die(f"--equi-layer {args.equi_layer}: --equi none makes nothing equivariant; {late}")
     if args.cls_layer is None:
         args.cls_layer = args.equi_layer if args.equi == "ser" else 0
 
@@ -956,7 +965,9 @@ def check(args):
         if n2 >= batch_size:
             common.die(f"--batch-size {batch_size}: SER's second part (b2) takes {n2} of it; raise it or lower {flag}")
         if n2 % world:
-            common.die(f"{flag}: b2, {n2} images, does not divide among {world} processes; start 1, 2, 4 or 8")
+            step = math.lcm(8, world)
+            ways = f"start 1, 2, 4 or 8, or give --equi-ratio {step * math.ceil(n2 / step) / batch_size:.3g}"
+            common.die(f"{flag}: b2, {n2} images, does not divide among {world} processes; {ways}")
 
 
 def main(argv=None):
@@ -983,7 +994,7 @@ def main(argv=None):
     optimizer = torch.optim.AdamW(groups, lr=0.0, fused=device.type == "cuda")
     peak = args.lr * args.batch_size / 256
 
-    # The run directory is named after what differs from the usual.
+    # The run directory is named after base, term, local views and layer; other variants need --out.
     variant = f"{args.base}-{args.equi}"
     if args.local_views:
         variant += "-2+4"

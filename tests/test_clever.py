@@ -730,6 +730,8 @@ def test_vmamba_trains(small, tmp_path, capsys):
         (["--arch", "vit_pico", "--inv-ratio", "0.001"], ("--inv-ratio 0.001", "0 of 128")),
         (["--base", "simsiam", "--arch", "vit_pico", "--inv-ratio", "0.999"], ("--inv-ratio 0.999", "128 of 128")),
         (["--base", "simsiam", "--orth", "dot"], ("--orth dot", "dino")),
+        (["--base", "simsiam", "--momentum", "0.95"], ("--momentum 0.95", "dino", "0.9")),
+        (["--teacher-temp", "0.04", "0.07"], ("--teacher-temp 0.04 0.07", "--teacher-temp-epochs")),
         (["--arch", "vmamba_small"], ("--arch vmamba_small", "vmamba_tiny")),
         (["--arch", "vmamba_tiny", "--compile"], ("--compile", "vmamba_tiny", "leave the flag out")),
         (["--recipe", "tdw"], ("--recipe tdw", "cifar10")),

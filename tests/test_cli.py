@@ -64,6 +64,8 @@ MISTAKES = {
     "C19 output under a file": (["{tiny}", "--out", "{tmp}/file/run"], "--out"),
     "A1 unknown flag": (["{tiny}", "--learning-rate", "1"], "--learning-rate"),
     "ser without a layer": (["{tiny}", "--equi-layer", "0"], "--equi-layer 0", "tokens"),
+    "a layer without a term": (["{tiny}", "--equi", "none", "--equi-layer", "2"], "--equi-layer 2", "--cls-layer 2"),
+    "a folder for rendered images": (["--data-dir", "{folder}"], "--data-dir", "blocks", "--data imagefolder"),
     "[CLS] after the layer that reads it": (
         ["{tiny}", "--equi", "augself", "--equi-layer", "2", "--cls-layer", "2"],
         "--equi-layer 2",
@@ -119,9 +121,25 @@ def test_A4_mistakes_of_processes(tiny, capsys, monkeypatch):
         "5 processes",
         "10",
     )
-    expect_mistake(capsys, lambda _: ser.check(args), None, "8 images", "5 processes", "1, 2, 4 or 8")
+    expect_mistake(
+        capsys, lambda _: ser.check(args), None, "8 images", "5 processes", "1, 2, 4 or 8", "--equi-ratio 3.33"
+    )
     args = common.parse(ser.Args, ser.values_in_force, [*tiny, "--equi", "stl", "--batch-size", "15"])
     expect_mistake(capsys, lambda _: ser.check(args), None, "--batch-size 15", "5 processes", "even")
+
+
+def test_the_processes_that_the_readme_starts_share_a_step(monkeypatch):
+    text = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    calls = re.findall(r"^torchrun (.*?) (\w+)\.py (.*?)(?:#.*)?$", text, flags=re.M)
+    started = []
+    for launch, script, flags in calls:
+        started.append(math.prod(int(n) for n in re.findall(r"--(?:nnodes|nproc_per_node)=(\d+)", launch)))
+        monkeypatch.setattr(common, "world_size", lambda: started[-1])
+        module = dict(ser=ser, recon_xattn=recon_xattn, ciper=ciper, clever=clever)[script]
+        args = common.parse(module.Args, module.values_in_force, flags.split())
+        module.check(args)
+        assert args.batch_size % started[-1] == 0
+    assert 16 in started
 
 
 @pytest.mark.parametrize("script", [ser, recon_xattn, ciper, clever, eval_probe, eval_robustness])
@@ -189,6 +207,10 @@ def test_mistakes_of_probing(tiny, folder, tmp_path, capsys):
     expect_mistake(
         capsys, eval_probe.main, [checkpoint, "--tasks", "r2", "--r2-targets", "pose"], "--r2-targets pose", "rotation"
     )
+    for flags in ("--layers 1", "--r2-targets flip", "--fewshot finetune", "--protocol clever --fewshot linear"):
+        task = flags.split()[-2].removeprefix("--").replace("-targets", "")
+        expect_mistake(capsys, eval_probe.main, [checkpoint, *flags.split()], f"--{task}", f"--tasks {task}")
+    expect_mistake(capsys, eval_probe.main, [checkpoint, *"--protocol ser --linear lbfgs".split()], "--no-augment")
     flat = tmp_path / "flat"
     shutil.copytree(folder / "train" / "left", flat)
     expect_mistake(capsys, eval_probe.main, [checkpoint, "--data-dir", str(flat)], "test split")

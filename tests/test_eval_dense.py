@@ -852,7 +852,7 @@ def test_figures(runs, trees, tmp_path, capsys):
     assert np.load(tmp_path / "attention-ecssd.npz")["0 0 mask"].shape == (2, 3)
     flags += ["--classes", "1", "--corruption", "defocus_blur"]
     ed.main([runs["vit-s0"], *flags, "--figures", "embedding"])
-    assert set(np.load(tmp_path / "embedding.npz")["0 labels"]) in ({0}, {1})
+    assert set(np.load(tmp_path / "embedding-defocus_blur.npz")["0 labels"]) in ({0}, {1})
 
 
 def test_fullgrad_on_the_object(tmp_path):

@@ -97,8 +97,8 @@ def test_R6_one_bad_checkpoint_of_three_costs_its_own_row(main, bad, run, tmp_pa
     paths = [str(tmp_path / name / "checkpoint.pt") for name in ("run", "b", "c")]
     what = ["--tasks", "knn"] if main is eval_probe.main else ["--suite", "augmentations", "--passes", "1"]
     line, out = ends(1, main, [*paths, *what, *QUICK], capsys)
-    assert ("damaged" if bad == "damaged" else "gone") in line and len(out.splitlines()) == 2
-    assert out.splitlines()[1].split()[:2] == ["run", "2"]
+    assert ("damaged" if bad == "damaged" else "gone") in line and len(out.splitlines()) == 3
+    assert [row.split()[:2] for row in out.splitlines()[1:]] == [["run", "1"], ["c", "1"]]
     assert len(records(run)) == len(records(tmp_path / "c")) == 1 and not records(tmp_path / "b")
     line, out = ends(2, main, [paths[1], *what, *QUICK], capsys)  # where it is the only one it is a mistake of the call
     assert not out

@@ -174,6 +174,27 @@ def test_equivariance_of_maps_that_turn_with_the_image():
     assert abs(still["equi rotation"]) < 0.15  # a map that does not move with the image
 
 
+def test_scaled_maps_have_another_grid_and_other_images_another_class():
+    """A third of the draws would leave 4 x 4 cells as they are and score 1."""
+    sides = []
+    encoder = Maps(lambda x: sides.append(tuple(x.shape[2:])) or F.avg_pool2d(x, 4).permute(0, 2, 3, 1))
+    encoder.patch_size, encoder.grid = 4, 4
+    case = case_of(encoder, n=20)
+    for case.args.seed in range(12):
+        sides.clear()
+        assert "equi scale" in eval_probe.equivariance(case)[0]
+        assert sides[-1] != (16, 16)
+    encoder.grid = 1  # has no other grid
+    assert "equi scale" not in eval_probe.equivariance(case)[0]
+
+    # Rendered sets show ten classes by turns: each image has the colour of its class, which only others lack.
+    colours = torch.randint(256, (10, 3, 1, 1), generator=common.rng("colours"), dtype=torch.uint8)
+    case = case_of(Maps(cells), n=200)
+    case.test = common.ImageSet(images=colours.repeat(10, 1, 16, 16), labels=torch.arange(100) % 10)
+    values, _ = eval_probe.equivariance(case)
+    assert values["equi rotation"] == pytest.approx(1) and values["equi rotation shuffled"] < 0.9
+
+
 def test_quarter_turns_are_seen_and_not_in_noise():
     values, _ = eval_probe.rotation(case_of(Maps(cells)))
     assert values["4-fold"] > 95 and {"linear ±90°", "linear ±180°"} <= set(values)
@@ -227,16 +248,16 @@ def posed(m, sessions):
 
 def test_latents_are_read_where_they_are_held_and_not_in_noise():
     (train, x), (test, x_test) = posed(16, (0, 1)), posed(8, (2, 5, 9))
-    values, details = eval_probe.latents(train, test, x, x_test, eval_probe.Args())
+    values, details = eval_probe.readouts_of_latents(train, test, x, x_test, eval_probe.Args())
     assert all(values[f"{k}{s}"] > 99 for k in ("object", "session") for s in ("", " lstsq"))
     assert values["view err"] < 2 and values["view err lstsq"] < 1e-6
     assert details["rmse"]["azimuth"] < 20
-    blind, _ = eval_probe.latents(
+    blind, _ = eval_probe.readouts_of_latents(
         train, test, torch.randn(x.shape, generator=g), torch.randn(x_test.shape, generator=g), eval_probe.Args()
     )
     assert abs(blind["object"] - 25) < 10 and abs(blind["session"] - 33) < 15 and 95 < blind["view err"] < 120
     del train.factors["session"], test.factors["session"]  # as in tdw: views are learnt on train images
-    values, _ = eval_probe.latents(train, test, x, x_test, eval_probe.Args())
+    values, _ = eval_probe.readouts_of_latents(train, test, x, x_test, eval_probe.Args())
     assert "session" not in values and values["view err lstsq"] < 1e-6
 
 
@@ -244,7 +265,7 @@ def test_a_constant_errs_by_100_in_views():
     (train, x), (test, _) = posed(8, (0,)), posed(8, (0,))
     del train.factors["session"], test.factors["session"]
     test.factors["view"] = train.factors["view"]
-    values, details = eval_probe.latents(
+    values, details = eval_probe.readouts_of_latents(
         train, test, torch.randn(x.shape, generator=g) * 1e-9, torch.zeros_like(x), eval_probe.Args()
     )
     assert values["view err lstsq"] == pytest.approx(100, abs=5)
@@ -316,6 +337,16 @@ def test_ridge_probe_ends_where_its_gradient_is_0():
     probe = eval_probe.RidgeProbe(8, 4, torch.arange(180), torch.arange(180, 200), torch.device("cpu"))
     probe.train(noise[:200], torch.arange(200) % 4)
     assert abs((probe.scores(noise[200:]).argmax(1) == torch.arange(100) % 4).double().mean() - 0.25) < 0.15
+
+
+def test_few_labels_stay_few(monkeypatch):
+    """The images that choose the ridge weight train the linear probe at last, but not the few-label probes."""
+    case = case_of(Maps(cells), n=200, linear="lbfgs", tasks=("linear", "fewshot"), part=("all",))
+    seen = []
+    monkeypatch.setattr(eval_probe.RidgeProbe, "fit", lambda self, x, y, rows, w: seen.append(len(rows)))
+    values, protocol = eval_probe.fewshot(case)
+    assert set(seen) == {180, 200} | set(protocol["images"].values()) == {180, 200, 2, 20}
+    assert {"fewshot 1%", "fewshot 10%"} <= set(values) and protocol["held_out"] == 0.1
 
 
 def test_augmented_probes_see_other_views_each_epoch_and_all_learn_from_one_pass(monkeypatch):
@@ -397,9 +428,14 @@ def test_cached_features_are_used_and_belong_to_their_checkpoint_and_data(tiny, 
     shutil.copytree(folder, tmp_path / "other")
     run(paths[0], "--data-dir", str(tmp_path / "other"))
     assert len(encoded) == 6
+    (tmp_path / "mine.py").write_text("an edited encoder")
+    with monkeypatch.context() as edited:
+        edited.setattr(eval_probe.inspect, "getsourcefile", lambda cls: str(tmp_path / "mine.py"))
+        run(paths[0])
+    assert len(encoded) == 8
     damaged = next((tmp_path / "cache").iterdir())
     damaged.write_bytes(damaged.read_bytes()[:50])
-    assert run(*paths) == first and len(encoded) <= 7  # extracted anew
+    assert run(*paths) == first and len(encoded) <= 9  # extracted anew
 
 
 def test_formats_of_the_table():
@@ -748,6 +784,12 @@ def test_table_folds_seeds():
     assert b.split() == ["b", "1", "10.00"]
 
 
+def test_a_seed_that_comes_twice_is_another_row():
+    paths = [f"{run}-s{seed}/checkpoint.pt" for run in ("before", "after") for seed in (0, 1)]
+    states = [dict(method="ser", step=9, args=dict(lr=1.0, seed=seed)) for seed in (0, 1, 0, 1)]
+    assert eval_probe.row_names(paths, states) == ["before", "before", "after", "after"]
+
+
 def records(folder):
     return [json.loads(line) for line in (folder / "eval.jsonl").read_text().splitlines()]
 
@@ -817,7 +859,7 @@ def test_one_call_from_checkpoints_to_table(tiny, folder, tmp_path, capsys):
     knn, linear, r2 = records(tmp_path / "run-s0")  # one a task
     assert knn["results"] | linear["results"] | r2["results"] == results[0][1]
     assert knn["protocol"]["knn"]["k"] == 20 and "linear" not in knn["protocol"]
-    assert set(r2["protocol"]["r2"]["both"]["flip"]) == {"flat", "uniform", "train"}
+    assert set(r2["protocol"]["r2"]["both"]["flip"]) == {"flat", "uniform", "train", "pairs"}
     again = eval_probe.main([str(paths[0]), "--tasks", "knn", "linear", "--linear-epochs", "2", "--device", "cpu"])
     assert again[0][1] == {
         k: v for k, v in results[0][1].items() if not k.startswith("r2")

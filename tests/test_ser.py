@@ -281,7 +281,7 @@ def test_parameter_counts_of_the_baselines(name, online):
 
 def test_trainable_parameters_of_moco_v3():
     """Positions fixed and patch projection frozen: 42,815,104; SER adds its LayerNorm and projector, 43.3 M."""
-    args = ser.Args(recipe="imagenet", equi="none")
+    args = ser.Args(recipe="imagenet", equi="none", equi_layer=0)
     ser.check(args)
     model = ser.build(args, torch.device("cpu"))
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 42_815_104
@@ -455,7 +455,7 @@ def test_flops_of_ser_are_those_of_its_base():
     from torch.utils.flop_counter import FlopCounterMode
 
     def count(equi):
-        args = ser.Args(recipe="imagenet", equi=equi, batch_size=256)
+        args = ser.Args(recipe="imagenet", equi=equi, equi_layer=3 if equi == "ser" else 0, batch_size=256)
         ser.check(args)
         views = {}
         n2 = ser.equi_batch_size(256, args.equi_ratio) if equi == "ser" else 0
