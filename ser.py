@@ -129,7 +129,7 @@ class Args(common.RunArgs):
     """width of the embeddings that are contrasted (mocov3) or decorrelated (barlow), or of the head's bottleneck
     (dino)"""
     temp: Positive = 0.2
-    """temperature T of MoCo-v3, or of DINO's student"""
+    """temperature of MoCo-v3, or of DINO's student"""
     momentum: Share = 0.99
     """momentum of the momentum encoder (mocov3) or teacher (dino) at the start; it rises to 1 along half a cosine"""
     prototypes: Plural = 65536
@@ -390,13 +390,13 @@ def nt_xent(z1, z2, tau, chunk=None):
     return (torch.logaddexp(torch.cat(negative), positive) - positive).mean()
 
 
-def contrast(q, k, T):
+def contrast(q, k, temp):
     """ctr(q, k) of MoCo-v3: row i of q and k (b, d) is the same image; keys of all processes are negatives. With q
-    and k normalised, 2 T times the cross-entropy of q k^T / T against the diagonal."""
+    and k normalised, 2 temp times the cross-entropy of q k^T / temp against the diagonal."""
     q, k = F.normalize(q, dim=1), F.normalize(k, dim=1)
-    logits = q @ common.gather(k).T / T  # (b, B)
+    logits = q @ common.gather(k).T / temp  # (b, B)
     labels = torch.arange(len(q), device=q.device) + common.rank() * len(q)
-    return 2 * T * F.cross_entropy(logits, labels)
+    return 2 * temp * F.cross_entropy(logits, labels)
 
 
 def distill(students, teachers, centre, temp, teacher_temp):
