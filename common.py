@@ -137,7 +137,8 @@ class RunArgs:
     """start afresh although --out already holds a checkpoint"""
     workers: Natural | None = None
     """loader processes for image folders; default: as many as this process has cores, at most 16, or 8 where several
-    processes share the machine; results do not depend on it"""
+    processes share the machine. Results do not depend on it, but for rounding: 0 reads in the main process, which may
+    have several threads"""
     skip_corrupt: bool = False
     """open every image of a folder first and leave out those that cannot be read (they are counted and listed)"""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
@@ -177,6 +178,8 @@ def parse(Args, values_in_force, argv=None, description=""):
     if isinstance(getattr(args, "data_dir", None), str):
         # The evaluation may start in another directory, so the run stores an absolute path.
         args.data_dir = os.path.abspath(os.path.expanduser(args.data_dir))
+    if isinstance(getattr(args, "out", None), str):
+        args.out = os.path.expanduser(args.out)  # the shell leaves --out=~/run as it is
     return args
 
 
@@ -345,7 +348,7 @@ def one_line(error):
         return f"out of memory on the GPU: lower --batch-size or --img-size ({text[:120]})"
     if isinstance(error, MemoryError) or has("DefaultCPUAllocator", "out of memory"):
         return f"out of memory: lower --batch-size, --img-size or --workers ({text[:120] or 'MemoryError'})"
-    if has("DataLoader"):
+    if text.startswith("DataLoader "):  # torch's "DataLoader worker (pid ...) ...", "DataLoader timed out ..."
         advice = "lower --workers (0 reads in the main process), or give it more memory"
         return f"a loader process ended or hangs: {advice} ({text[:200]})"
 
@@ -536,7 +539,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         # Each rank's rows enter the loss of every rank, so their gradients add up.
-        grad = grad.contiguous()
+        grad = grad.clone(memory_format=torch.contiguous_format)  # others may hold the same tensor
         dist.all_reduce(grad)
         return grad.chunk(dist.get_world_size())[dist.get_rank()]
 
@@ -757,6 +760,8 @@ def load_checkpoint(path, file=None):
         die(f"{path}: no such checkpoint file")
     try:
         state = read_tensors(path, file)
+    except (PermissionError, MemoryError) as e:
+        die(f"{path}: cannot be read ({one_line(e)})")
     except Exception:  # a dozen different types
         die(f"{path}: not a checkpoint of this project, or damaged (truncated download? copy it again)")
 
@@ -783,7 +788,7 @@ class Run:
     """A training run in its directory: log, progress bar, periodic saving, signals, resuming.
 
         run = Run(args, "mocov3-ser", model, optimizer)
-        run.restore(train)  # with --resume
+        run.restore(train)  # always; with --resume it continues
         for step, views, params, rows in run.steps(loader):  # saves every --save-every steps, on a signal, at the end
             ...
             run.log(step, loss=loss, L_inv=L_inv, lr=lr, features=y)
@@ -936,7 +941,7 @@ class Run:
             if not self.resumed:
                 names = ["checkpoint.pt", "log.jsonl", "backbone.safetensors", "eval.jsonl"]
                 if of_a_run(os.listdir(self.out)):
-                    names += [picture.name for picture in self.out.glob("*.png")]
+                    names += ["views.png", "reconstruction.png", "skipped.txt"]
                 for name in names:
                     (self.out / name).resolve().unlink(missing_ok=True)
 
@@ -944,7 +949,7 @@ class Run:
             write(self.out / "args.json", (json.dumps(dataclasses.asdict(self.args), indent=1) + "\n").encode())
             for source in {self.script, Path(__file__)}:
                 if source.resolve() != (self.out / source.name).resolve():
-                    shutil.copy(source, self.out)
+                    shutil.copyfile(source, self.out / source.name)  # not its mode: it may be read-only
 
             # Steps after the checkpoint are computed again, so their lines are dropped from the log.
             log = self.out / "log.jsonl"
@@ -1032,6 +1037,8 @@ class Run:
         if number:
             saved = self.save(step)
             self.bar.close()
+            if rank():
+                raise SystemExit(128 + number)  # rank 0 speaks for all
             what = f"{self.path} is saved, continue with --resume" if saved else f"step {step} could not be saved"
             die(f"stopped by {signal.Signals(number).name} after step {step}; {what}", 128 + number)
 
@@ -1380,6 +1387,9 @@ def printable(text):
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
+UNREADABLE = "cannot be read as an image"
+
+
 def open_image(path):
     """File -> uint8 (3, H, W), RGB. Orientation tags are applied, 16-bit greys rescaled, transparency laid over black.
     Greys of another range (floats, signed, 12 or 32 bits) are refused, because no file says which value is white."""
@@ -1400,7 +1410,7 @@ def open_image(path):
                 image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
             pixels = np.array(image.convert("RGB"))  # (H, W, 3)
     except Exception as e:  # Pillow raises whatever a damaged file makes it raise
-        raise OSError(f"{printable(path)}: cannot be read as an image ({printable(e)})") from None
+        raise OSError(f"{printable(path)}: {UNREADABLE} ({printable(e)})") from None
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
@@ -2027,7 +2037,7 @@ def blocks_views(split, size=32, seed=0):
 
     Returns what `blocks` does, object by object, session by session; factors are view (N, 3), azimuth and elevation in
     degrees and distance, and session (N,) int64. The grid of views has 12 azimuths, 3 elevations and 3 distances; the
-    light stands where the camera stands. A session is a hue of the floor and one of the light, plus a little noise."""
+    light turns with the camera. A session is a hue of the floor and one of the light, plus a little noise."""
     # The "seen" and the test split draw the same objects.
     generator = rng("blocks-views", "train" if split == "train" else "test", seed)
     m = 50 if split == "train" else 20
@@ -2129,8 +2139,9 @@ def check_data(name):
 
 
 def normalisation(args):
-    """Mean and std of each channel: those of the data set; a folder of images takes those of its recipe's."""
-    row = DATA[args.recipe if args.data == "imagefolder" else args.data]
+    """Mean and std of each channel: those of the data set; a folder of images takes those of its recipe's, and
+    ImageNet's with a recipe of your own."""
+    row = DATA[args.recipe if args.data == "imagefolder" and args.recipe in DATA else args.data]
     return row.mean, row.std
 
 
@@ -2154,6 +2165,15 @@ def load_data(name, root, split, size, skip_corrupt=False, workers=None, session
     data = DATA[name].read(root, split, size=size, sessions=sessions, workers=workers, skip_corrupt=skip_corrupt)
     problem = f"some machines have a {split} split there, others have none; copy the data set anew"
     same_on_all_ranks(data is None, f"--data-dir {root}: {problem}")
+
+    # `Run.restore` compares the training images. Test images that differ would give a wrong score in silence.
+    if split == "test" and data is not None:
+
+        def complaint(a, other, b):
+            differs = f"rank {other} has another test split than rank 0 ({difference(a, b)})"
+            return f"--data-dir {root}: {differs}; copy the data set anew"
+
+        same_on_all_ranks(data.fingerprint(), complaint)
     if skip_corrupt and data is not None and data.images is None:
         return without_unreadable(data, workers)
     return data
@@ -2182,9 +2202,9 @@ class Loader:
     otherwise in worker processes, each of which makes whole batches; all after the crop is batched on the device, or,
     where there is no other device, done by the workers too. Nothing depends on how many workers or ranks there are.
 
-    An epoch visits every image once, and all its views show it. With a `sampler` they show what that says:
-    `len(sampler)` items are visited in an epoch, and `sampler(items, epoch, generator)` maps a batch of them, (B,), to
-    {view: rows of the data set (B,)}."""
+    An epoch visits every image once, but for an incomplete last batch, and all its views show it. With a `sampler` they
+    show what that says: `len(sampler)` items are visited in an epoch, and `sampler(items, epoch, generator)` maps a
+    batch of them, (B,), to {view: rows of the data set (B,)}."""
 
     def __init__(self, data, policies, draw, args, device, sampler=None):
         # Worker processes have no process group, so rank and share are noted while there is one.
@@ -2287,8 +2307,10 @@ def unbroken(loader):
             # A worker's error starts with its traceback and ends with the line that names the image.
             *_, line = str(e).splitlines() or [type(e).__name__]
             line = line.removeprefix("OSError: ")
+            if UNREADABLE not in line:
+                raise
             message = f"{line}; repair or remove the file; --skip-corrupt leaves it out of training and probes"
-        elif "DataLoader" in str(e):  # a worker was killed or hangs
+        elif str(e).startswith("DataLoader "):  # a worker was killed or hangs
             message = one_line(e)
         else:
             raise
@@ -2596,12 +2618,12 @@ class Affine:
 
 
 class Elastic:
-    """Shift every pixel by smooth noise, bilinear, filled with 0: torchvision's RandomApply([ElasticTransform(alpha,
-    sigma)], p).
+    """Shift every pixel by smooth noise, bilinear, with black behind the border: torchvision's `elastic_transform`
+    without a fill, with probability p.
 
     The shift along each axis is uniform noise in [-1, 1), blurred with a Gaussian of `sigma` pixels (8 sigma + 1
     taps), times alpha / 2 pixels: 1.6 px in standard deviation for alpha = 100, sigma = 5, far from the borders; more
-    near them, and on sides below 41 px, where the kernel is cut to 2 side - 1 taps. Param `elastic`: (n,) int64, the
+    near them, and on sides below 21 px, where the kernel is cut to 2 side - 1 taps. Param `elastic`: (n,) int64, the
     seed of the noise; 0 where not applied."""
 
     def __init__(self, alpha=100.0, sigma=5.0, p=0.5):
@@ -2898,8 +2920,8 @@ def family(name, size):
 
 
 def family_target(name, p, size):
-    """Parameters p of a family -> numbers that describe them (n, K), divided by the largest of the family: at most 1 in
-    size, and 0 where nothing is done."""
+    """Parameters p of a family -> numbers that describe them (n, K): the box of a crop in fractions of the image; of
+    other families the parameters, divided by the largest, and 0 where nothing is done."""
     if name == "rotation":
         columns = [p["angle"] / 45]
     elif name == "color":
@@ -2979,7 +3001,7 @@ class ViT(VisionTransformer):
 
     def positions(self, h, w):
         """The positions of an h x w grid of patches (1, h w, dim): the table, resampled where its grid is another."""
-        # timm's resample_abs_pos_embed does the same in float32 alone.
+        # timm's resample_abs_pos_embed(..., antialias=False) does the same, in float32 alone.
         table = self.pos_embed[:, -(self.grid**2) :]
         if (h, w) == (self.grid, self.grid):
             return table

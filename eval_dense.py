@@ -400,7 +400,7 @@ def opened(path):
             yield image
     except Exception as e:
         # Pillow raises errors of any type for a damaged file.
-        raise OSError(f"{common.printable(path)}: cannot be read as an image ({common.printable(e)})") from None
+        raise OSError(f"{common.printable(path)}: {common.UNREADABLE} ({common.printable(e)})") from None
 
 
 def header(path):

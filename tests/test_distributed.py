@@ -146,10 +146,14 @@ def collectives():
         out[mine] = v
         return out
 
-    def gradient(gather):
+    def gradient(gather, used_twice=False):
         weight.grad = None
         local = z[mine] @ weight
         F.cross_entropy(local @ gather(local).T, torch.arange(8)[mine].roll(0)).backward()
+        if used_twice:  # the sum hands one gradient to both of its terms, of which gather must not change the other's
+            weight.grad = None
+            whole = z @ weight
+            (gather(z[mine] @ weight) + whole).square().mean().backward()
         return (common.all_reduce(weight.grad) / common.world_size()).numpy()
 
     norm = common.batchnorm_over_ranks(nn.BatchNorm1d(4).double(), torch.device("cpu"))
@@ -169,14 +173,15 @@ def collectives():
     mean_colour = common.features(
         backbone, images, torch.device("cpu"), encode=lambda v: v.mean((2, 3)), batch_size=4
     ).numpy()
-    return gradient(common.gather), gradient(own_slot), bn, mean_colour, common.any_rank(r)
+    twice = gradient(common.gather, used_twice=True)
+    return (gradient(common.gather), twice), gradient(own_slot), bn, mean_colour, common.any_rank(r)
 
 
 def test_N1_N2_A10_collectives(tmp_path):
-    (gradient, _, bn, mean_colour, _), *_ = on_ranks(1, tmp_path, collectives)
+    ((gradient, twice), _, bn, mean_colour, _), *_ = on_ranks(1, tmp_path, collectives)
     for world in (2, 4):
-        for other, wrong, other_bn, other_colour, agreed in on_ranks(world, tmp_path, collectives):
-            assert abs(other - gradient).max() < 1e-12
+        for (other, other_twice), wrong, other_bn, other_colour, agreed in on_ranks(world, tmp_path, collectives):
+            assert abs(other - gradient).max() < 1e-12 and abs(other_twice - twice).max() < 1e-12
             assert abs(wrong - gradient).max() > 1e-3  # a gather without the others' gradient would be noticed
             assert all(abs(a - b).max() < 1e-12 for a, b in zip(bn, other_bn))
             assert (

@@ -116,7 +116,10 @@ def test_R5_ranks_with_other_arguments_or_images_do_not_train_together(tiny, fol
     (tmp_path / "fewer" / "train" / "left" / "11.png").unlink()
     shutil.copytree(folder, tmp_path / "renamed")
     (tmp_path / "renamed" / "train" / "left" / "11.png").rename(tmp_path / "renamed" / "train" / "left" / "12.png")
-    for name, words in (("fewer", "24 and 23 images"), ("renamed", "other file names")):
+    shutil.copytree(folder, tmp_path / "tested")
+    next((tmp_path / "tested" / "test" / "left").iterdir()).unlink()
+    others = ("fewer", "24 and 23 images"), ("renamed", "other file names"), ("tested", "another test split")
+    for name, words in others:
         (tmp_path / f"r-{name}").mkdir()
         for code, lines in on_ranks(
             2, tmp_path / f"r-{name}", with_own, [*tiny, *out], [[], ["--data-dir", str(tmp_path / name)]]

@@ -477,6 +477,22 @@ def test_a_damaged_image_stops_the_run_with_its_name_or_is_left_out(tiny, folder
     assert (tmp_path / "again" / "skipped.txt").read_text() == f"{tmp_path / 'data' / 'train' / 'left' / '03.png'}\n"
 
 
+class Broken(common.HorizontalFlip):
+    def __call__(self, x, params):
+        raise RuntimeError("boom")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_mistake_in_an_op_keeps_its_traceback(workers, folder):
+    data = common.load_data("imagefolder", str(folder), "train", 16)
+    policy = common.Compose([common.RandomResizedCrop(16), Broken()])
+    args = common.RunArgs(batch_size=4, epochs=1, workers=workers)
+    draw = lambda generator: {"1": (torch.arange(4), policy.sample(4, generator))}
+    loader = common.Loader(data, {"1": policy}, draw, args, torch.device("cpu"))
+    with pytest.raises(RuntimeError, match="boom"):
+        next(loader.batches(range(2)))
+
+
 def test_S3_sigterm_to_the_whole_group_with_busy_workers_saves_and_ends(tiny, tmp_path, monkeypatch):
     """What schedulers do: the loader's workers get the signal too, and are in the middle of something."""
     open_image = common.open_image
@@ -659,9 +675,11 @@ def test_pictures_of_an_overwritten_run_go_and_those_of_others_stay(tiny, tmp_pa
     (tmp_path / "mine.png").touch()
     ser.main(run)
     assert (tmp_path / "mine.png").exists()
-    (tmp_path / "reconstruction.png").touch()
+    for name in ("reconstruction.png", "skipped.txt"):
+        (tmp_path / name).touch()
     ser.main([*run, "--overwrite"])
-    assert not (tmp_path / "reconstruction.png").exists()
+    assert not (tmp_path / "reconstruction.png").exists() and not (tmp_path / "skipped.txt").exists()
+    assert (tmp_path / "mine.png").exists()
 
 
 class Pixels(nn.Module):
