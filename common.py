@@ -1495,9 +1495,9 @@ def split_folders(root):
     die(f"--data-dir {root}: {problem}; rename or move one of them: an image folder is {LAYOUT}")
 
 
-def imagefolder(root, split, classes=None):
+def imagefolder(root, split, classes=None, tested=("val", "test")):
     """A folder of images: root/train/<class>/... with root/val or root/test (`split_folders` says which names these may
-    have), or any tree (then all of it is "train").
+    have; the first of `tested` that is there is "test"), or any tree (then all of it is "train").
 
     A class is a folder directly below the split's, `classes` the only ones to take (default: all). One without images
     is refused. Images outside of such folders leave the set without labels, and its `note` says so. Returns None when
@@ -1511,7 +1511,8 @@ def imagefolder(root, split, classes=None):
     holds = f"{root} holds {', '.join(f'{printable(f)}/' for f in folders[:8]) or 'no folders'}"
     if splits and "train" not in splits:
         die(f"--data-dir {root}: has no train/; {holds}; an image folder is {LAYOUT}")
-    name = splits.get("val", splits.get("test")) if split == "test" else splits.get("train", "")
+    found = next((splits[name] for name in tested if name in splits), None)
+    name = found if split == "test" else splits.get("train", "")
     if name is None:
         return None
     folder = root / name
@@ -1758,11 +1759,14 @@ def tdw(root, split, skip_corrupt=False, **_):
 
 def known_part(data, fraction, seed):
     """A share of every class, at random from the seed, of whole objects where there are several images of one: an
-    ImageSet. For experiments in which the parameters or the labels of only some images are known."""
+    ImageSet. For experiments in which the parameters or the labels of only some images are known. Classes of a single
+    object cannot be shared, and end the program."""
     groups = torch.arange(len(data)) if data.groups is None else data.groups
     g, kept = rng(seed, "known"), []
     for c in data.labels.unique():
         objects = groups[data.labels == c].unique()
+        if data.groups is not None and len(objects) == 1:
+            die(f"--known-fraction {fraction}: class {data.classes[int(c)]} has a single object; it cannot be shared")
         kept.append(objects[torch.randperm(len(objects), generator=g)[: max(1, round(fraction * len(objects)))]])
     return data.subset(torch.isin(groups, torch.cat(kept)).nonzero()[:, 0])
 

@@ -65,7 +65,6 @@ Known differences
   CLeVER   We report the last epoch, not the best, decay the rate per step, train linear transfer for 100 epochs instead
            of 200, and switch stochastic depth off."""
 
-import collections
 import contextlib
 import copy
 import csv
@@ -240,6 +239,9 @@ def check(args):
     for name in ("tasks", "part", "linear_lrs"):
         if not getattr(args, name):
             common.die(f"--{name.replace('_', '-')}: is empty; name at least one, or leave the flag out")
+    for name in ("tasks", "part"):
+        if len(set(getattr(args, name))) < len(getattr(args, name)):
+            common.die(f"--{name} {' '.join(getattr(args, name))}: name each once")
     if args.augment and args.linear != "sgd":
         common.die(f"--augment: goes with --linear sgd; {args.linear} learns from fixed features: give --no-augment")
 
@@ -295,10 +297,11 @@ TRANSFER = dict(  # torchvision's class; its train and test splits
 
 
 def transfer_set(name, root, split, **_):
-    """A data set of TRANSFER as torchvision keeps it, or prepared as an image folder with train/ and val/ or test/.
-    sun397 needs the authors' Training_01.txt and Testing_01.txt (19,850 images each) beside its folder or in it."""
+    """A data set of TRANSFER as torchvision keeps it, or prepared as an image folder with train/ and test/ (or val/,
+    which is not used where test/ is there). sun397 needs the authors' Training_01.txt and Testing_01.txt (19,850 images
+    each) beside its folder or in it."""
     if os.path.isdir(root) and "train" in common.split_folders(root)[0]:
-        return common.imagefolder(root, split)
+        return common.imagefolder(root, split, tested=("test", "val"))
 
     # torchvision checks the files and reads the splits; SUN397 has none.
     kind, train_parts, test_parts = TRANSFER[name]
@@ -340,7 +343,7 @@ def cub200(root, split, **_):
     """CUB-200-2011 as published: [CUB_200_2011/]images.txt, image_class_labels.txt, train_test_split.txt, classes.txt,
     images/; or prepared as an image folder."""
     if os.path.isdir(root) and "train" in common.split_folders(root)[0]:
-        return common.imagefolder(root, split)
+        return common.imagefolder(root, split, tested=("test", "val"))
 
     # The archive may have been unpacked with its folder or without.
     nested = Path(root) / "CUB_200_2011"
@@ -384,17 +387,20 @@ class Timm(nn.Module):
     def __init__(self, model):
         super().__init__()
         config = model.pretrained_cfg
-        self.model, self.norm = model, getattr(model, "norm", nn.Identity())
+        self.model, norm = model, getattr(model, "norm", None)
+        over_channels = isinstance(norm, nn.LayerNorm) and not isinstance(norm, timm.layers.LayerNorm2d)
+        self.norm = norm if over_channels else nn.Identity()  # of maps (B, h, w, C)
         self.mean, self.std = tuple(config["mean"]), tuple(config["std"])
         self.img_size, self.depth = config["input_size"][-1], len(model.feature_info)
-        self.dim, self.inv = model.num_features, None
+        self.dim, self.inv = getattr(model, "head_hidden_size", None) or model.num_features, None
 
     def forward(self, x):
         return self.model(x)
 
     def last_blocks(self, x):
         """The [CLS] of the last four blocks of a ViT, as of our ViTs; of other models the representation."""
-        if getattr(self.model, "cls_token", None) is None or getattr(self.model, "global_pool", "") != "token":
+        has_cls = getattr(self.model, "cls_token", None) is not None
+        if not (has_cls and self.model.global_pool == "token" and hasattr(self.model, "get_intermediate_layers")):
             return self.model(x)
         blocks = self.model.get_intermediate_layers(x, n=4, return_prefix_tokens=True, norm=True)
         return torch.cat([prefix[:, 0] for _, prefix in blocks], 1)
@@ -839,11 +845,22 @@ class Case:
 
 def hold_out(data, generator, share=0.1):
     """(N,) bool: a share of the images, or of the objects where there are several images of one, on which settings
-    are chosen."""
-    groups = torch.arange(len(data)) if data.groups is None else data.groups
-    objects = groups.unique()
-    order = torch.randperm(len(objects), generator=generator)
-    return torch.isin(groups, objects[order[: max(1, int(share * len(objects)))]])
+    are chosen. Every class keeps an object to learn from; where none can be spared, images are held out."""
+    images = torch.arange(len(data))
+    for groups in (images if data.groups is None else data.groups, images):
+        objects = groups.unique()
+        order = torch.randperm(len(objects), generator=generator)
+        drawn = torch.isin(groups, objects[order[: max(1, int(share * len(objects)))]])
+
+        # A class of which all objects were drawn gets one back.
+        held = drawn.clone()
+        for c in data.labels.unique() if data.labels is not None else ():
+            of_class = data.labels == c
+            if held[of_class].all():
+                held &= groups != groups[of_class][0]
+        if held.any():
+            return held
+    return drawn  # no class has two images
 
 
 def stratified(labels, share, generator, allowed=None):
@@ -1591,9 +1608,10 @@ def equivariance(case):
     def resample(z, size):
         return F.interpolate(z.permute(0, 3, 1, 2), size, mode="bicubic").permute(0, 2, 3, 1)
 
-    # A third of the set away, an image shows another object, mostly of another class: half a rendered set away the
-    # classes are the same.
-    others = z.roll(len(z) // 3, 0)
+    # Every image is compared with the next one of a random order. In a fixed distance some sets show the same class.
+    order = torch.randperm(len(z), generator=common.rng(args.seed, "another image"))
+    others = torch.empty_like(z)
+    others[order] = z[order.roll(1)]
     results = map_cosines("rotation", [(turn(z), turn(others), turned)])
     results |= map_cosines("flip", [(z.flip(2), others.flip(2), mirrored)])
     if scaled:
@@ -1718,24 +1736,28 @@ class Evaluation:
 def row_names(paths, states):
     """A name for each checkpoint, equal for those that differ only in their seed (and in how and where they ran): the
     run directory without its seed. Different runs of the same name are numbered."""
-    names, owner, seen = [], {}, collections.Counter()  # owner: {what makes a run: its name}
+    names, rows = [], []  # rows: those of the table, with what makes a run, its directory and the seeds it has so far
     free = (common.Run.FREE | {"seed"}) - {"data_dir"}
-
-    # A run that was named before keeps its name. Another one gets the next free number.
     for path, state in zip(paths, states):
         args = {k: v for k, v in state["args"].items() if k not in free}
-        key = json.dumps([state["method"], state["step"], args], sort_keys=True)
+        run = json.dumps([state["method"], state["step"], args], sort_keys=True)
+        seed, directory = state["args"].get("seed"), name_of(path)
 
-        # A seed that comes again is another run, such as one after an edit of the script.
-        again = seen[key, state["args"].get("seed")]
-        seen[key, state["args"].get("seed")] += 1
-        key += f" {again}"
-        if key not in owner:
-            name, number = name_of(path), 2
-            while name in owner.values():
-                name, number = f"{name_of(path)} #{number}", number + 1
-            owner[key] = name
-        names.append(owner[key])
+        # A seed joins a row of its run that lacks it, of its own directory if possible. A seed that comes twice is of
+        # another run, such as one after an edit of the script.
+        open_rows = [row for row in rows if row.run == run and seed not in row.seeds]
+        open_rows.sort(key=lambda row: row.directory != directory)
+        if open_rows:
+            row = open_rows[0]
+        else:
+            # Another run of the same directory name gets the next free number.
+            name, number = directory, 2
+            while name in {row.name for row in rows}:
+                name, number = f"{directory} #{number}", number + 1
+            row = SimpleNamespace(run=run, directory=directory, seeds=set(), name=name)
+            rows.append(row)
+        row.seeds.add(seed)
+        names.append(row.name)
     return names
 
 

@@ -98,6 +98,9 @@ def check(args):
     for suite in set(args.suite) & set(types):
         if odd := [name for name in args.types if name not in types[suite]]:
             common.die(f"--types {odd[0]}: not one of the {suite}; there are {', '.join(types[suite])}")
+    for flag, values in (("suite", args.suite), ("types", args.types)):
+        if len(set(values)) < len(values):
+            common.die(f"--{flag} {' '.join(values)}: name each once")
 
     # Refuse flags of suites that are not asked for.
     for flag, value, suites in (
@@ -110,6 +113,10 @@ def check(args):
     one_folder = args.suite == ("corruptions",) and len(args.suite_dir) == 1
     if args.suite_dir and not one_folder and args.suite != ("shifts",):
         common.die("--suite-dir: goes with --suite corruptions (one folder) or --suite shifts (one or more), alone")
+
+    for flag in ("save-images", "frost-dir"):
+        if args.suite_dir and getattr(args, flag.replace("-", "_")):
+            common.die(f"--{flag}: nothing is made here where --suite-dir gives the images; leave it out")
 
     # Directories of sets must exist and differ in name; a directory of pictures is made.
     if len({Path(path).resolve().name for path in args.suite_dir} | {"clean"}) <= len(args.suite_dir):
@@ -651,8 +658,7 @@ CORRUPTIONS = {  # name: function, its constants for severities 1 to 5 at 224 px
                  ((.3, 0), (.1, 0), (1.5, 0), (2, .1), (2.5, .2))),
 }
 # fmt: on
-VALIDATION = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
-BENCHMARK = tuple(CORRUPTIONS)[:15]
+BENCHMARK = tuple(CORRUPTIONS)[:15]  # the other four are for validation
 CODECS = (pixelate, jpeg_compression)  # map uint8 to uint8
 
 
@@ -831,8 +837,8 @@ PERTURBATIONS = {  # name: frames, their constants at 224 px, and at 32 px [HD];
     "shear": (warped(shear), (31,), (31,)),
 }
 # fmt: on
-VALIDATION_PERTURBATIONS = ("speckle_noise", "gaussian_blur", "spatter", "shear")
-TEST_PERTURBATIONS = tuple(PERTURBATIONS)[:10]
+TEST_PERTURBATIONS = tuple(PERTURBATIONS)[:10]  # the other four are for validation
+ALL_PERTURBATIONS = tuple(PERTURBATIONS)[:14]
 
 
 def perturb(x, name, seeds, size):
@@ -1207,8 +1213,8 @@ def perturbations(subjects, data, args):
 
         # A mean needs all of its types.
         summary = {}
-        if set(PERTURBATIONS) <= set(names):
-            summary = {"top-1": mean_over(top1, names), "top-5": mean_over(top5, names)}
+        if set(ALL_PERTURBATIONS) <= set(names):
+            summary = {"top-1": mean_over(top1, ALL_PERTURBATIONS), "top-5": mean_over(top5, ALL_PERTURBATIONS)}
         if set(TEST_PERTURBATIONS) <= set(names):
             summary["flips"] = 100 * mean_over(flips, TEST_PERTURBATIONS)
             if on_imagenet(size, data):
@@ -1432,7 +1438,8 @@ def save_sheet(suite, data, size, args):
             rows[name] = [x[0]]
             for severity in range(1, 6):
                 seed = seeds_of(data, args.seed, name, severity)[:1]
-                rows[name].append(corrupt(x, name, severity, seed, photographs)[0])
+                y = corrupt(x, name, severity, seed, photographs)
+                rows[name].append((jpeg_compression(y, None, 85) if args.jpeg85 and size >= SMALL else y)[0])
     else:
         for name in args.types or PERTURBATIONS:
             frames = perturb(x, name, seeds_of(data, args.seed, "sequence", name)[:1], size)[0]
@@ -1537,6 +1544,11 @@ def main(argv=None):
         return evaluate(subjects, args, evaluation, panels) if subjects else {}
 
 
+def sessions_of(case):
+    """The sessions of core50 that a checkpoint was trained on; the others test."""
+    return tuple(case.state["args"].get("sessions", (1, 2)))
+
+
 def evaluate(subjects, args, evaluation, panels):
     """All suites on all subjects -> {suite: rows of its table}; their panels are added to `panels`."""
     first = subjects[0].case
@@ -1548,7 +1560,7 @@ def evaluate(subjects, args, evaluation, panels):
     # All checkpoints need the same test images, as each batch is altered once for all of them.
     for subject in subjects:
         same = (subject.case.state["data"], subject.case.state["data_dir"]) == (name, root)
-        same &= subject.case.state["args"].get("sessions") == first.state["args"].get("sessions")  # of core50
+        same &= name != "core50" or sessions_of(subject.case) == sessions_of(first)
         if side_of([subject]) != size or not same or subject.case.train.classes != first.train.classes:
             why = f"was trained on other data or sessions, or for images of another size, than {subjects[0].path}"
             common.die(f"{subject.path}: {why}; name --data and --data-dir, or run them apart")

@@ -412,6 +412,23 @@ def test_the_clever_protocol_depends_on_the_base(tmp_path, folder, monkeypatch):
     assert seen == [((0.001,), 100), ((30.0,), 200), ((0.001,), 7), ((30.0,), 7)]
 
 
+def test_transfer_sets_in_three_folders_are_tested_on_test(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "dtd")
+    shutil.copytree(folder / "train", tmp_path / "dtd" / "val")
+    count = lambda name: len(common.load_data(name, str(tmp_path / "dtd"), "test", 16))
+    assert count("dtd") == count("pets") == 12 and count("imagefolder") == 24  # ImageNet's test/ has no labels
+
+
+@pytest.mark.parametrize("name", ["mobilenetv3_small_050", "resnetv2_50", "vit_tiny_patch16_224"])
+def test_models_of_timm_have_the_width_of_their_representation(name):
+    with torch.device("meta"):
+        encoder = eval_probe.Timm(eval_probe.timm.create_model(name, num_classes=0)).eval()
+        x = torch.zeros(1, 3, encoder.img_size, encoder.img_size)
+        assert encoder(x).shape == (1, encoder.dim)
+        encoder.norm(encoder.tokens(x, encoder.depth))
+        assert encoder.last_blocks(x).shape[1] in (encoder.dim, 4 * encoder.dim)
+
+
 def test_cached_features_are_used_and_belong_to_their_checkpoint_and_data(tiny, folder, tmp_path, monkeypatch):
     for seed in "01":
         ser.main([*tiny, "--epochs", "0", "--seed", seed, "--out", str(tmp_path / f"run-s{seed}")])
@@ -571,6 +588,26 @@ def test_settings_are_chosen_on_whole_objects():
     held = eval_probe.hold_out(data, common.rng(0), 0.2)
     assert held.sum() == 16 and len(data.groups[held].unique()) == 2
     assert eval_probe.hold_out(common.ImageSet(paths=common.Paths("", [""] * 80)), common.rng(0)).sum() == 8
+
+
+@pytest.mark.parametrize("objects_per_class", [1, 2])
+def test_every_class_keeps_images_to_learn_from(objects_per_class):
+    """tdw has one object of each class: there images are held out."""
+    groups = torch.arange(120) // 10
+    data = common.ImageSet(
+        paths=common.Paths("", [""] * 120),
+        groups=groups,
+        labels=groups // objects_per_class,
+        classes=tuple("abcdefghijkl"),
+    )
+    for seed in range(20):
+        held = eval_probe.hold_out(data, common.rng(seed), 0.3)
+        assert held.any() and set(data.labels[~held].tolist()) == set(data.labels.tolist())
+        if objects_per_class == 2:
+            assert not set(groups[held].tolist()) & set(groups[~held].tolist())  # whole objects
+    if objects_per_class == 1:
+        with pytest.raises(SystemExit):
+            common.known_part(data, 0.2, 0)
 
 
 def test_few_images_are_a_share_of_each_class_and_at_least_one():
@@ -788,6 +825,9 @@ def test_a_seed_that_comes_twice_is_another_row():
     paths = [f"{run}-s{seed}/checkpoint.pt" for run in ("before", "after") for seed in (0, 1)]
     states = [dict(method="ser", step=9, args=dict(lr=1.0, seed=seed)) for seed in (0, 1, 0, 1)]
     assert eval_probe.row_names(paths, states) == ["before", "before", "after", "after"]
+    paths = [f"{run}-s{seed}/checkpoint.pt" for run, n in (("after", 2), ("before", 4)) for seed in range(n)]
+    states = [dict(method="ser", step=9, args=dict(lr=1.0, seed=seed)) for n in (2, 4) for seed in range(n)]
+    assert eval_probe.row_names(paths, states) == ["after"] * 2 + ["before"] * 4
 
 
 def records(folder):

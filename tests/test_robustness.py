@@ -381,7 +381,11 @@ def checkpoints(tiny, tmp_path_factory):
                 str(root / equi),
             ]
         )
-    return [str(root / equi / "checkpoint.pt") for equi in ("clever", "none")]
+    paths = [root / equi / "checkpoint.pt" for equi in ("clever", "none")]
+    state = common.load_checkpoint(paths[1])
+    state["args"]["sessions"] = (1, 2)  # ciper.py records them whatever the data
+    common.save_checkpoint(paths[1], state)
+    return [str(path) for path in paths]
 
 
 QUICK = ["--linear-epochs", "4", "--workers", "0", "--device", "cpu"]
@@ -588,6 +592,8 @@ def test_mistakes_of_robustness(checkpoints, folder, tmp_path, capsys):
         ([first, "--frost-dir", str(tmp_path / "ice")], ["--frost-dir", "160 px"]),
         ([first, "--frost-dir", str(tmp_path / "none")], ["--frost-dir", "no such directory"]),
         ([first, "--suite", "perturbations", "--types", "fog"], ["--types fog"]),
+        ([first, "--types", "snow", "fog", "snow"], ["--types snow fog snow", "once"]),
+        ([first, "--suite-dir", str(folder), "--save-images", str(tmp_path / "see")], ["--save-images", "--suite-dir"]),
         ([first, "--suite", "augmentations", "--types", "fog"], ["--types", "perturbations"]),
         ([first, "--save-images", str(tmp_path / "ice" / "a.png")], ["--save-images"]),
         (
