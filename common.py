@@ -2369,7 +2369,8 @@ def check_shared_memory(workers, batch):
     if need > free:
         need, free = need / 2**20, free / 2**20
         sizes = f"their batches need {need:.0f} MB of shared memory and /dev/shm has {free:.0f} MB"
-        die(f"--workers {workers}: {sizes}; give --workers 0, or docker run --shm-size=8g")
+        advice = "give --workers 0, or docker run --shm-size=8g"
+        die(f"--workers {workers}: {sizes}; {advice}", 2 if world_size() == 1 else 1)  # other ranks may have room
 
 
 def detach_worker(_):

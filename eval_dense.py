@@ -11,6 +11,7 @@
 Flow: checkpoints -> frozen encoders -> each task reads their maps, or trains a head on them -> one table.
 Seeds share a row. As soon as a task is finished its results are appended to eval.jsonl beside the checkpoint. The map
 is that of the last block through the final norm, without [CLS], before any neck; of ResNets and VMamba the last map.
+UPerNet reads four blocks instead, and with detection the last four stages of ResNets and VMamba.
 
 Tasks, all in percent
   segmentation  A head learns the class of each pixel from the map: batch norm and a 1x1 convolution (--head linear
@@ -29,7 +30,7 @@ Tasks, all in percent
                 object is the connected part of v > mean(v), or of its complement, that holds the patch with the
                 largest |v|. IoU, accuracy and max F-beta (beta^2 0.3), means over images. Encoders without attention
                 use their last map. Where all patches are alike the mask is arbitrary: `cut` is the percent of images
-                with something to cut, where that is not 100.
+                with something to cut.
 
 Figures, PNG files in --out with their numbers in .npz files beside them
   embedding     Features of test images in the plane, a panel a checkpoint, coloured by class, and by azimuth where the
@@ -119,7 +120,8 @@ class Args:
     """peak learning rate, not scaled; default: the recipe's"""
     images: Count | None = None
     """use only the first so many test images or sequences, and four times as many training images; default: all.
-    embedding: number of points, evenly spaced; default: 13,000, of tsne 1,000. fullgrad always takes 512"""
+    embedding: number of points, evenly spaced; default: 13,000, of tsne 1,000. fullgrad takes 512 where
+    the set has masks, else the 8 that it shows"""
     embedding: Literal["pacmap", "tsne", "pca"] | None = None
     """how features are laid out in the plane: by the packages pacmap or scikit-learn, or pca, which needs none;
     default: pacmap where it is installed, else pca"""
@@ -484,7 +486,10 @@ def paired_files(root, images, masks, kind):
     """Pairs of two folders (Path), by stem."""
     found = []
     for folder in (images, masks):
-        found.append({Path(file).stem: str(folder / file) for file in sorted(common.visible(folder)[1])})
+        files = sorted(common.visible(folder)[1])
+        found.append({Path(file).stem: str(folder / file) for file in files})
+        if len(found[-1]) < len(files):
+            common.die(f"--data-dir {folder}: holds two files of one stem; images and masks are matched by it")
 
     # Refuse images without a mask, masks without an image, and empty folders.
     if odd := sorted(set(found[0]) ^ set(found[1])):
@@ -573,7 +578,8 @@ class Boxes(torch.utils.data.Dataset):
             a = dict(id=i + 1, image_id=self.ids[image], category_id=self.categories[label], area=self.area[i].item())
             annotations.append(a | dict(bbox=[*corner[i][:2], *far[i]], iscrowd=int(self.crowd[i])))
         images = [dict(id=i, height=h, width=w) for i, (h, w) in zip(self.ids, self.sizes)]
-        return dict(images=images, annotations=annotations, categories=[dict(id=c) for c in self.categories])
+        categories = [dict(id=c) for c in self.categories]
+        return dict(info={}, images=images, annotations=annotations, categories=categories)
 
 
 def boxes_of_scenes(images, ids, labels):
@@ -695,12 +701,26 @@ def load(task, name, root, side, most, stride=1):
     first = lambda boxed, n: boxed.subset(torch.arange(len(boxed))[:n], boxed.of >= 0)
     train, test = (first(coco_split(root, split), share[kind]) for kind, split in (("train", "train"), ("test", "val")))
 
+    # A label must mean the same class in both.
+    if train.categories != test.categories:
+        common.die(f"--data-dir {root}: the annotations of train2017 and val2017 have different categories")
+
     # Without a box there is nothing to learn, and AP is undefined.
     for kind, boxed in (("training", trainable(train)), ("test", test)):
         if boxed.crowd.all():
             advice = "; raise --images" if most else ""
             common.die(f"--data-dir {root}: none of the {kind} images that are read has a box{advice}")
     return dict(train=train, test=test)
+
+
+def listed(data):
+    """What `load` gives -> what all ranks must hold alike: file names, or the shape of images in memory."""
+    if isinstance(data, dict):
+        return [listed(part) for part in data.values()]
+    if isinstance(data, list):
+        return [(sequence.name, listed(sequence.frames)) for sequence in data]
+    in_memory = isinstance(data.images, torch.Tensor)
+    return tuple(data.images.shape) if in_memory else [Path(path).name for path in data.images]
 
 
 def pixels_of(ids, values):
@@ -719,15 +739,16 @@ def refuse(error):
 def reading(data, rows, workers, name):
     """Yield the items of some rows (list) in their order, behind a progress bar: from loader processes where they are
     files. A file that does not fit ends the program with one line."""
-    # Rendered images are in memory and need no loader processes.
-    workers = 0 if isinstance(data.images, torch.Tensor) else common.default_workers(workers)
-    how = dict(num_workers=workers, worker_init_fn=common.detach_worker, timeout=600 if workers else 0)
-    loader = torch.utils.data.DataLoader(data, batch_size=None, sampler=rows, **how)
-
-    # Loader processes send images through shared memory, which must be large enough.
+    # Rendered images are in memory and need no loader processes, which send images through shared memory.
     try:
-        if workers and len(rows):
-            common.check_shared_memory(workers, 1.5 * sum(t.nbytes for t in common.tensors(data[rows[0]])))
+        if isinstance(data.images, torch.Tensor) or not rows:
+            workers = 0
+        elif workers != 0:
+            size = 1.5 * sum(t.nbytes for t in common.tensors(data[rows[0]]))
+            workers = common.default_workers(workers, size)
+            common.check_shared_memory(workers, size)
+        how = dict(num_workers=workers, worker_init_fn=common.detach_worker, timeout=600 if workers else 0)
+        loader = torch.utils.data.DataLoader(data, batch_size=None, sampler=rows, **how)
         yield from common.progress(loader, total=len(rows), desc=name)
     except OSError as e:
         refuse(e)
@@ -844,10 +865,10 @@ def in_turn(n):
     return list(range(n))[common.rank() :: common.world_size()]
 
 
-def gathered(found):
-    """{row: value} of each rank -> the values of all ranks, in the order of rows, on every rank."""
+def gathered(found, n):
+    """{row: value} of each rank -> the values of all ranks, of rows 0 to n - 1 in turn, on every rank."""
     every = {row: value for part in common.from_all_ranks(found) for row, value in part.items()}
-    return [value for _, value in sorted(every.items())]
+    return [every[row] for row in range(n)]
 
 
 def write_png(path, values, colours=None):
@@ -967,7 +988,7 @@ def video(encoder, sequences, name, args, save):
         found[i] = [dict(sequence=sequence, object=k, J=J, F=f) for k, (J, f) in measures.items()]
 
     # The mean is over objects, not over sequences.
-    objects = [o for some in gathered(found) for o in some]
+    objects = [o for some in gathered(found, len(sequences)) for o in some]
     J, f = (100 * sum(o[m]["mean"] for o in objects) / len(objects) for m in "JF")
     details = dict(sequences=len(sequences), objects=objects, context=N_CONTEXT, radius=RADIUS, top_k=TOP_K)
     return {"J&F": (J + f) / 2, "J": J, "F": f}, details
@@ -997,7 +1018,7 @@ def token_cut(features, shape):
     whether there is something to cut: where all patches are alike, both are arbitrary. In float64 on the CPU, as the
     eigenvalue is of the size of 1e-5."""
     # Patches are alike where the cosine of their features exceeds 0.2; weak edges join all others.
-    f = F.normalize(features.double().cpu(), dim=1)
+    f = F.normalize(features.cpu().double(), dim=1)
     W = (f @ f.T > ALIKE).double().clamp(min=EDGE)  # (N, N)
     root = W.sum(1).rsqrt()  # (N,), D^-1/2
 
@@ -1068,22 +1089,20 @@ def saliency(encoder, pairs, name, args, save):
         # Compare the mask with the truth at the size of the image.
         truth = truth > 0
         accuracy = (mask == truth).double().mean().item()
-        found[i] = dict(cut=cut, IoU=jaccard(mask, truth), acc=accuracy, maxF=f_beta(mask, truth))
+        found[i] = dict(IoU=jaccard(mask, truth), acc=accuracy, maxF=f_beta(mask, truth), cut=cut)
 
     # A mask without grey levels has the same F-beta at all thresholds, and its mean is max F-beta [TokenCut].
-    every = gathered(found)
+    every = gathered(found, len(pairs))
     results = {metric: 100 * sum(scores[metric] for scores in every) / len(every) for metric in every[0]}
-    cut = results.pop("cut")
-    if cut < 100:
-        results["cut"] = cut
-        share = f"in {100 - cut:.0f} % of the images all patches are alike (cosine above {ALIKE})"
+    if results["cut"] < 100:
+        share = f"in {100 - results['cut']:.3g} % of the images all patches are alike (cosine above {ALIKE})"
         eval_probe.say(f"{encoder.path}: saliency on {name}: {share}; their masks are arbitrary")
 
     # The row of scenes has other tasks as well, so that these metrics name their task.
     if name == "scenes":
         results = {f"saliency {metric}": value for metric, value in results.items()}
     feature = "last map" if encoder.attention is None else "keys of the last block"
-    return results, dict(images=len(pairs), feature=feature, cut=cut)
+    return results, dict(images=len(pairs), feature=feature)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1181,8 +1200,10 @@ class Neck(nn.Module):
         maps = dict(zip(layers, self.encoder.maps(x, layers)))
         out = []
         for i, (layer, level) in enumerate(zip(self.layers, self.levels)):
+            # The 1x1 convolution and the resizing commute, and the first makes the map smaller.
             size = tuple(max(1, side // (4 * 2**i)) for side in x.shape[2:])
-            out.append(level(F.interpolate(maps[layer], size, mode="bilinear", align_corners=False)))
+            narrow = level[0](maps[layer])
+            out.append(level[1:](F.interpolate(narrow, size, mode="bilinear", align_corners=False)))
         return OrderedDict(zip(("0", "1", "2", "3", "pool"), [*out, F.max_pool2d(out[-1], 1, 2)]))
 
 
@@ -1377,6 +1398,8 @@ def segmentation(encoder, pairs, name, args, save):
             write_png(save / f"{pairs['test'].name(i)}.png", (predicted + (name == "ade20k")).to(torch.uint8))
     scores, iou = segmentation_scores(common.all_reduce(matrix))
     details = settings | dict(head=args.head, side=side, iou=iou.tolist())
+    if args.head == "upernet":
+        details |= dict(feature=f"maps {head.neck.layers}, through the final norm")
     details |= dict(train=len(pairs["train"]), test=len(pairs["test"]))
     return {metric: 100 * value for metric, value in scores.items()}, details
 
@@ -1477,12 +1500,13 @@ def detection(encoder, sets, name, args, save):
         found[i] = [ids | dict(category_id=test.categories[c - 1], bbox=b, score=s) for b, c, s in each]
 
     # Rank 0 saves and evaluates the detections of all ranks.
-    detections = [d for some in gathered(found) for d in some]
+    detections = [d for some in gathered(found, len(test)) for d in some]
     if save and common.rank() == 0:
         save.mkdir(parents=True, exist_ok=True)
         common.write(save / "detections.json", json.dumps(detections).encode())
     scores = common.by_rank_0(lambda: average_precision(test.truths(), detections))
     details = settings | dict(detections=len(detections), train=len(chosen), test=len(test), metric="pycocotools")
+    details |= dict(feature=f"maps {model.backbone.layers}, through the final norm")
     return {metric: 100 * value for metric, value in scores.items()}, details
 
 
@@ -1513,7 +1537,8 @@ def over(image, layer, where=1.0):
 
 def keep(args, figure, name, numbers):
     """Write the numbers of a figure, of the set `name`, beside its picture; returns the path of the picture."""
-    path = Path(args.out) / "-".join(part for part in (figure, name, args.corruption) if part)
+    corruption = args.corruption if figure == "embedding" else None
+    path = Path(args.out) / "-".join(part for part in (figure, name, corruption) if part)
     np.savez_compressed(f"{path}.npz", **{k: np.asarray(v) for k, v in numbers.items()})
     eval_probe.say(f"{path}.png, {path}.npz")
     return f"{path}.png"
@@ -1702,11 +1727,11 @@ def fullgrad_map(model, x):
     colours = (image * gradient)[:, :3]
     total = psi(colours).view_as(colours).sum(1)
 
-    # Add the bias of each layer times its gradient; linear layers have no map.
+    # Add the bias of each layer times its gradient, summed over channels before it grows; linear layers have no map.
     for bias, gradient in layers:
         if gradient.dim() == 4:
-            part = psi(bias * gradient).view_as(gradient)
-            total += F.interpolate(part, x.shape[2:], mode="bilinear", align_corners=True).sum(1)
+            part = psi(bias * gradient).view_as(gradient).sum(1, keepdim=True)
+            total += F.interpolate(part, x.shape[2:], mode="bilinear", align_corners=True)[:, 0]
     return total
 
 
@@ -1872,6 +1897,7 @@ def check(args, jobs, notes):
         ("corruption", args.corruption, {"embedding"}),
         ("images", args.images, {*TASKS, "embedding", "attention"}),
         ("save", args.save, set(TASKS)),
+        ("out", args.out != Args.out, set(USES) - set(TASKS)),
     ):
         if value and not users & asked:
             common.die(f"--{flag}: is for {', '.join(sorted(users))} only; leave it out")
@@ -1962,7 +1988,12 @@ def open_cases(figure, name, root, subjects, args, device):
     """Subjects with the train and test images of a set (Case each). Refuses what the figure cannot show."""
     flags = dict(seed=args.seed, workers=args.workers, device=args.device, amp=args.amp)
     how = eval_probe.Args(args.checkpoints, ("equivariance",), data=name, data_dir=root, **flags)
-    cases = [eval_probe.open_case(s.path, s.encoder.backbone, dict(s.state), how, device) for s in subjects]
+
+    # A checkpoint that was trained without unreadable images is shown without them.
+    cases = []
+    for s in subjects:
+        own = dataclasses.replace(how, skip_corrupt=s.state["args"].get("skip_corrupt", False))
+        cases.append(eval_probe.open_case(s.path, s.encoder.backbone, dict(s.state), own, device))
     for case in cases:
         if figure == "embedding":
             shown_rows(case, args)
@@ -2034,6 +2065,8 @@ def main(argv=None):
         for part, name, root in jobs if subjects else ():
             if part not in PROBED:
                 sets[part, name] = load(part, name, root, side, args.images, stride)
+                problem = f"--data {name}: machines hold other files of it; copy the set anew"
+                common.same_on_all_ranks(common.number_of(listed(sets[part, name])), problem)
             else:
                 sets[part, name] = open_cases(part, name, root, able[part], args, device)
 

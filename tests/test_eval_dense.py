@@ -132,7 +132,7 @@ def of_coco(*rows):
 def ap(truths, found):
     images = [dict(id=i) for i in sorted({t["image_id"] for t in truths})]
     categories = [dict(id=c) for c in sorted({t["category_id"] for t in truths})]
-    return ed.average_precision(dict(images=images, annotations=truths, categories=categories), found)
+    return ed.average_precision(dict(info={}, images=images, annotations=truths, categories=categories), found)
 
 
 box, other = (0, 1, 0, 0, 10, 10), (0, 1, 20, 20, 30, 30)
@@ -302,7 +302,7 @@ def test_saliency_sees_what_is_planted(capsys):
     assert scores["saliency IoU"] > 100 * limit - 6 and details["feature"] == "keys of the last block"
     blind, _ = ed.saliency(stub(0.0), ed.Pairs(painted(ids), ids), "scenes", arguments(), None)
     assert all(math.isfinite(v) for v in blind.values()) and blind["saliency IoU"] < 50
-    assert "saliency cut" not in scores and blind["saliency cut"] == 0
+    assert scores["saliency cut"] == 100 and blind["saliency cut"] == 0
     assert "in 100 % of the images all patches are alike" in capsys.readouterr().err
 
 
@@ -851,7 +851,8 @@ def test_figures(runs, trees, tmp_path, capsys):
     ed.main([runs["vit-s0"], *QUICK, "--out", str(tmp_path), "--figures", "attention", *where])
     assert np.load(tmp_path / "attention-ecssd.npz")["0 0 mask"].shape == (2, 3)
     flags += ["--classes", "1", "--corruption", "defocus_blur"]
-    ed.main([runs["vit-s0"], *flags, "--figures", "embedding"])
+    ed.main([runs["vit-s0"], runs["resnet"], *flags, "--figures", "embedding", "fullgrad"])
+    assert not list(tmp_path.glob("fullgrad-*"))  # the corruption is of the embedding alone
     assert set(np.load(tmp_path / "embedding-defocus_blur.npz")["0 labels"]) in ({0}, {1})
 
 
@@ -1047,6 +1048,11 @@ ADE = "ADEChallengeData2016"
 FAULTS = {
     "6 no mask": ("ecssd", lambda r: (r / "ground_truth_mask/1.png").unlink(), "1 is in", "only"),
     "6 no image": ("duts", lambda r: (r / "DUTS-TE/DUTS-TE-Image/0.jpg").unlink(), "0 is in", "only"),
+    "6 two of a stem": (
+        "ecssd",
+        lambda r: save(r / "ground_truth_mask/1.bmp", torch.zeros(40, 50)),
+        "two files of one stem",
+    ),
     "6 empty": ("dut-omron", lambda r: [f.unlink() for f in r.glob("*/*")], "holds no images"),
     "7 sizes": ("ecssd", lambda r: save(r / "ground_truth_mask/1.png", torch.zeros(40, 51)), "1.jpg", "one size"),
     "7 sizes in training": (
@@ -1081,6 +1087,11 @@ FAULTS = {
     "9 keys": ("coco", change_coco(images=[dict(id=3)]), "not the annotations of COCO", "height"),
     "9 unknown image": ("coco", change_coco(annotations=[one_box | dict(image_id=77)]), "annotation 9"),
     "9 outside": ("coco", change_coco(annotations=[one_box | dict(bbox=[50, 5, 20, 20])]), "annotation 9", "beyond"),
+    "9 other categories": (
+        "coco",
+        change_coco(categories=[dict(id=3), dict(id=8)], annotations=[one_box]),
+        "different categories",
+    ),
     "9 no box": ("coco", change_coco(annotations=[]), "holds no box"),
     "9 no image": ("coco", lambda r: (r / "val2017/1.jpg").unlink(), "val2017/1.jpg", "missing"),
     "10 no list": ("davis", lambda r: (r / "ImageSets/2017/val.txt").unlink(), "val.txt"),
@@ -1174,7 +1185,7 @@ def test_attention_that_queries_and_keys_do_not_determine_is_refused(part, trees
 def test_default_tasks_leave_out_what_an_encoder_has_not(capsys, monkeypatch):
     small_timm(monkeypatch, embed_dim=48, depth=2, num_heads=4)
     measured = []
-    monkeypatch.setattr(ed, "load", lambda *a: None)
+    monkeypatch.setattr(ed, "load", lambda *a: ed.Pairs(torch.zeros(1, 3, 8, 8), None))
     monkeypatch.setattr(ed, "measure", lambda subject, task, *a: measured.append(task))
     ed.main(["timm:eva02_tiny_patch14_224", *QUICK])
     assert {"segmentation", "video"} <= set(measured) and "saliency" not in measured
