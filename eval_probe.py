@@ -1651,8 +1651,8 @@ def one_line(error):
     known = common.one_line(error)
     if known and known.startswith("out of memory"):
         if "CUDA" in str(error) or "MPS" in str(error):
-            return "out of memory on the GPU; end what else runs there, lower --batch-size, or take --device cpu"
-        return "out of memory; take fewer --workers, a lower --batch-size, another --device or smaller images"
+            return "out of memory on the GPU; end what else runs there, or take --device cpu"
+        return "out of memory; take fewer --workers or another --device, or an encoder of smaller images"
     *_, at = traceback.extract_tb(error.__traceback__)
     what = " ".join([f"{type(error).__name__}:", *str(error).split()])[:300]
     return known or f"{what} ({Path(at.filename).name}, line {at.lineno})"
