@@ -536,7 +536,7 @@ def check(args):
         takes = "take blocks-views, core50 or tdw, or --views image"
         common.die(f"--views {args.views}: {args.data} knows neither views nor sessions of its objects; {takes}")
 
-    # Only streams continue, and E-SSL's crop has half the side.
+    # --time-continue is for streams alone. E-SSL rotates a crop of half the side, which needs a pixel.
     if args.time_continue != 0.95 and args.views != "time":
         common.die(f"--time-continue {args.time_continue}: goes with --views time")
     if args.objective == "essl" and args.img_size < 2:

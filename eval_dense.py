@@ -1399,7 +1399,7 @@ def segmentation(encoder, pairs, name, args, save):
     scores, iou = segmentation_scores(common.all_reduce(matrix))
     details = settings | dict(head=args.head, side=side, iou=iou.tolist())
     if args.head == "upernet":
-        details |= dict(feature=f"maps {head.neck.layers}, through the final norm")
+        details |= dict(feature=f"maps {head.neck.layers}")
     details |= dict(train=len(pairs["train"]), test=len(pairs["test"]))
     return {metric: 100 * value for metric, value in scores.items()}, details
 
@@ -1506,7 +1506,7 @@ def detection(encoder, sets, name, args, save):
         common.write(save / "detections.json", json.dumps(detections).encode())
     scores = common.by_rank_0(lambda: average_precision(test.truths(), detections))
     details = settings | dict(detections=len(detections), train=len(chosen), test=len(test), metric="pycocotools")
-    details |= dict(feature=f"maps {model.backbone.layers}, through the final norm")
+    details |= dict(feature=f"maps {model.backbone.layers}")
     return {metric: 100 * value for metric, value in scores.items()}, details
 
 
@@ -1972,7 +1972,7 @@ def measure(subject, task, name, root, data, args):
     subject.row |= results
     seconds = time.monotonic() - begin
     protocol = dict(task=task, data=name, data_dir=root, amp=args.amp, device=encoder.device.type, seconds=seconds)
-    protocol |= dict(feature="last map, through the final norm", stride=encoder.stride, dim=encoder.dim)
+    protocol |= dict(feature="last map", norm=type(encoder.norm).__name__, stride=encoder.stride, dim=encoder.dim)
     eval_probe.append_record(subject.path, subject.state, args, results, protocol | details)
     eval_probe.say(f"{subject.path}: {task} on {name}, {seconds:.1f} s")
 

@@ -388,7 +388,9 @@ class Timm(nn.Module):
         super().__init__()
         config = model.pretrained_cfg
         self.model, norm = model, getattr(model, "norm", None)
-        over_channels = isinstance(norm, nn.LayerNorm) and not isinstance(norm, timm.layers.LayerNorm2d)
+        over_channels = isinstance(norm, (nn.LayerNorm, timm.layers.RmsNorm)) and not isinstance(
+            norm, timm.layers.LayerNorm2d
+        )
         self.norm = norm if over_channels else nn.Identity()  # of maps (B, h, w, C)
         self.mean, self.std = tuple(config["mean"]), tuple(config["std"])
         self.img_size, self.depth = config["input_size"][-1], len(model.feature_info)
@@ -526,6 +528,8 @@ def open_case(path, encoder, state, args, device):
     own = state["args"]
     name = args.data or own["data"]
     root = own["data_dir"] if args.data_dir is None and name == own["data"] else args.data_dir
+    if args.data_dir is None and name.startswith("blocks"):
+        root = None  # older runs kept a directory that rendered sets do not read
 
     # Only some encoders split their representation.
     if "all" not in args.part and encoder.inv is None:
@@ -1257,9 +1261,10 @@ def fine_tune(case, quarters=False, rows=None):
 def finetune(case):
     """Accuracy of the fine-tuned encoder on test images, in percent."""
     scores = case.features(case.test, encode=case.fine_tuned, name="fine-tuned")
+    how = case.tuning()  # on all ranks, because it may ask for features
     if common.rank():
         return None
-    return accuracies("finetune", scores, case.test.labels), case.tuning()
+    return accuracies("finetune", scores, case.test.labels), how
 
 
 def rotation(case):
@@ -1736,28 +1741,34 @@ class Evaluation:
 def row_names(paths, states):
     """A name for each checkpoint, equal for those that differ only in their seed (and in how and where they ran): the
     run directory without its seed. Different runs of the same name are numbered."""
-    names, rows = [], []  # rows: those of the table, with what makes a run, its directory and the seeds it has so far
+    # Runs are grouped by what makes them and by their directory. A seed that comes twice is of another run, such as one
+    # after an edit of the script.
     free = (common.Run.FREE | {"seed"}) - {"data_dir"}
-    for path, state in zip(paths, states):
+    groups = {}  # {(run, directory, how often its seeds came before): ({seeds}, [places])}
+    for place, (path, state) in enumerate(zip(paths, states)):
         args = {k: v for k, v in state["args"].items() if k not in free}
-        run = json.dumps([state["method"], state["step"], args], sort_keys=True)
-        seed, directory = state["args"].get("seed"), name_of(path)
+        run, seed = json.dumps([state["method"], state["step"], args], sort_keys=True), state["args"].get("seed")
+        again = 0
+        while seed in groups.setdefault((run, name_of(path), again), (set(), []))[0]:
+            again += 1
+        seeds, places = groups[run, name_of(path), again]
+        seeds.add(seed)
+        places.append(place)
 
-        # A seed joins a row of its run that lacks it, of its own directory if possible. A seed that comes twice is of
-        # another run, such as one after an edit of the script.
-        open_rows = [row for row in rows if row.run == run and seed not in row.seeds]
-        open_rows.sort(key=lambda row: row.directory != directory)
-        if open_rows:
-            row = open_rows[0]
-        else:
-            # Another run of the same directory name gets the next free number.
+    # Groups of one run and of other seeds share a row, which has the name of the first. A name that is taken gets the
+    # next free number.
+    names, rows = [""] * len(paths), []
+    for (run, directory, _), (seeds, places) in groups.items():
+        row = next((row for row in rows if row.run == run and not row.seeds & seeds), None)
+        if row is None:
             name, number = directory, 2
             while name in {row.name for row in rows}:
                 name, number = f"{directory} #{number}", number + 1
-            row = SimpleNamespace(run=run, directory=directory, seeds=set(), name=name)
+            row = SimpleNamespace(run=run, name=name, seeds=set())
             rows.append(row)
-        row.seeds.add(seed)
-        names.append(row.name)
+        row.seeds |= seeds
+        for place in places:
+            names[place] = row.name
     return names
 
 

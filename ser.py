@@ -966,7 +966,8 @@ def check(args):
             common.die(f"--batch-size {batch_size}: SER's second part (b2) takes {n2} of it; raise it or lower {flag}")
         if n2 % world:
             step = math.lcm(8, world)
-            ways = f"start 1, 2, 4 or 8, or give --equi-ratio {step * math.ceil(n2 / step) / batch_size:.3g}"
+            share = step * math.ceil(n2 / step) / batch_size
+            ways = "start 1, 2, 4 or 8, or " + (f"give --equi-ratio {share:.3g}" if share < 1 else "raise --batch-size")
             common.die(f"{flag}: b2, {n2} images, does not divide among {world} processes; {ways}")
 
 

@@ -121,9 +121,10 @@ def test_A4_mistakes_of_processes(tiny, capsys, monkeypatch):
         "5 processes",
         "10",
     )
-    expect_mistake(
-        capsys, lambda _: ser.check(args), None, "8 images", "5 processes", "1, 2, 4 or 8", "--equi-ratio 3.33"
-    )
+    expect_mistake(capsys, lambda _: ser.check(args), None, "8 images", "5 processes", "or 8", "raise --batch-size")
+    args.batch_size = 100
+    expect_mistake(capsys, lambda _: ser.check(args), None, "5 processes", "give --equi-ratio 0.4")
+    assert ser.equi_batch_size(100, 0.4) % 5 == 0
     args = common.parse(ser.Args, ser.values_in_force, [*tiny, "--equi", "stl", "--batch-size", "15"])
     expect_mistake(capsys, lambda _: ser.check(args), None, "--batch-size 15", "5 processes", "even")
 

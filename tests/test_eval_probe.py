@@ -426,6 +426,7 @@ def test_models_of_timm_have_the_width_of_their_representation(name):
         x = torch.zeros(1, 3, encoder.img_size, encoder.img_size)
         assert encoder(x).shape == (1, encoder.dim)
         encoder.norm(encoder.tokens(x, encoder.depth))
+        assert isinstance(encoder.norm, torch.nn.Identity) == ("vit" not in name)
         assert encoder.last_blocks(x).shape[1] in (encoder.dim, 4 * encoder.dim)
 
 
@@ -530,7 +531,7 @@ def test_2_processes_print_what_one_prints(tiny, tmp_path):
 
 def tuned(checkpoint):
     quick = "--linear-epochs 2 --finetune-epochs 2 --finetune-lr 0.1 --device cpu --workers 0".split()
-    return eval_probe.main([checkpoint, "--tasks", "linear", "finetune", "--augment", *quick]) + eval_probe.main(
+    return eval_probe.main([checkpoint, "--tasks", "finetune", "linear", "--augment", *quick]) + eval_probe.main(
         [checkpoint, "--tasks", "linear", "fewshot", "--linear", "lbfgs", *quick]
     )
 
@@ -828,6 +829,9 @@ def test_a_seed_that_comes_twice_is_another_row():
     paths = [f"{run}-s{seed}/checkpoint.pt" for run, n in (("after", 2), ("before", 4)) for seed in range(n)]
     states = [dict(method="ser", step=9, args=dict(lr=1.0, seed=seed)) for n in (2, 4) for seed in range(n)]
     assert eval_probe.row_names(paths, states) == ["after"] * 2 + ["before"] * 4
+    paths = [f"{name}/checkpoint.pt" for name in ("edited-s1", "orig-s0", "orig-s1", "orig-s2", "third-s3")]
+    states = [dict(method="ser", step=9, args=dict(lr=1.0, seed=seed)) for seed in (1, 0, 1, 2, 3)]
+    assert eval_probe.row_names(paths, states) == ["edited", "orig", "orig", "orig", "edited"]
 
 
 def records(folder):
