@@ -1147,9 +1147,10 @@ class Run:
         # Throughput and waiting time are averages since the last line of the log.
         now = time.monotonic()
         done, seconds = step + 1 - self.logged, now - self.clock
-        most = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0  # bytes
         line |= dict(images_per_s=round(done * self.args.batch_size / seconds, 1))
-        line |= dict(data_wait=round(self.loader.waited / seconds, 4), memory_gb=round(most / 2**30, 3))
+        line |= dict(data_wait=round(self.loader.waited / seconds, 4))
+        if self.device.type == "cuda":
+            line |= dict(memory_gb=round(torch.cuda.max_memory_allocated(self.device) / 2**30, 3))
         self.logged = step + 1
         self.clock = now
         self.loader.waited = 0.0

@@ -50,7 +50,8 @@ after 2/3 and 8/9 of the steps [Detectron]. RECON says "HyperNet", which its suc
 beneath it, has 256 channels and no auxiliary head. CLeVER follows DINO's and TokenCut's files; ours has no bilateral
 solver. CIPER and SER do not say which images, settings or severity their figures use; ours are the packages' defaults
 and severity 3. Further differences: the loss is the mean over labelled pixels, not over all; positions of ViTs are
-resampled as in this repository; photometric distortion is ColorJitter. Several processes train the same linear head;
+resampled as in this repository; photometric distortion is ColorJitter; masks are resized to the nearest pixel centre,
+where mmsegmentation takes the next lower pixel; the neck has group norms. Several processes train the same linear head;
 detection and UPerNet draw other random numbers on each, so their results differ as between seeds.
 
 Sources. DINO (arXiv 2104.14294), its eval_video_segmentation.py; DINOv2 (2304.07193); UPerNet (1807.10221), in

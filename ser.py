@@ -977,7 +977,7 @@ def main(argv=None):
     device = common.start(args.device)
     check(args)
 
-    # The equivariance term is a part of the model, and it adds views to those of the base.
+    # The equivariance term adds views to those of the base.
     model = build(args, device)
     policies = make_policies(args)
     train, test = (

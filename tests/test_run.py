@@ -401,7 +401,6 @@ def test_what_a_run_leaves_behind(tiny, tmp_path, capsys):
         "lr",
         "images_per_s",
         "data_wait",
-        "memory_gb",
         "feature_std",
         "effective_rank",
     }
