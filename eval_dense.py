@@ -2025,7 +2025,7 @@ def make_figure(figure, name, data, subjects, args):
 def main(argv=None):
     """Every task and figure on every checkpoint; results are appended to the eval.jsonl beside each, and one table is
     printed. Returns its rows."""
-    with eval_probe.Evaluation() as evaluation:
+    with eval_probe.Evaluation(lower="--batch-size") as evaluation:
         # Refuse impossible calls before checkpoints are read.
         eval_probe.checkpoints_first(argv, Args)
         args = common.parse(Args, lambda first: {}, argv, description=__doc__)

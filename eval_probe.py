@@ -9,8 +9,8 @@
 Flow: checkpoints -> encoders -> features of the train and test images, once -> every probe on them -> a table. All
 checkpoints are opened and checked before the first is probed. Checkpoints that differ only in their seed share a row,
 mean +- sample standard deviation. Each finished task appends a line to eval.jsonl beside its checkpoint (of
-timm:NAME: in the current directory), with the protocol. A task that fails, a damaged checkpoint or a signal costs one
-line and the exit code; finished results stay.
+timm:NAME: in the current directory), with the protocol and the scores on training images. A task that fails, a damaged
+checkpoint or a signal costs one line and the exit code; finished results stay.
 
 Features are the final [CLS] of ViTs, the mean of the tokens of recon_xattn.py's encoders, and the mean of the last map
 of ResNets and VMamba. Linear probes of ViTs see the [CLS] of the last four blocks, each through the final norm [DINO].
@@ -245,9 +245,12 @@ def check(args):
     if args.augment and args.linear != "sgd":
         common.die(f"--augment: goes with --linear sgd; {args.linear} learns from fixed features: give --no-augment")
 
-    # Refuse choices of tasks that are not asked for.
+    # Refuse choices that another kind of probe or another task would use.
     usual = Args(**PROTOCOLS[args.protocol])
-    for name, task in (("layers", "layers"), ("r2_targets", "r2"), ("fewshot", "fewshot")):
+    for name in ("linear_epochs", "linear_lrs"):
+        if args.linear != "sgd" and getattr(args, name) != getattr(usual, name):
+            common.die(f"--{name.replace('_', '-')}: goes with --linear sgd; {args.linear} does not use it")
+    for name, task in (("knn_k", "knn"), ("layers", "layers"), ("r2_targets", "r2"), ("fewshot", "fewshot")):
         if getattr(args, name) != getattr(usual, name) and task not in args.tasks:
             common.die(f"--{name.replace('_', '-')}: goes with --tasks {task}")
 
@@ -819,9 +822,14 @@ class Case:
             head.choose(self.x[0][:, head.columns], labels)
 
     def fit_probes(self):
-        """Train the linear probes, where that has not happened -> how, for the protocol; flags are recorded too."""
-        chosen, kind = {name: head.chosen for name, head in self.heads.items()}, self.args.linear
-        how = dict(optimizer=kind, feature=self.feature, held_out=0.1 if self.chooses else 0.0, chosen=chosen)
+        """Train the linear probes, where that has not happened -> how, and their training accuracy, for the protocol;
+        flags are recorded too."""
+        heads, kind = self.heads, self.args.linear
+        how = dict(optimizer=kind, feature=self.feature, held_out=0.1 if self.chooses else 0.0)
+        how |= dict(chosen={name: head.chosen for name, head in heads.items()})
+        if common.rank() == 0:  # which holds the features
+            x, labels = self.x[0], self.train.labels
+            how |= dict(train={n: training_accuracy(head, x[:, head.columns], labels) for n, head in heads.items()})
         return how if kind == "lbfgs" else how | dict(batch_size=256)
 
     def read(self, name, x):
@@ -956,16 +964,24 @@ class LinearProbe:
         return self.logits(x).index_select(1, self.best[None])[:, 0]  # [:, best] would wait for a GPU
 
 
+def training_accuracy(head, x, labels):
+    """Percent of the images that a linear probe learned from which it gets right, as centre crops. x (N, D), labels
+    (N,): of all images. They come in pieces, as the scores of all may be too large."""
+    rows, labels = head.rows.to(x.device), labels.to(x.device)
+    right = [(head.scores(x[some]).argmax(1).to(x.device) == labels[some]).sum() for some in rows.split(8192)]
+    return 100 * sum(right).item() / len(rows)
+
+
 def linear_probe(train, labels, test, classes, lrs, epochs, generator, batch_size=256):
     """A LinearProbe from first to last on fixed features (N, D), labels (N,), a tenth of which chooses among several
-    rates -> (test scores (M, C), its learning rate)."""
+    rates -> (test scores (M, C), its learning rate, its training accuracy in percent)."""
     tenth = max(1, len(train) // 10) if len(lrs) > 1 else 0
     held, rows = torch.randperm(len(train), generator=generator).split([tenth, len(train) - tenth])
     head = LinearProbe(train.shape[1], classes, rows, held, lrs, epochs, generator, train.device, batch_size)
     for _ in common.progress(range(epochs), desc="linear probe", unit="epoch"):
         head.epoch(train, labels)
     rate = head.choose(train, labels)
-    return head.scores(test), rate
+    return head.scores(test), rate, training_accuracy(head, train, labels)
 
 
 class RidgeProbe:
@@ -1313,17 +1329,19 @@ def rotation(case):
         note_turned("linear", name.removeprefix("linear"), scores)
 
     # A linear probe of quarter turns learns from each part of the representation.
-    rates, labels = {}, answers["rot90"].to(case.device)
+    rates, on_train, labels = {}, {}, answers["rot90"].to(case.device)
     for suffix, columns in case.parts(x.shape[1]):
+        name = "4-fold" + suffix
         how = 4, args.linear_lrs, args.linear_epochs, common.rng(args.seed, "4-fold")
-        scores, rates["4-fold" + suffix] = linear_probe(x[:, columns], labels, x_test[:, columns], *how)
-        results["4-fold" + suffix] = fourfold_accuracy(scores)
+        scores, rates[name], on_train[name] = linear_probe(x[:, columns], labels, x_test[:, columns], *how)
+        results[name] = fourfold_accuracy(scores)
 
     # Fine-tuned encoders are evaluated in the same way.
     if tuned:
         note_turned("finetune", "", tuned[0])
         results["4-fold finetune"] = fourfold_accuracy(tuned[1])
-    return results, dict(details, draws=3, fourfold=dict(optimizer="sgd", augment=False, chosen=rates))
+    fourfold = dict(optimizer="sgd", augment=False, chosen=rates, train=on_train)
+    return results, dict(details, draws=3, fourfold=fourfold)
 
 
 def latents(case):
@@ -1338,21 +1356,24 @@ def latents(case):
 
 
 def readouts_of_latents(train, test, x, x_test, args):
-    """Linear readouts of one image. Sets and their features (N, D), (M, D) -> (results, protocol); None beside rank
-    0."""
+    """Linear readouts of one image. Sets and their features (N, D), (M, D) -> (results, protocol, which holds the same
+    values on the images that the readouts learned from); None beside rank 0."""
     if common.rank():
         return None
 
-    results, details = {}, {}
+    results, on_train, details = {}, {}, {}
 
     def readouts(name, x, y, x_test):
-        """What is read from x_test: {"": by the readout that SGD trains, " lstsq": by the one in closed form}."""
-        readout = linear_schedule(x, y.to(x.device), common.rng(args.seed, name))
-        return {"": readout(x_test), " lstsq": least_squares(x, y, x_test)}
+        """What is read from x_test and from x: {"": by the readout that SGD trains, " lstsq": by the one in closed
+        form}."""
+        readout, both = linear_schedule(x, y.to(x.device), common.rng(args.seed, name)), torch.cat([x_test, x])
+        read = {"": readout(both), " lstsq": least_squares(x, y, both)}
+        return {suffix: values.cpu().split([len(x_test), len(x)]) for suffix, values in read.items()}
 
     def note_accuracy(name, x, y, x_test, y_test):
-        for suffix, scores in readouts(name, x, y, x_test).items():
-            results[name + suffix] = 100 * (scores.argmax(1).cpu() == y_test).float().mean().item()
+        percent = lambda scores, labels: 100 * (scores.argmax(1) == labels).float().mean().item()
+        for suffix, (scores, recalled) in readouts(name, x, y, x_test).items():
+            results[name + suffix], on_train[name + suffix] = percent(scores, y_test), percent(recalled, y)
 
     # Classes are the kind of object, the object itself (on core50, where both splits show it), and the session.
     note_accuracy("object", x, train.labels, x_test, test.labels)
@@ -1381,15 +1402,16 @@ def readouts_of_latents(train, test, x, x_test, args):
         a, b = (f - centre) / scale, (f_test - centre) / scale
 
         # Errors are given in units of the deviations, and in degrees and lengths.
-        for suffix, predicted in readouts("view", a, target, b).items():
-            error = predicted.cpu() * std + mean - unseen.factors["view"]  # (m, 3)
+        for suffix, (predicted, recalled) in readouts("view", a, target, b).items():
+            error = predicted * std + mean - unseen.factors["view"]  # (m, 3)
             results["view err" + suffix] = 100 * (error / std).square().mean().item()
+            on_train["view err" + suffix] = 100 * (recalled - target.cpu()).square().mean().item()
             rmse = dict(zip(("azimuth", "elevation", "distance"), error.square().mean(0).sqrt().tolist()))
             turned = (error[:, 0] + 180) % 360 - 180
             details["rmse" + suffix] = rmse | dict(azimuth_circular=turned.square().mean().sqrt().item())
 
     # The protocol says which images each readout is evaluated on.
-    protocol = dict(epochs=100, batch_size=256, lr=1.0, session_read="every fifth test image")
+    protocol = dict(epochs=100, batch_size=256, lr=1.0, train=on_train, session_read="every fifth test image")
     protocol["view_read"] = "every second test object" if "session" in test.factors else "test"
     return results, protocol | details
 
@@ -1651,13 +1673,15 @@ def say(line):
         tqdm.write(line, file=sys.stderr)
 
 
-def one_line(error):
-    """An exception in one line: what the machine lacks, and what to lower; or where it was raised."""
+def one_line(error, lower=""):
+    """An exception in one line: what the machine lacks, and what to lower; or where it was raised. lower: a flag of the
+    script that a machine without memory calls for."""
     known = common.one_line(error)
     if known and known.startswith("out of memory"):
+        less = f"lower {lower}, " if lower else ""
         if "CUDA" in str(error) or "MPS" in str(error):
-            return "out of memory on the GPU; end what else runs there, or take --device cpu"
-        return "out of memory; take fewer --workers or another --device, or an encoder of smaller images"
+            return f"out of memory on the GPU; {less}end what else runs there, or take --device cpu"
+        return f"out of memory; {less}take fewer --workers or another --device, or an encoder of smaller images"
     *_, at = traceback.extract_tb(error.__traceback__)
     what = " ".join([f"{type(error).__name__}:", *str(error).split()])[:300]
     return known or f"{what} ({Path(at.filename).name}, line {at.lineno})"
@@ -1666,10 +1690,10 @@ def one_line(error):
 class Evaluation:
     """A block in which a part that fails costs one line and, at the end, exit code 1 (its own where nothing was
     finished), and in which a signal ends everything in one line, code 128 + its number. `at_end` is called in any
-    case: there the table is printed and the figure drawn."""
+    case: there the table is printed and the figure drawn. lower: a flag to lower where memory runs out."""
 
-    def __init__(self):
-        self.codes, self.printed = [], False
+    def __init__(self, lower=""):
+        self.lower, self.codes, self.printed = lower, [], False
         self.at_end, self.handlers = lambda: None, {}
 
     def __enter__(self):
@@ -1708,7 +1732,7 @@ class Evaluation:
             code = e.code if isinstance(e.code, int) else 1
         except Exception as e:
             code = 1
-            tqdm.write(f"{Path(sys.argv[0]).name}: error: {what}: {one_line(e)}", file=sys.stderr)
+            tqdm.write(f"{Path(sys.argv[0]).name}: error: {what}: {one_line(e, self.lower)}", file=sys.stderr)
 
         # Ranks agree on the outcome where they were asked to. Otherwise they would wait for each other for ever.
         if together:

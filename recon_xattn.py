@@ -11,7 +11,7 @@ the transformation between the views did. Nobody has to know its parameters.
     tokens t = neck(f(x))  (N, 512) of N patches;  representation y = mean over tokens = [y_inv, y_equi], 256 + 256
     Z_inv = g_inv(y_inv)  (192,)                   Z_equi = g_equi(t[:, 256:])  (N, 192)
     Y = softmax(W_q Z_equi(v2) (W_k Z_equi(v1))^T / sqrt(e)) W_v Z_equi(v1), then 5 self-attention blocks, then pixels
-        in heads of e = 64 channels
+        in heads of e channels: 64, and 96 in the run without arguments
     L = lambda_ssl VICReg(Z_inv(v1), Z_inv(v2)) + lambda_recon mean (v2_hat - v2)^2
     VICReg = 10 mse(Z, Z') + 10 (v(Z) + v(Z')) / 2 + c(Z) + c(Z')
     v(Z) = mean_j max(0, 1 - sqrt(Var_j + 1e-4)),   c(Z) = sum_{i != j} C_ij^2 / d,   C = Cov(Z)
@@ -57,8 +57,7 @@ Based on Transformed Image Reconstruction for Equivariance-Coherent Feature Repr
     class only. RECON and VICReg need to know nothing and see all.
   * All four share encoder, views and optimiser [paper: "all experiments adhere"]; VICReg too is trained here, where
     Table 2 finetunes "a pretrained model". SIE's and VICReg's own recipes (ResNet-18, constant rate; LARS) are not
-    offered. Warps fill with zeros, and the black borders show something of
-    the parameters.
+    offered. Warps fill with zeros, and the black borders show something of the parameters.
 """
 
 import dataclasses

@@ -211,7 +211,12 @@ def test_mistakes_of_probing(tiny, folder, tmp_path, capsys):
     for flags in ("--layers 1", "--r2-targets flip", "--fewshot finetune", "--protocol clever --fewshot linear"):
         task = flags.split()[-2].removeprefix("--").replace("-targets", "")
         expect_mistake(capsys, eval_probe.main, [checkpoint, *flags.split()], f"--{task}", f"--tasks {task}")
+    flags = "--tasks linear --knn-k 5"
+    expect_mistake(capsys, eval_probe.main, [checkpoint, *flags.split()], "--knn-k", "--tasks knn")
     expect_mistake(capsys, eval_probe.main, [checkpoint, *"--protocol ser --linear lbfgs".split()], "--no-augment")
+    for main, flags in ((eval_probe.main, "--linear lbfgs --linear-lrs 1"), (eval_robustness.main, "--linear steps")):
+        mistake = [checkpoint, *flags.split(), "--linear-epochs", "9"]
+        expect_mistake(capsys, main, mistake, "--linear-epochs: goes with --linear sgd")
     flat = tmp_path / "flat"
     shutil.copytree(folder / "train" / "left", flat)
     expect_mistake(capsys, eval_probe.main, [checkpoint, "--data-dir", str(flat)], "test split")
@@ -422,6 +427,8 @@ def test_the_commands_of_the_readme_run(document, tiny, folder, core50, tmp_path
         ours = tiny_evaluation[script]
         if script == "eval_dense" and "--figures" in flags:
             ours = "--workers 0 --images 8"
+        if "lbfgs" in flags:  # which has no epochs
+            ours = ours.replace("--linear-epochs 1 ", "")
         needs = "recon_xattn" if "--part" in flags else "ciper" if "fullgrad" in flags else "ser"
         argv = [f"{last[needs]}/checkpoint.pt", *flags, *ours.split(), "--device", "cpu"]
         if document == "README.md":

@@ -302,6 +302,7 @@ def test_S13_out_of_memory_is_one_line_that_says_what_to_lower(error, words, mai
         capsys,
     )
     assert words in line and "--device" in line and "--batch-size" not in line
+    assert "lower --batch-size, " in eval_probe.one_line(error, "--batch-size")  # of eval_dense.py, which has it
     assert ("--workers" in line) == ("GPU" not in words)
 
 

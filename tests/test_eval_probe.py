@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import shutil
+from types import SimpleNamespace
 
 import clever
 import common
@@ -252,10 +253,12 @@ def test_latents_are_read_where_they_are_held_and_not_in_noise():
     assert all(values[f"{k}{s}"] > 99 for k in ("object", "session") for s in ("", " lstsq"))
     assert values["view err"] < 2 and values["view err lstsq"] < 1e-6
     assert details["rmse"]["azimuth"] < 20
-    blind, _ = eval_probe.readouts_of_latents(
+    assert details["train"].keys() == values.keys() and details["train"]["view err"] < 2
+    blind, details = eval_probe.readouts_of_latents(
         train, test, torch.randn(x.shape, generator=g), torch.randn(x_test.shape, generator=g), eval_probe.Args()
     )
     assert abs(blind["object"] - 25) < 10 and abs(blind["session"] - 33) < 15 and 95 < blind["view err"] < 120
+    assert details["train"]["object lstsq"] > blind["object lstsq"] + 3 and details["train"]["view err lstsq"] < 100
     del train.factors["session"], test.factors["session"]  # as in tdw: views are learnt on train images
     values, _ = eval_probe.readouts_of_latents(train, test, x, x_test, eval_probe.Args())
     assert "session" not in values and values["view err lstsq"] < 1e-6
@@ -291,17 +294,24 @@ def test_the_linear_schedule_is_the_paper_s(monkeypatch):
 def test_linear_probe_separates_clusters_and_is_at_chance_on_noise():
     x, y = clusters(400)
     x_test, y_test = clusters(200)
-    scores, _ = eval_probe.linear_probe(x, y, x_test, 4, (0.1, 1.0), 10, common.rng(0))
-    assert (scores.argmax(1) == y_test).float().mean() == 1
+    scores, _, on_train = eval_probe.linear_probe(x, y, x_test, 4, (0.1, 1.0), 10, common.rng(0))
+    assert (scores.argmax(1) == y_test).float().mean() == 1 and on_train == 100
     noise = torch.randn(600, 8, generator=g)
-    scores, _ = eval_probe.linear_probe(noise[:400], y, noise[400:], 4, (0.1, 1.0), 10, common.rng(0))
+    scores, *_ = eval_probe.linear_probe(noise[:400], y, noise[400:], 4, (0.1, 1.0), 10, common.rng(0))
     accuracy = (scores.argmax(1) == y_test).float().mean().item()
     assert abs(accuracy - 0.25) < 3 * math.sqrt(0.25 * 0.75 / 200)
 
 
+def test_training_accuracy_counts_the_images_that_a_probe_learned_from():
+    """Of rows 0 to 3 the head reads the largest feature: three are right; the others are wrong and do not count."""
+    head = SimpleNamespace(rows=torch.arange(4), scores=lambda x: x)
+    x, labels = torch.eye(3)[[0, 1, 2, 0, 1, 1]], torch.tensor([0, 1, 2, 1, 0, 0])
+    assert eval_probe.training_accuracy(head, x, labels) == 75
+
+
 def test_linear_probe_of_several_rates_is_torch_s_sgd_at_the_chosen_one():
     x, y = clusters(120, noise=0.7)
-    scores, lr = eval_probe.linear_probe(x, y, x, 4, (1e-9, 0.5), 3, common.rng(5), batch_size=32)
+    scores, lr, _ = eval_probe.linear_probe(x, y, x, 4, (1e-9, 0.5), 3, common.rng(5), batch_size=32)
     assert lr == 0.5
     r = common.rng(5)
     rows = torch.randperm(120, generator=r)[12:]
@@ -530,8 +540,9 @@ def test_2_processes_print_what_one_prints(tiny, tmp_path):
 
 
 def tuned(checkpoint):
-    quick = "--linear-epochs 2 --finetune-epochs 2 --finetune-lr 0.1 --device cpu --workers 0".split()
-    return eval_probe.main([checkpoint, "--tasks", "finetune", "linear", "--augment", *quick]) + eval_probe.main(
+    quick = ["--device", "cpu", "--workers", "0"]
+    sgd = "--augment --linear-epochs 2 --finetune-epochs 2 --finetune-lr 0.1".split()
+    return eval_probe.main([checkpoint, "--tasks", "finetune", "linear", *sgd, *quick]) + eval_probe.main(
         [checkpoint, "--tasks", "linear", "fewshot", "--linear", "lbfgs", *quick]
     )
 
@@ -904,6 +915,7 @@ def test_one_call_from_checkpoints_to_table(tiny, folder, tmp_path, capsys):
     assert knn["results"] | linear["results"] | r2["results"] == results[0][1]
     assert knn["protocol"]["knn"]["k"] == 20 and "linear" not in knn["protocol"]
     assert set(r2["protocol"]["r2"]["both"]["flip"]) == {"flat", "uniform", "train", "pairs"}
+    assert 0 <= linear["protocol"]["linear"]["train"]["linear"] <= 100
     again = eval_probe.main([str(paths[0]), "--tasks", "knn", "linear", "--linear-epochs", "2", "--device", "cpu"])
     assert again[0][1] == {
         k: v for k, v in results[0][1].items() if not k.startswith("r2")
