@@ -9,8 +9,8 @@
 Flow: checkpoints -> encoders -> features of the train and test images, once -> every probe on them -> a table. All
 checkpoints are opened and checked before the first is probed. Checkpoints that differ only in their seed share a row,
 mean +- sample standard deviation. Each finished task appends a line to eval.jsonl beside its checkpoint (of
-timm:NAME: in the current directory), with the protocol and the scores on training images. A task that fails, a damaged
-checkpoint or a signal costs one line and the exit code; finished results stay.
+timm:NAME: in the current directory), with the protocol and, of linear and MLP probes, the scores on training images. A
+task that fails, a damaged checkpoint or a signal costs one line and the exit code; finished results stay.
 
 Features are the final [CLS] of ViTs, the mean of the tokens of recon_xattn.py's encoders, and the mean of the last map
 of ResNets and VMamba. Linear probes of ViTs see the [CLS] of the last four blocks, each through the final norm [DINO].
@@ -1668,8 +1668,8 @@ def stop(number, frame):
 
 
 def say(line):
-    """A line on stderr, above the progress bars, from rank 0."""
-    if common.rank() == 0:
+    """A line on stderr, above the progress bars, from rank 0, even before the ranks have met."""
+    if common.rank() == 0 and os.environ.get("RANK", "0") == "0":
         tqdm.write(line, file=sys.stderr)
 
 

@@ -160,6 +160,13 @@ def on_ranks_but_one(tmp_path, fn, *args):
     return code, os.waitstatus_to_exitcode(os.waitpid(children[1], 0)[1])
 
 
+def test_R6_a_line_comes_from_rank_0_even_before_the_ranks_have_met(monkeypatch, capsys):
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        eval_probe.say(f"from {rank}")
+    assert capsys.readouterr().err == "from 0\n"
+
+
 @pytest.mark.parametrize("main", [eval_probe.main, eval_robustness.main], ids=["R6 eval_probe", "R6 eval_robustness"])
 @pytest.mark.parametrize("bad", ["R6 damaged", "R6 data that are gone"])
 def test_R6_a_bad_checkpoint_is_found_before_anything_is_computed(main, bad, run, tmp_path, capsys, monkeypatch):
