@@ -154,7 +154,7 @@ class SharedArgs:
     cache_dir: str | None = None
     """keep the features of train and test images here, and use those that are there"""
     format: Literal["table", "markdown", "csv", "json"] = "table"
-    """how tables are printed; csv and json hold all digits"""
+    """how tables are printed, each a document of its own; csv and json hold all digits"""
     plot: str | None = None
     """also draw the tables into this file (.png, .pdf or .svg), a panel a metric; needs the package matplotlib"""
     seed: Seed = 0
