@@ -112,9 +112,9 @@ class RunArgs:
     data_dir: str | None = None
     """directory of the data set; an image folder is train/ with val/ or test/, or any tree of images"""
     recipe: str | None = None
-    """named set of hyper-parameters; defaults to the name of the data set"""
+    """named set of hyper-parameters; default: that with the name of the data set, and without one it must be given"""
     arch: str = "vit_small"
-    """encoder, such as vit_pico, vit_small, resnet_pico or resnet50; a script lists its own when given another name"""
+    """encoder: vit_pico, vit_tiny, vit_small or vit_base"""
     img_size: Count = 224
     """side of the (square) training images in pixels"""
     patch_size: Count = 16
@@ -1088,10 +1088,9 @@ class Run:
         where = f"on {world_size()} x {self.device.type}, into {self.out}"
         lines = [f"{self.method}: {len(data):,} images of {self.args.data}, {epochs}, {where}", f"  {recipe}"]
 
-        # Unreadable files are counted on the screen and listed by name in the run directory.
+        # Training images that are left out are listed by name in the run directory.
         if data.skipped:
-            listed = self.out / "skipped.txt"
-            lines.append(f"  {len(data.skipped)} images cannot be read and are left out; they are listed in {listed}")
+            lines.append(f"  {len(data.skipped)} unreadable images are listed in {self.out / 'skipped.txt'}")
             names = os.fsencode("".join(f"{name}\n" for name in data.skipped))
             if rank() == 0:
                 self._try("skipped.txt", lambda path: write(path, names))
@@ -1788,11 +1787,14 @@ def without_unreadable(data, workers):
     rows = range(rank(), len(data), world_size())
     chunks = [rows[i : i + 256] for i in range(0, len(rows), 256)]
     found = progress(in_workers(partial(unreadable, data), chunks, workers), desc="opening images", unit="x 256")
-    bad = set().union(*from_all_ranks({row for rows in found for row in rows}))
-    keep = torch.tensor([i for i in range(len(data)) if i not in bad], dtype=torch.long)
+    bad = sorted(set().union(*from_all_ranks({row for rows in found for row in rows})))
+    keep = torch.tensor(sorted(set(range(len(data))) - set(bad)), dtype=torch.long)
     if not len(keep):
         die(f"--data-dir {data.paths.root}: none of the {len(data)} images can be read")
-    return dataclasses.replace(data.subset(keep), skipped=tuple(data.paths[i] for i in sorted(bad)))
+    if bad and rank() == 0:
+        what = f"{len(bad)} of {len(data)} images cannot be read and are left out"
+        tqdm.write(f"--data-dir {data.paths.root}: {what}, such as {printable(data.paths[bad[0]])}", file=sys.stderr)
+    return dataclasses.replace(data.subset(keep), skipped=tuple(data.paths[i] for i in bad))
 
 
 def cached(name, make, current=lambda kept: True):

@@ -539,9 +539,10 @@ def open_case(path, encoder, state, args, device):
         splits = "only encoders of recon_xattn.py and clever.py do (beside all, others may stand in the table)"
         common.die(f"--part {' '.join(args.part)}: {path} does not split its representation; {splits}")
 
-    # Another data set is read with the sessions of the checkpoint.
+    # Another data set is read with the sessions of the checkpoint; its own without the images that training left out.
     sessions = tuple(own.get("sessions", (1, 2)))
-    train, test = load_splits(name, root, device, encoder.img_size, args.skip_corrupt, args.workers, sessions)
+    skip_corrupt = args.skip_corrupt or name == own["data"] and own.get("skip_corrupt", False)
+    train, test = load_splits(name, root, device, encoder.img_size, skip_corrupt, args.workers, sessions)
 
     # Most tasks need the same classes in both splits.
     labelled = set(args.tasks) - {"r2", "layers", "equivariance"}

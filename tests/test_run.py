@@ -12,6 +12,7 @@ import types
 import zipfile
 
 import common
+import eval_probe
 import ser
 
 import pytest
@@ -471,8 +472,17 @@ def test_a_damaged_image_stops_the_run_with_its_name_or_is_left_out(tiny, folder
         ser.main(argv)
     errors = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if "error:" in line]
     assert end.value.code == 1 and len(errors) == 1 and "03.png" in errors[0] and "--skip-corrupt" in errors[0], errors
+
+    # Left out, they are counted, and the probes that the run names next leave them out too.
+    (tmp_path / "data" / "test" / "right" / "02.png").write_bytes(b"no image")
     ser.main([*argv[:-1], str(tmp_path / "again"), "--skip-corrupt", "--max-steps", "1"])
-    assert "1 images cannot be read" in capsys.readouterr().out
+    left_out = "images cannot be read and are left out, such as"
+    for call in range(2):
+        errors = capsys.readouterr().err
+        assert f"1 of 25 {left_out} {tmp_path / 'data' / 'train' / 'left' / '03.png'}\n" in errors
+        assert f"1 of 12 {left_out} {tmp_path / 'data' / 'test' / 'right' / '02.png'}\n" in errors
+        if call == 0:
+            eval_probe.main([str(tmp_path / "again" / "checkpoint.pt"), "--tasks", "knn", "--workers", workers])
     assert (tmp_path / "again" / "skipped.txt").read_text() == f"{tmp_path / 'data' / 'train' / 'left' / '03.png'}\n"
 
 
