@@ -2809,11 +2809,11 @@ class GaussianBlur:
         if alone and m > 1:
             return torch.cat([self.blur(*one) for one in zip(x.split(1), sigma.split(1))])
 
-        # Every plane is a channel with its own kernel.
+        # Every plane is a channel with its own kernel, whose weights, in double precision, do not depend on the longest.
         ry, rx = min(int(radius.max()), H - 1), min(int(radius.max()), W - 1)
         x = F.pad(x.reshape(1, C * m, H, W), (rx, rx, ry, ry), mode="reflect")  # (1, C * m, H + 2 * ry, W + 2 * rx)
         for r, dim, taps in ((rx, 3, (1, -1)), (ry, 2, (-1, 1))):
-            t = torch.arange(-r, r + 1, dtype=x.dtype)
+            t = torch.arange(-r, r + 1, dtype=torch.float64)
             k = -0.5 * (t / sigma[:, None]) ** 2  # (m, 2 * r + 1)
             k = k.masked_fill(t.abs() > radius[:, None], -torch.inf).softmax(1)
             if alone:

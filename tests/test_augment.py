@@ -288,6 +288,12 @@ def test_blur(dtype, h, w, kernel):
     assert_close(y, torch.stack(want), 1e-5)
 
 
+def test_N1_blur_of_an_image_does_not_depend_on_the_largest_sigma_beside_it():
+    op, x, sigma = A.GaussianBlur(), floats(6, 16, 16), torch.tensor([0.3, 0.42, 0.6, 0.81, 1.1, 2.0])
+    alone = torch.cat([op.blur(*one) for one in zip(x.split(1), sigma.split(1))])
+    assert_close(op.blur(x, sigma), alone, 1e-7)
+
+
 def test_grid_resize():
     op, x = A.GridResize(4, 8), floats(6, 32, 32)
     seen = set()
