@@ -209,7 +209,7 @@ def per_second(act, n, rounds=5, warm=1):
 
 def matmul_peak(tiny, device):
     """TFLOP/s of a large bf16 and float32 product, at the clock rate that a GPU keeps up."""
-    m = 256 if tiny else 8192
+    m = 64 if tiny else 8192
     a, b = (torch.randn(m, m, device=device) for _ in range(2))
     low_a, low_b = a.bfloat16(), b.bfloat16()
     return tuple(2 * m**3 * per_second(act, 1, 50, 50) / 1e12 for act in (lambda: low_a @ low_b, lambda: a @ b))

@@ -33,6 +33,7 @@ def test_sincos_positions_term_by_term():
 
 
 @pytest.mark.parametrize("cls_layer", [0, 3])
+@pytest.mark.usefixtures("pico")
 def test_positions_on_other_grids(cls_layer):
     vit = common.ViT("vit_pico", img_size=32, patch_size=4, cls_layer=cls_layer, pos="sincos")
     assert torch.equal(vit.positions(8, 8), common.sincos_positions(8, 8, 128)) and not vit.pos_embed.requires_grad
@@ -54,6 +55,7 @@ def test_late_cls_leaves_the_map_of_f1_alone():
     assert torch.equal(tapped[3], tapped_again[3]) and not torch.equal(y, moved)
 
 
+@pytest.mark.usefixtures("pico")
 def test_forward_is_timm_s():
     """[CLS] at the input, learned positions: timm's own forward on the same weights."""
     vit = common.ViT("vit_pico", img_size=16, patch_size=4).eval()

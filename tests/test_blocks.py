@@ -136,11 +136,8 @@ def test_chunks_and_sizes():
     assert ((big.float().mean((1, 2)) - small.float().mean((1, 2))).abs() < 0.03).all()
 
 
-def test_data_set():
-    tr, te, te2 = B.blocks("train", 16), B.blocks("test", 16), B.blocks("test", 16)
-    flat = lambda d: [v for v in (d | d["factors"]).values() if isinstance(v, torch.Tensor)]
-    assert all(torch.equal(a, b) for a, b in zip(flat(te), flat(te2)))
-    assert not torch.equal(B.blocks("test", 16, seed=1)["images"], te["images"])
+def test_data_set(monkeypatch):
+    tr, te = B.blocks("train", 16), B.blocks("test", 16)
     for d, m in ((tr, 1500), (te, 500)):
         N = 8 * m
         assert d["images"].shape == (N, 3, 16, 16) and d["images"].dtype == torch.uint8
@@ -159,6 +156,12 @@ def test_data_set():
     geo = lambda s, m: B.random_objects(torch.arange(m) % 10, torch.Generator().manual_seed(s))[0].flatten(1)
     assert torch.cdist(geo(0, 1500), geo(1, 500)).min() > 1e-2
     assert torch.cdist(geo(0, 1500), geo(0, 1500)).fill_diagonal_(9).min() > 1e-2
+    # the seed alone decides
+    monkeypatch.setitem(B.N_OBJECTS, "test", 20)
+    few, again, other = (B.blocks("test", 16, seed=seed) for seed in (0, 0, 1))
+    flat = lambda d: [v for v in (d | d["factors"]).values() if isinstance(v, torch.Tensor)]
+    assert all(torch.equal(a, b) for a, b in zip(flat(few), flat(again)))
+    assert not torch.equal(few["images"], other["images"])
 
 
 def test_frame():

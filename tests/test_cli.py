@@ -53,11 +53,11 @@ MISTAKES = {
     "A2 crop above the image": (["{tiny}", "--crop-scale", "0.5", "1.5"], "--crop-scale 1.5"),
     "A8 seed out of range": (["{tiny}", "--seed", "-1"], "--seed -1"),
     "A6 warm-up longer than the run": (["{tiny}", "--epochs", "1"], "--warmup-epochs"),
-    "layer beyond the encoder": (["{tiny}", "--equi-layer", "7"], "--equi-layer 7", "6 blocks"),
+    "layer beyond the encoder": (["{tiny}", "--equi-layer", "5"], "--equi-layer 5", "4 blocks"),
     "A7 b2 larger than the batch": (["{tiny}", "--batch-size", "8"], "--batch-size 8", "second part"),
     "A2 range upside down": (["{tiny}", "--crop-scale", "1.0", "0.2"], "--crop-scale 1.0 0.2", "lower"),
     "A2 hue beyond the circle": (["{tiny}", "--jitter", "0.4", "0.4", "0.4", "3"], "--jitter", "0.5"),
-    "no block left for [CLS]": (["{tiny}", "--equi-layer", "6"], "--cls-layer 3"),
+    "no block left for [CLS]": (["{tiny}", "--equi-layer", "4"], "--cls-layer 3"),
     "C17 resume and overwrite": (["{tiny}", "--resume", "--overwrite"], "--resume", "--overwrite"),
     "A9 no such device": (["{tiny}", "--device", "mps"], "--device mps"),
     "A3 empty value": (["{tiny}", "--data-dir="], "--data-dir", "empty"),
@@ -352,7 +352,7 @@ class Checked(Exception):
 
 
 @pytest.mark.parametrize("document", ["README.md", "RESULTS.md"])
-def test_the_commands_of_the_readme_run(document, tiny, folder, core50, tmp_path, monkeypatch, capsys):
+def test_the_commands_of_the_readme_run(document, pico, tiny, folder, core50, tmp_path, monkeypatch, capsys):
     """Every line of README.md that calls a script, as a shell expands it, through main(argv) on tiny images: the last
     of a repeated flag counts. Those of RESULTS.md are parsed and checked."""
     monkeypatch.chdir(tmp_path)

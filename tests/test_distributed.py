@@ -117,7 +117,6 @@ def train(base, equi, changes, steps=2):
         ("mocov3", "none", dict(compile=True)),  # on two processes only
     ],
 )
-@pytest.mark.usefixtures("narrow")
 def test_N1_N2_N3_N4_1_2_and_for_ser_4_processes_train_the_same_model(base, equi, changes, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     (losses, gradients, _), *_ = on_ranks(1, tmp_path, train, base, equi, changes | dict(compile=False))
@@ -192,6 +191,7 @@ def test_N1_N2_A10_collectives(tmp_path):
             assert agreed == world - 1  # the largest flag of all ranks
 
 
+@pytest.mark.usefixtures("pico")
 def test_N3_C13_S14_torchrun_trains_what_python_trains(tiny, tmp_path):
     argv = [*tiny, "--max-steps", "4"]
     torchrun = [sys.executable, *"-m torch.distributed.run --standalone --nproc_per_node=2 ser.py".split()]

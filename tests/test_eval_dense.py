@@ -461,6 +461,7 @@ def test_sides_are_multiples_of_the_stride():
 
 
 @pytest.mark.parametrize("late", [0, 2])
+@pytest.mark.usefixtures("pico")
 def test_attention_is_that_of_the_last_block(late):
     common.seed_everything("attention")
     how = dict(arch="vit_pico", img_size=16, patch_size=4, cls_layer=late)
@@ -1151,7 +1152,7 @@ def test_models_of_timm(tmp_path, monkeypatch):
     def small(name, pretrained=False, **how):
         made.append(how)
         return create(
-            name, pretrained=False, **how | dict(img_size=16, patch_size=4, embed_dim=128, depth=6, num_heads=4)
+            name, pretrained=False, **how | dict(img_size=16, patch_size=4, embed_dim=32, depth=4, num_heads=2)
         )
 
     monkeypatch.setattr(eval_probe.timm, "create_model", small)
@@ -1162,7 +1163,7 @@ def test_models_of_timm(tmp_path, monkeypatch):
     assert made[0]["dynamic_img_size"] and ours.stride == theirs.stride == 4
     assert torch.allclose(ours.last(x), theirs.last(x), atol=1e-5)
     assert torch.allclose(ours.attend(x)[0], theirs.attend(x)[0], atol=1e-5)
-    assert theirs.last(torch.randn(1, 3, 24, 16)).shape == (1, 128, 6, 4)
+    assert theirs.last(torch.randn(1, 3, 24, 16)).shape == (1, 32, 6, 4)
 
 
 def small_timm(monkeypatch, **sizes):
@@ -1231,7 +1232,7 @@ def test_fullgrad_names_the_model_with_gates(folder, tmp_path, capsys, monkeypat
 @pytest.mark.parametrize(
     "how, stride, dim, layers",
     [
-        (dict(arch="vit_pico", patch_size=8, neck=16), 8, 128, (1, 3, 4, 6)),
+        (dict(arch="vit_pico", patch_size=8, neck=16), 8, 32, (1, 2, 3, 4)),
         (dict(arch="vmamba_tiny"), 32, 64, (1, 2, 3, 4)),
         (dict(arch="resnet_pico", stem="cifar", coords=True), 8, 128, (1, 2, 3, 4)),
         (dict(arch="resnet_pico"), 32, 128, (1, 2, 3, 4)),

@@ -749,6 +749,7 @@ FORKSERVER = """
 import multiprocessing, sys
 sys.path.insert(0, {root!r})
 import common, eval_probe, eval_robustness
+common.VITS = {vits!r}
 
 if __name__ == "__main__":
     multiprocessing.set_start_method("forkserver")
@@ -765,7 +766,9 @@ if __name__ == "__main__":
 
 def test_F9_every_task_runs_where_workers_are_not_forked(run, folder, tmp_path):
     (tmp_path / "script.py").write_text(
-        FORKSERVER.format(root=str(ROOT), path=str(run / "checkpoint.pt"), shifted=str(folder / "test"))
+        FORKSERVER.format(
+            root=str(ROOT), vits=common.VITS, path=str(run / "checkpoint.pt"), shifted=str(folder / "test")
+        )
     )
     done = subprocess.run([sys.executable, str(tmp_path / "script.py")], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -880,8 +880,8 @@ def test_parts_are_slices_of_the_last_block(folder, tmp_path, capsys, monkeypatc
         *"--known-fraction 0.5 --linear-epochs 1 --r2-epochs 1 --r2-targets flip --device cpu".split(),
     ]
     results = dict(eval_probe.main(run))
-    # Linear, twice fewshot, mlp: four blocks of 128; r2: one of 128 = 102 + 26.
-    assert seen == [*[512, 512 - 26, 26] * 4, 128, 102, 26, *[16, 8, 8] * 5]
+    # Linear, twice fewshot, mlp: four blocks of 32; r2: one of 32 = 25 + 7.
+    assert seen == [*[128, 128 - 7, 7] * 4, 32, 25, 7, *[16, 8, 8] * 5]
     metrics = "knn", "linear", "mlp", "fewshot 1%", "fewshot 10%", "r2 flip"
     expected = {f"{metric}{part}" for metric in metrics for part in ("", " (inv)", " (equi)")}
     assert expected <= set(results["clever"]) == set(results["recon"])

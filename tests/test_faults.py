@@ -73,7 +73,6 @@ def on_machines(tiny, root, *flags):
     return 0
 
 
-@pytest.mark.usefixtures("narrow")
 def test_F1_machines_without_a_common_disk_resume_together(tiny, tmp_path):
     for name in ("n0", "n1", "whole/n0", "whole/n1"):
         (tmp_path / name).mkdir(parents=True)
@@ -184,13 +183,22 @@ def saved(tiny, tmp_path_factory):
     return out
 
 
+@pytest.fixture(scope="module")
+def light(saved, tmp_path_factory):
+    """Its directory with a checkpoint that has lost its weights, which takes no time to load."""
+    out = tmp_path_factory.mktemp("light")
+    state = common.load_checkpoint(saved / "checkpoint.pt")
+    state["train_state"] |= dict(heads={}, optimizer={})
+    common.save_checkpoint(out / "checkpoint.pt", state | dict(backbone_state={}))
+    return out
+
+
 @pytest.mark.parametrize("name", sorted(vars(ser.Args()).keys() - common.Run.FREE))
-@pytest.mark.usefixtures("narrow")
-def test_C14_a_resumed_run_may_change_no_argument_that_says_what_is_computed(saved, name, capsys):
+def test_C14_a_resumed_run_may_change_no_argument_that_says_what_is_computed(light, name, capsys):
     """Whatever was saved under another value of any such argument is not continued."""
-    args = common.load_checkpoint(saved / "checkpoint.pt")["args"]
+    args = common.load_checkpoint(light / "checkpoint.pt")["args"]
     now = ser.Args(**{k: tuple(v) if isinstance(v, list) else v for k, v in args.items()})
-    now.resume = True
+    now.resume, now.out = True, str(light)
     value = getattr(now, name)
     setattr(
         now,
@@ -198,7 +206,7 @@ def test_C14_a_resumed_run_may_change_no_argument_that_says_what_is_computed(sav
         "other" if isinstance(value, str) or value is None else (9.5,) if isinstance(value, tuple) else value + 1,
     )
     run = common.Run(now, "", *nothing())
-    run.data = common.load_checkpoint(saved / "checkpoint.pt")["train_state"]["data"]
+    run.data = common.load_checkpoint(light / "checkpoint.pt")["train_state"]["data"]
     refused(capsys, run._read, f"--{name.replace('_', '-')}", "was made with")
 
 
@@ -583,7 +591,6 @@ def test_S5_a_signal_to_one_rank_stops_all_at_the_same_step(tiny, tmp_path):
     assert common.load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 3
 
 
-@pytest.mark.usefixtures("narrow")
 def test_S6_when_a_rank_dies_the_others_end_and_the_checkpoint_stands(tiny, tmp_path, capfd):
     import torch.distributed as dist
 
@@ -792,7 +799,6 @@ def test_S7_all_ranks_take_part_in_the_same_collectives(tiny, tmp_path):
     assert code == 0 and first == second and len(first) > 50
 
 
-@pytest.mark.usefixtures("narrow")
 def test_S12_a_damaged_image_on_one_rank_is_one_line(folder, tiny, tmp_path):
     shutil.copytree(folder, tmp_path / "data")
     (tmp_path / "data" / "train" / "left" / "03.png").write_bytes(b"\x89PNG nothing more")
@@ -925,7 +931,6 @@ def test_C11_a_head_that_is_not_finite_is_not_saved_over_one_that_is(what, tiny,
     assert common.load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 2
 
 
-@pytest.mark.usefixtures("narrow")
 def test_T1_a_loss_that_is_not_finite_on_one_rank_stops_all_at_the_same_step(tiny, tmp_path):
     for code, lines in on_ranks(
         2,
@@ -974,7 +979,6 @@ def test_N8_every_step_draws_its_own_augmentations(folder, tiny):
     assert all(not torch.equal(tops[i], tops[j]) for i in range(4) for j in range(i))
 
 
-@pytest.mark.usefixtures("narrow")
 def test_N7_drop_path_resumes_to_the_bits(tiny, tmp_path):
     """Its draws come from the global generator, which is reseeded every step."""
     argv = [*tiny, "--drop-path", "0.5"]
@@ -1016,7 +1020,6 @@ VARIANTS = [
 
 
 @pytest.mark.parametrize("script, flags, compiles", VARIANTS, ids=[f"F21 {v[0]} {v[1]}" for v in VARIANTS])
-@pytest.mark.usefixtures("narrow")
 def test_C10_N14_T7_F21_every_variant_trains_all_its_parameters_and_compiles(
     script, flags, compiles, folder, tmp_path, monkeypatch, request
 ):
@@ -1035,11 +1038,12 @@ def test_C10_N14_T7_F21_every_variant_trains_all_its_parameters_and_compiles(
 
     request.addfinalizer(register_optimizer_step_pre_hook(stepped).remove)
     monkeypatch.setattr(torch, "compile", common.partial(torch.compile, backend="eager"))
+    monkeypatch.setitem(common.VITS, "vit_pico", common.VITS["vit_pico"] | dict(depth=2))  # tracing takes its time
     shared = f"--data imagefolder --data-dir {folder} --recipe cifar10 --img-size 16 --batch-size 12 --epochs 2"
     shared += " --warmup-epochs 0 --max-steps 1 --workers 0 --device cpu"
     shared += " --arch resnet_pico" if script == "ciper" else " --arch vit_pico --patch-size 4"
     small = dict(
-        ser="--proj-hidden 16 --prototypes 16 --local-size 8",
+        ser=f"--proj-hidden 16 --prototypes 16 --local-size 8 --equi-layer {int('--equi ser' in flags)}",
         recon_xattn="--neck 16 --embed-dim 8",
         ciper="--proj-hidden 16",
         clever="--local-size 8 --head-dim 8 --head-dim-equi 8",
@@ -1058,6 +1062,7 @@ def test_C10_N14_T7_F21_every_variant_trains_all_its_parameters_and_compiles(
         assert part(plain).keys() == part(compiled).keys()
 
 
+@pytest.mark.usefixtures("pico")
 def test_F20_a_copied_and_renamed_script_trains_and_archives_itself(tiny, tmp_path):
     shutil.copy(ROOT / "ser.py", tmp_path / "mine.py")
     shutil.copy(ROOT / "common.py", tmp_path)

@@ -218,6 +218,7 @@ GOLDEN = dict(  # losses of six steps: another number is another method, or anot
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.usefixtures("pico")
 def test_N5_N16_golden_losses_and_rates(script, folder, tmp_path):
     SCRIPTS[script].main(
         [*flags(script, folder), "--lr", "1e-4" if script == "ciper" else "0.02", "--out", str(tmp_path)]
@@ -256,7 +257,6 @@ def test_N14_a_rate_of_0_moves_statistics_and_no_weight(script, folder, tmp_path
 
 
 @pytest.mark.parametrize("what", ["ciper", "predictive", "clever", "ddcl"])
-@pytest.mark.usefixtures("narrow")
 def test_N16_8_images_are_overfitted(what):
     """30 steps on one batch lower what should fall to a stated share of its start."""
     import test_ciper

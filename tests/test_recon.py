@@ -207,7 +207,6 @@ def test_N10_swapping_the_views_changes_the_reconstruction_only():
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.usefixtures("narrow")
 def test_N14_N16_T7_8_pairs_are_overfitted(objective):
     args, model, views, z = setup(objective)
     model, views, labels = model.float(), {k: v.float() for k, v in views.items()}, torch.arange(8) % 4
@@ -254,7 +253,6 @@ def train(objective, steps=3):
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.usefixtures("narrow")
 def test_N1_N3_2_processes_train_the_same_model(objective, tmp_path):
     (losses, gradients), *_ = on_ranks(1, tmp_path, train, objective)
     scale = max(abs(g).max() for g in gradients)
@@ -287,7 +285,6 @@ def small(folder):
         "supervised --known-fraction 0.5",
     ],
 )
-@pytest.mark.usefixtures("narrow")
 def test_N7_every_variant_trains_and_resumes_to_the_same_bits(variant, small, tmp_path, capsys):
     small = [*small, "--objective", *variant.split()]
     rx.main([*small, "--out", str(tmp_path / "whole")])
@@ -316,7 +313,9 @@ SIE_OF_BLOCKS = "--objective sie --data blocks --recipe blocks --img-size 32"
         ("--lr nan", ("--lr nan",)),
     ],
 )
-def test_mistakes(argv, words, small, tmp_path, capsys):
+def test_mistakes(argv, words, small, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(common.N_OBJECTS, "train", 20)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     if "--data blocks" in argv:
         small = [flag for flag in small if flag not in small[2:4]]  # without --data-dir
     with pytest.raises(SystemExit) as end:

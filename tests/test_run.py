@@ -19,8 +19,6 @@ import pytest
 import torch
 import torch.nn as nn
 
-pytestmark = pytest.mark.usefixtures("narrow")
-
 
 def state(value=0.0, n=1000):
     return dict(

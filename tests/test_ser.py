@@ -426,7 +426,6 @@ def test_N6_views_of_b2_are_related_by_g():
 
 
 @pytest.mark.parametrize("base, equi, L_inv", [("mocov3", "ser", 0.67), ("dino", "ser", 0.9), ("barlow", "ser", 0.5)])
-@pytest.mark.usefixtures("narrow")
 def test_N16_losses_fall_when_32_images_are_overfitted(base, equi, L_inv):
     """30 steps on one fixed batch: L_inv falls to a stated share of its start, the contrast of 16 x 16 cells by a
     tenth."""
