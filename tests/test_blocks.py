@@ -1,4 +1,4 @@
-"""Checks of blocks.py; run with `python test_blocks.py` or pytest."""
+"""Rendered images: what they show, seen by rays of their own, and what a set of them holds."""
 
 import colorsys
 import itertools
