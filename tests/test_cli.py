@@ -352,7 +352,7 @@ class Checked(Exception):
 
 
 @pytest.mark.parametrize("document", ["README.md", "RESULTS.md"])
-def test_the_commands_of_the_readme_run(document, pico, tiny, folder, core50, tmp_path, monkeypatch, capsys):
+def test_the_commands_of_the_readme_run(document, tiny, folder, core50, tmp_path, monkeypatch, request):
     """Every line of README.md that calls a script, as a shell expands it, through main(argv) on tiny images: the last
     of a repeated flag counts. Those of RESULTS.md are parsed and checked."""
     monkeypatch.chdir(tmp_path)
@@ -377,6 +377,7 @@ def test_the_commands_of_the_readme_run(document, pico, tiny, folder, core50, tm
     evaluations = dict(eval_probe=eval_probe, eval_robustness=eval_robustness, eval_dense=eval_dense)
     last = {}  # directory of the last run of a script
     if document == "RESULTS.md":
+        request.getfixturevalue("pico")  # whose blocks its commands count
         last = dict.fromkeys(scripts, "not-read")
         Path("not-read").mkdir()
         Path("not-read/checkpoint.pt").touch()

@@ -314,7 +314,7 @@ SIE_OF_BLOCKS = "--objective sie --data blocks --recipe blocks --img-size 32"
     ],
 )
 def test_mistakes(argv, words, small, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(common.N_OBJECTS, "train", 20)
+    monkeypatch.setattr(common, "N_OBJECTS", dict(train=20, test=20))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     if "--data blocks" in argv:
         small = [flag for flag in small if flag not in small[2:4]]  # without --data-dir
