@@ -95,7 +95,7 @@ def loop_nt_xent(z1, z2, tau):
     """The formula of the docstring, anchor by anchor, in float64."""
     n, P, _ = z1.shape
     sides, total = (z1.double(), z2.double()), 0.0
-    s = lambda a, b: float(F.cosine_similarity(a, b, dim=0)) / tau
+    s = lambda a, b: F.cosine_similarity(a, b, dim=0).item() / tau
     for side, i, j in itertools.product((0, 1), range(n), range(P)):
         anchor = sides[side][i, j]
         positive = s(anchor, sides[1 - side][i, j])
