@@ -2809,7 +2809,7 @@ class GaussianBlur:
         if alone and m > 1:
             return torch.cat([self.blur(*one) for one in zip(x.split(1), sigma.split(1))])
 
-        # Every plane is a channel with its own kernel. Double precision keeps its weights apart from longer kernels'.
+        # Every plane is a channel with its own kernel. In double precision the longest one does not round the others.
         ry, rx = min(int(radius.max()), H - 1), min(int(radius.max()), W - 1)
         x = F.pad(x.reshape(1, C * m, H, W), (rx, rx, ry, ry), mode="reflect")  # (1, C * m, H + 2 * ry, W + 2 * rx)
         for r, dim, taps in ((rx, 3, (1, -1)), (ry, 2, (-1, 1))):
