@@ -220,7 +220,7 @@ def test_equimod_equals_the_loop():
     u = torch.cat([u1, u2])
     expected = loop_nt_xent(u[:, None], u_hat[:, None], 0.2)
     assert len(m.predict) == 2 and out["L_equiv"].item() == pytest.approx(expected, rel=1e-5)
-    cosine = lambda a, b: float(F.cosine_similarity(a, b, 0))
+    cosine = lambda a, b: F.cosine_similarity(a, b, 0).item()
     gain = [cosine(u[i], u_hat[i]) - cosine(u[i], u0[i % 16]) for i in range(32)]
     assert out["cosine_gain"].item() == pytest.approx(sum(gain) / 32, abs=1e-6)
 
