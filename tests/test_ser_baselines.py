@@ -267,7 +267,7 @@ def test_essl_sees_four_blocks_of_rotations_in_order():
         block = block.transpose(2, 3).flip(2)  # out[r, c] = in[c, W - 1 - r]: a quarter turn counter-clockwise
     out = term(seen, params)
     logits = term.head(seen["rotated"][:, 0])
-    loss = sum(float(torch.logsumexp(logits[i], 0) - logits[i, i // 16]) for i in range(64)) / 64
+    loss = sum((torch.logsumexp(logits[i], 0) - logits[i, i // 16]).item() for i in range(64)) / 64
     assert out["L_equiv"].item() == pytest.approx(loss, rel=1e-9)
     right = sum(int(logits[i].argmax()) == i // 16 for i in range(64))
     assert out["rotation_accuracy"].item() == pytest.approx(right / 64)
